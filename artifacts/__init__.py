@@ -1,0 +1,9 @@
+"""The artifact format: manifest, files, parity pairs, comparison metrics and errors. Needs no engine."""
+
+from ettin.artifacts.errors import EttinError
+from ettin.artifacts.files import check_files
+from ettin.artifacts.manifest import Manifest
+from ettin.artifacts.parity import ParityCase, read_parity
+from ettin.artifacts.targets import TARGETS
+
+__all__ = ["TARGETS", "EttinError", "Manifest", "ParityCase", "check_files", "read_parity"]

@@ -1,0 +1,94 @@
+"""Every error that this project raises on purpose.
+
+    EttinError
+    ├── UsageError            an argument, an unknown size, target or precision
+    ├── InputError            a pair, query or document that can't be scored
+    ├── MissingDependency     a package of an extra that is not installed
+    ├── HardwareError         a device or provider that this machine lacks
+    ├── CheckpointError       a checkpoint that can't be read
+    │   ├── DownloadError         … because the hub did not deliver it
+    │   └── UnsupportedCheckpoint … because it is not an Ettin reranker
+    ├── ArtifactError         an artifact that can't be used
+    │   ├── ManifestError         … its manifest is not valid, or was edited
+    │   ├── DamagedArtifact       … a file is missing or differs from the manifest
+    │   ├── NewerFormat           … written by a newer version of this project
+    │   └── UnverifiedArtifact    … nobody has proven its scores yet
+    ├── ShapeError            more pairs or tokens than an artifact was built for
+    ├── OutputError           a folder that can't be written
+    └── ParityError           scores that differ from the reference
+
+A message says what failed, what was found against what was expected, and what to run.
+"""
+
+
+class EttinError(Exception):
+    """Base of all errors raised on purpose; its text is one line for the user."""
+
+
+class UsageError(EttinError, ValueError):
+    """An argument that names nothing or contradicts another."""
+
+
+class InputError(EttinError, TypeError, ValueError):
+    """A pair, query or document that can't be scored."""
+
+
+class MissingDependency(EttinError):
+    """A package that an extra would install is absent.
+
+    Args:
+        what: what needs it, as the user named it: "target 'trt'".
+        package: its name on the package index.
+        extra: the extra that installs it.
+    """
+
+    def __init__(self, what: str, package: str, extra: str) -> None:
+        super().__init__(f'{what} needs {package}, which is not installed. Run: pip install "ettin-export[{extra}]"')
+
+
+class HardwareError(EttinError):
+    """A device, provider or instruction set that this machine lacks."""
+
+
+class CheckpointError(EttinError):
+    """A checkpoint that can't be read."""
+
+
+class DownloadError(CheckpointError):
+    """The hub did not deliver the checkpoint."""
+
+
+class UnsupportedCheckpoint(CheckpointError):
+    """A checkpoint that is not an Ettin reranker."""
+
+
+class ArtifactError(EttinError):
+    """An artifact that can't be used."""
+
+
+class ManifestError(ArtifactError):
+    """A manifest that is not valid, or was edited."""
+
+
+class DamagedArtifact(ArtifactError):
+    """A file that is missing or differs from the manifest."""
+
+
+class NewerFormat(ArtifactError):
+    """An artifact written by a newer version of this project."""
+
+
+class UnverifiedArtifact(ArtifactError):
+    """An artifact whose scores nobody has proven yet."""
+
+
+class ShapeError(EttinError, ValueError):
+    """More pairs or tokens than an artifact was built for."""
+
+
+class OutputError(EttinError):
+    """A folder that can't be written."""
+
+
+class ParityError(EttinError):
+    """Scores that differ from the reference by more than the tolerance."""

@@ -1,0 +1,1 @@
+"""Measuring artifacts: throughput and ranking quality."""

@@ -1,0 +1,150 @@
+"""`ettin-export`: checkpoint in, verified artifact out."""
+
+import shlex
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import click
+from ettin.artifacts.errors import EttinError, MissingDependency, UsageError
+from ettin.artifacts.targets import TARGETS, checked_precision, target_named
+from ettin.export import report
+from ettin.runtimes import console
+
+if TYPE_CHECKING:  # these import torch
+    from ettin.export.checkpoint import Checkpoint
+    from ettin.export.pipeline import Export, Job
+
+_MISSING = {"torch", "transformers", "sentence_transformers", "safetensors"}
+EXAMPLES = (
+    "ettin-export --size demo --target openvino",
+    "ettin-export --size 68m --target onnx --precision fp16",
+    "ettin-export --checkpoint ./my-fine-tune --target transformers",
+    "ettin-export --size 17m --all",
+)
+
+
+@click.command(epilog=console.example_epilog(*EXAMPLES), no_args_is_help=True)
+@click.option("--size", help="A released size, or demo: the small checkpoint that comes with this package.")
+@click.option("--checkpoint", help="A fine-tune instead: folder or hub id.")
+@click.option("--revision", help="Hub commit, branch or tag of --checkpoint.")
+@click.option("--target", default="openvino", show_default=True, help=f"What to write: {', '.join(TARGETS)}.")
+@click.option("--precision", help="fp32, fp16 or bf16, as the target has them; see --list.  [default: its first]")
+@click.option("--all", "everything", is_flag=True, help="Every target and precision that this machine can build.")
+@click.option("--output", type=click.Path(path_type=Path), help="Folder.  [default: ./NAME/TARGET-PRECISION]")
+@click.option("--max-length", type=int, help="Tokens that pairs are truncated to.  [default: the checkpoint's]")
+@click.option(
+    "--verify-pairs", type=click.Path(path_type=Path), help="JSON lines with query and document, verified too."
+)
+@click.option("--force", is_flag=True, help="Replace an artifact that is already there.")
+@click.option("--allow-unverified", is_flag=True, help="Publish what can't be run here; it loads after ettin-verify.")
+@click.option("--random-weights", is_flag=True, help="The size's shape with random weights: for trying hardware.")
+@click.option("--seed", default=0, show_default=True, help="Of the random weights.")
+@click.option("--tokenizer", type=click.Path(path_type=Path), help="Folder with a tokenizer for random weights.")
+@click.option("--dry-run", is_flag=True, help="Read and check, say what would be done, write nothing.")
+@click.option("--list", "list_", is_flag=True, help="Sizes, targets and precisions.")
+@click.option("--doctor", is_flag=True, help="What is installed, what works here, and the fix for what does not.")
+@click.version_option(package_name="ettin-export")
+def command(
+    size: str | None, checkpoint: str | None, revision: str | None, target: str, precision: str | None, everything: bool,
+    output: Path | None, max_length: int | None, verify_pairs: Path | None, force: bool, allow_unverified: bool,
+    random_weights: bool, seed: int, tokenizer: Path | None, dry_run: bool, list_: bool, doctor: bool,
+) -> None:  # fmt: skip
+    """Turn an Ettin reranker checkpoint into a fast artifact and prove that its scores are the reference's.
+
+    Steps and times go to stderr, the artifact's path alone to stdout. Exit code 0: verified and published.
+    """
+    if list_:
+        return report.show_list()
+    if doctor:
+        return report.show_doctor()
+    wanted = [(target, checked_precision(target_named(target), precision))]
+    if everything:
+        if precision is not None:
+            raise UsageError("--all exports every precision; leave --precision out")
+        wanted = [(each.name, kind) for each in TARGETS.values() for kind in each.precisions]
+    try:
+        from ettin.export.pipeline import Export, Job, Options
+        from ettin.export.sources import opened
+    except ModuleNotFoundError as error:
+        if error.name not in _MISSING:
+            raise
+        raise MissingDependency("exporting", str(error.name), "export") from None
+
+    with ExitStack() as stack:
+        with console.step("read the checkpoint"):
+            source = stack.enter_context(
+                opened(
+                    size=size,
+                    checkpoint=checkpoint,
+                    revision=revision,
+                    random_weights=random_weights,
+                    seed=seed,
+                    tokenizer=tokenizer,
+                )  # fmt: skip
+            )
+        options = Options(max_length, verify_pairs, force, allow_unverified, _typed())
+        export = Export(source, options, console.step)
+        above = output if everything and output else Path(source.name)
+        jobs = [
+            Job(name, kind, output if output and not everything else above / f"{name}-{kind}") for name, kind in wanted
+        ]
+        _announce(source)
+        if dry_run:
+            export.check(jobs)
+            return report.show_plan(export, jobs)
+        return _run_all(export, jobs) if everything else _run_one(export, jobs[0])
+
+
+def _announce(source: "Checkpoint") -> None:
+    at = f" at {source.revision}" if source.revision else ""
+    console.stderr.print(f"  {source.id}{at}: {source.shape.num_parameters:,} parameters", markup=False)
+    if source.is_random:
+        console.stderr.print("  RANDOM WEIGHTS: the shape is right, the scores mean nothing", style="bold yellow")
+
+
+def _run_one(export: "Export", job: "Job") -> None:
+    export.check([job])
+    export.prepare([job])
+    verification = export.run(job)
+    if verification is None:
+        console.stderr.print(
+            f"  NOT VERIFIED: {job.target} can't run here. It loads after: ettin-verify {job.output}",
+            style="bold yellow",
+        )
+    else:
+        console.stderr.print(f"  {verification.runtime}: {verification.summary}", markup=False)
+    click.echo(job.output)
+
+
+def _run_all(export: "Export", jobs: "list[Job]") -> None:
+    """Exports what can be built here; what can't is a row of the report with its reason."""
+    buildable, rows = [], []
+    for job in jobs:
+        try:
+            export.check([job])
+            buildable.append(job)
+        except EttinError as error:
+            rows.append(report.Row(job, None, str(error)))
+    if buildable:
+        export.prepare(buildable)
+    for job in buildable:
+        try:
+            rows.append(report.Row(job, export.run(job), None))
+            click.echo(job.output)
+        except EttinError as error:
+            rows.append(report.Row(job, None, str(error)))
+    report.show_all(rows)
+    failed = sum(row.problem is not None for row in rows)
+    if failed:
+        raise EttinError(f"{failed} of {len(rows)} exports failed, see the report above")
+
+
+def _typed() -> str:
+    return shlex.join(["ettin-export", *sys.argv[1:]])
+
+
+def main() -> NoReturn:
+    """Entry point."""
+    console.run(command)

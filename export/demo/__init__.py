@@ -1,0 +1,1 @@
+"""The embedded default checkpoint (`--size demo`), in the published modular format."""

@@ -1,0 +1,97 @@
+"""What this machine can export and run, and the exact fix for what it can't."""
+
+import importlib.metadata
+import importlib.util
+import platform
+import shutil
+import subprocess
+from dataclasses import dataclass
+
+from ettin.artifacts.targets import TARGETS
+from ettin.export.lowering import WRITERS
+from ettin.runtimes import cpu
+from ettin.runtimes.registry import ENGINES
+
+_PACKAGES = (
+    "torch", "transformers", "sentence_transformers", "huggingface_hub", "safetensors", "tokenizers", "onnx",
+    "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx",
+)  # fmt: skip
+_GOLD = ("torch", "transformers", "sentence_transformers", "safetensors")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report.
+
+    Args:
+        what: what was looked at.
+        ok: whether it works; None for a plain fact.
+        detail: what was found.
+        fix: the command that mends it.
+    """
+
+    what: str
+    ok: bool | None
+    detail: str
+    fix: str = ""
+
+
+def examine() -> list[Finding]:
+    """Looks at the machine without changing it or importing an engine."""
+    return [*_machine(), *_packages(), *_targets()]
+
+
+def _machine() -> list[Finding]:
+    known = [flag for flag in cpu.INTERESTING if flag in cpu.flags()]
+    limit = f"; limited by ONEDNN_MAX_CPU_ISA={cpu.isa_limit()}" if cpu.isa_limit() else ""
+    bf16 = "bf16 arithmetic" if cpu.has_bf16() else "no bf16 arithmetic (bf16 artifacts run in f32)"
+    return [
+        Finding("python", None, f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        Finding("cpu", None, f"{cpu.model_name()}, {cpu.available_cpus()} usable; {' '.join(known)}{limit}; {bf16}"),
+        Finding("gpu", None, _gpu()),
+    ]
+
+
+def _gpu() -> str:
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return "none found (no nvidia-smi)"
+    query = [program, "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"]
+    found = subprocess.run(query, capture_output=True, text=True, check=False, timeout=20)
+    return found.stdout.strip().replace("\n", "; ") or f"nvidia-smi failed: {found.stderr.strip()[:80]}"
+
+
+def _has(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def _packages() -> list[Finding]:
+    findings = []
+    for module in _PACKAGES:
+        if _has(module):
+            distributions = importlib.metadata.packages_distributions().get(module, [module])
+            names = sorted(set(distributions))
+            versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+            both = module == "onnxruntime" and len(names) > 1
+            fix = "pip uninstall -y onnxruntime onnxruntime-gpu, then install one of them" if both else ""
+            findings.append(Finding(module, not both, versions, fix))
+    return findings
+
+
+def _targets() -> list[Finding]:
+    findings = []
+    for name in TARGETS:
+        writer, engine = WRITERS[name], ENGINES[name]
+        missing_run = [module for module in engine.packages if not _has(module)]
+        missing_write = [module for module in (*_GOLD, *writer.packages) if not _has(module)]
+        extras = ([engine.extra] if missing_run else []) + (["export"] if missing_write else [])
+        detail = "export and run"
+        if missing_write and missing_run:
+            detail = f"neither export nor run: no {', '.join(dict.fromkeys(missing_write + missing_run))}"
+        elif missing_write:
+            detail = f"run only: to export, no {', '.join(missing_write)}"
+        elif missing_run:
+            detail = f"export only with --allow-unverified: to run, no {', '.join(missing_run)}"
+        fix = f'pip install "ettin-export[{",".join(dict.fromkeys(extras))}]"' if extras else ""
+        findings.append(Finding(f"target {name}", not extras, detail, fix))
+    return findings

@@ -1,0 +1,163 @@
+"""The primitive operations written as ONNX nodes."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx
+from ettin.runtimes.graph.ops import Kind
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+OPSET = 20  # the first with Gelu; ONNX Runtime reads it from 1.17 on
+_ELEMENT = {"int64": TensorProto.INT64, "float16": TensorProto.FLOAT16, "float32": TensorProto.FLOAT}
+
+
+class Value(NamedTuple):
+    """A tensor of the graph: its name and element type."""
+
+    name: str
+    dtype: str
+
+
+class OnnxOps:
+    """Collects nodes and initializers.
+
+    Args:
+        weights: folded weights, float32, by name.
+        compute: element type of the linear layers and attention, "float32" or "float16". Norms and the head
+            are float32 either way.
+    """
+
+    def __init__(self, weights: Mapping[str, NDArray[np.float32]], compute: str) -> None:
+        self._weights, self._compute = weights, compute
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: dict[str, TensorProto] = {}
+
+    def node(self, kind: str, inputs: Sequence[Value], dtype: str | None = None, **attributes: Any) -> Value:
+        """Adds a node with one output, of the first input's type unless told otherwise."""
+        return self._nodes(kind, inputs, dtype or inputs[0].dtype, 1, **attributes)[0]
+
+    def _nodes(self, kind: str, inputs: Sequence[Value], dtype: str, outputs: int, **attributes: Any) -> list[Value]:
+        name = f"{kind}_{len(self.nodes)}"
+        names = [f"{name}:{at}" for at in range(outputs)]
+        self.nodes.append(helper.make_node(kind, [each.name for each in inputs], names, name, **attributes))
+        return [Value(each, dtype) for each in names]
+
+    def constant(self, values: NDArray[Any], name: str | None = None) -> Value:
+        """Adds an initializer; equal small constants share one."""
+        name = name or f"const:{values.dtype}:{values.tolist()}"
+        if name not in self.initializers:
+            self.initializers[name] = numpy_helper.from_array(np.asarray(values, order="C"), name)
+        return Value(name, str(values.dtype))
+
+    def weight(self, name: str) -> Value:
+        dtype = "float32" if name.startswith("head.") else self._compute
+        return self.constant(self._weights[name].astype(dtype, copy=False), name)
+
+    def integer(self, value: int) -> Value:
+        return self.constant(np.array(value, np.int64))
+
+    def _integers(self, values: Sequence[int]) -> Value:
+        return self.constant(np.array(values, np.int64))
+
+    def dim(self, x: Value, axis: int) -> Value:
+        length = self.node("Shape", [x], "int64", start=axis, end=axis + 1)
+        return self.node("Squeeze", [length, self._integers([0])])
+
+    def arange(self, count: Value) -> Value:
+        return self.node("Range", [self.integer(0), count, self.integer(1)])
+
+    def cast(self, x: Value, kind: Kind) -> Value:
+        dtype = {"int": "int64", "compute": self._compute, "float32": "float32"}[kind]
+        return x if x.dtype == dtype else self.node("Cast", [x], dtype, to=_ELEMENT[dtype])
+
+    def add(self, a: Value, b: Value) -> Value:
+        return self.node("Add", [a, b])
+
+    def subtract(self, a: Value, b: Value) -> Value:
+        return self.node("Sub", [a, b])
+
+    def multiply(self, a: Value, b: Value) -> Value:
+        return self.node("Mul", [a, b])
+
+    def floor_divide(self, a: Value, b: Value) -> Value:
+        return self.node("Div", [a, b])
+
+    def minimum(self, a: Value, b: Value) -> Value:
+        return self.node("Min", [a, b])
+
+    def maximum(self, a: Value, b: Value) -> Value:
+        return self.node("Max", [a, b])
+
+    def absolute(self, x: Value) -> Value:
+        return self.node("Abs", [x])
+
+    def bias_where(self, a: Value, b: Value, bias: float) -> Value:
+        chosen, zero = (self.constant(np.array(value, self._compute)) for value in (bias, 0.0))
+        return self.node("Where", [self.node("Greater", [a, b], "bool"), chosen, zero], self._compute)
+
+    def _dims(self, dims: Sequence[int | Value]) -> Value:
+        if all(isinstance(size, int) for size in dims):
+            return self._integers([size for size in dims if isinstance(size, int)])
+        parts = [
+            self._integers([size]) if isinstance(size, int) else self.node("Unsqueeze", [size, self._integers([0])])
+            for size in dims
+        ]
+        return self.node("Concat", parts, axis=0)
+
+    def reshape(self, x: Value, dims: Sequence[int | Value]) -> Value:
+        return self.node("Reshape", [x, self._dims(dims)])
+
+    def expand(self, x: Value, dims: Sequence[int | Value]) -> Value:
+        return self.node("Expand", [x, self._dims(dims)])
+
+    def transpose(self, x: Value, axes: Sequence[int]) -> Value:
+        return self.node("Transpose", [x], perm=list(axes))
+
+    def gather(self, x: Value, index: Value, axis: int) -> Value:
+        return self.node("Gather", [x, index], axis=axis)
+
+    def first(self, x: Value, count: Value, axis: int) -> Value:
+        end = self.node("Unsqueeze", [count, self._integers([0])])
+        return self.node("Slice", [x, self._integers([0]), end, self._integers([axis])])
+
+    def pad_end(self, x: Value, count: Value, value: int) -> Value:
+        pads = self.node("Concat", [self._integers([0, 0, 0]), self._dims([count])], axis=0)
+        return self.node("Pad", [x, pads, self.integer(value)], mode="constant")
+
+    def embedding(self, ids: Value, name: str) -> Value:
+        return self.node("Gather", [self.weight(name), ids], axis=0)
+
+    def _matrix(self, name: str) -> Value:
+        """A weight [out, in] stored as the [in, out] that MatMul takes."""
+        dtype = "float32" if name.startswith("head.") else self._compute
+        return self.constant(self._weights[name].T.astype(dtype, copy=False), name)
+
+    def linear(self, x: Value, name: str, bias: str | None = None) -> Value:
+        product = self.node("MatMul", [x, self._matrix(name)])
+        return product if bias is None else self.node("Add", [product, self.weight(bias)])
+
+    def linears(self, x: Value, names: Sequence[str], joint: bool) -> list[Value]:
+        if joint:
+            raise NotImplementedError("ONNX graphs keep split projections")
+        return [self.linear(x, name) for name in names]
+
+    def normalise(self, x: Value, eps: float) -> Value:
+        wide = self.cast(x, "float32")
+        ones = self.constant(np.ones(self._weights["embedding"].shape[1], np.float32), "norm.ones")
+        normed = self.node("LayerNormalization", [wide, ones], axis=-1, epsilon=eps)
+        return normed if x.dtype == "float32" else self.cast(normed, "compute")
+
+    def gelu(self, x: Value) -> Value:
+        return self.node("Gelu", [x], approximate="none")
+
+    def rotate(self, x: Value, cos: Value, sin: Value) -> Value:
+        left, right = self._nodes("Split", [x], x.dtype, 2, axis=-1, num_outputs=2)
+        turned = self.node("Concat", [self.node("Neg", [right]), left], axis=-1)
+        return self.add(self.multiply(x, cos), self.multiply(turned, sin))
+
+    def attention(self, q: Value, k: Value, v: Value, bias: Value) -> Value:
+        scores = self.node("MatMul", [q, self.transpose(k, [0, 1, 3, 2])])
+        shares = self.node("Softmax", [self.add(scores, bias)], axis=-1)
+        return self.node("MatMul", [shares, v])

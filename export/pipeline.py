@@ -1,0 +1,274 @@
+"""The five steps of an export: read, rewrite, lower, verify, publish."""
+
+import functools
+import importlib.metadata
+import platform
+import shutil
+import tempfile
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Protocol
+
+from ettin.artifacts.errors import EttinError, OutputError, ParityError, UsageError
+from ettin.artifacts.files import file_sha256, list_files
+from ettin.artifacts.manifest import MANIFEST_NAME, Manifest, Parity, Source, Tokenizer
+from ettin.artifacts.parity import write_parity
+from ettin.artifacts.publish import check_output, staged
+from ettin.artifacts.tolerances import FP16_MAX_ACTIVATION
+from ettin.export.card import card
+from ettin.export.checkpoint import Checkpoint
+from ettin.export.gold import Gold, score_gold
+from ettin.export.lowering import Lowered, lower, lowering
+from ettin.export.proof_pairs import proof_pairs
+from ettin.runtimes.registry import runtime_class
+from ettin.runtimes.verify import Verification, verify_in_child
+
+REFERENCE = "gold: sentence-transformers CrossEncoder, fp32, SDPA, CPU"
+_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+# An instruction set without bf16: the arithmetic that a bf16 artifact runs in on machines without it.
+_WITHOUT_BF16 = {"ONEDNN_MAX_CPU_ISA": "AVX2_VNNI"}
+
+
+class Steps(Protocol):
+    """Shows progress: `with steps("verify"): …`."""
+
+    def __call__(self, what: str) -> AbstractContextManager[None]:
+        """A step that takes time."""
+        ...
+
+
+@dataclass(frozen=True)
+class Job:
+    """One artifact to make.
+
+    Args:
+        target: see `TARGETS`.
+        precision: see `TARGETS`.
+        output: its folder.
+    """
+
+    target: str
+    precision: str
+    output: Path
+
+
+@dataclass(frozen=True)
+class Options:
+    """What all artifacts of a run have in common.
+
+    Args:
+        max_length: tokens that they truncate to; None: the checkpoint's.
+        verify_pairs: JSON lines with more pairs to verify on.
+        force: replace artifacts that are already there.
+        allow_unverified: publish what can't be run here, marked as unverified.
+        command: what the user typed, for the manifest.
+    """
+
+    max_length: int | None = None
+    verify_pairs: Path | None = None
+    force: bool = False
+    allow_unverified: bool = False
+    command: str = "ettin-export"
+
+
+@dataclass
+class Export:
+    """Exports one checkpoint to any number of targets; gold is scored once.
+
+    Args:
+        checkpoint: what is exported.
+        options: see `Options`.
+        step: shows progress.
+    """
+
+    checkpoint: Checkpoint
+    options: Options
+    step: Steps
+    _gold: Gold | None = None
+    _proven_fp32: set[str] = field(default_factory=set)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that the artifacts truncate to.
+
+        Raises:
+            UsageError: more than the checkpoint's, or no room for a text.
+        """
+        most, asked = self.checkpoint.max_length_tokens, self.options.max_length
+        if asked is not None and not 8 <= asked <= most:
+            raise UsageError(f"--max-length is {asked}, expected 8 to {most} (what the checkpoint was made for)")
+        return asked or most
+
+    def check(self, jobs: Sequence[Job]) -> None:
+        """Whatever can be refused before work begins.
+
+        Raises:
+            EttinError: an output that can't be written, a missing package, too little disk space.
+        """
+        _ = self.max_length
+        for job in jobs:
+            check_output(job.output, self.options.force)
+            lowering(job.target)
+            if not self.options.allow_unverified:
+                runtime_class(job.target)
+        if jobs:
+            need = max(self.expected_bytes(job) * (1 if job.precision == "fp32" else 3) for job in jobs)
+            where = jobs[0].output.absolute()
+            while not where.exists():
+                where = where.parent
+            free = shutil.disk_usage(where).free
+            if free < need:
+                raise OutputError(
+                    f"{where}: {free >> 20} MiB free, this export needs {need >> 20}. Choose another: --output DIR"
+                )
+
+    def expected_bytes(self, job: Job) -> int:
+        """Size of the artifact, roughly: its weights."""
+        return self.checkpoint.shape.num_parameters * _BYTES[job.precision]
+
+    def prepare(self, jobs: Sequence[Job]) -> None:
+        """Scores gold for all jobs."""
+        pairs = proof_pairs(self.options.verify_pairs)
+        reduced = any(job.precision != "fp32" for job in jobs)
+        with self.step(f"score {len(pairs)} pairs with the reference"):
+            self._gold = score_gold(self.checkpoint, pairs, self.max_length, with_bf16=reduced)
+
+    def run(self, job: Job) -> Verification | None:
+        """Makes, verifies and publishes one artifact.
+
+        Returns:
+            What was proven; None for one published without proof (`allow_unverified`).
+
+        Raises:
+            ParityError: the scores differ from gold; nothing was published.
+            EttinError: anything else; nothing was published.
+        """
+        if self._gold is None:
+            self.prepare([job])
+        assert self._gold is not None  # noqa: S101 (set by prepare)
+        if job.precision == "fp16" and self._gold.max_activation > FP16_MAX_ACTIVATION:
+            raise ParityError(
+                f"fp16 ends at 65504, an activation of gold reaches {self._gold.max_activation:.0f}, limit "
+                f"{FP16_MAX_ACTIVATION:.0f}. Export another precision: --target {job.target} --precision fp32"
+            )
+        proven = _can_run(job.target)
+        if job.precision != "fp32" and proven and job.target not in self._proven_fp32:
+            self._prove_fp32(job)
+        with staged(job.output, self.options.force) as stage:
+            with self.step(f"write {job.target} {job.precision}"):
+                lowered = lower(self.checkpoint, job.target, job.precision, stage)
+                write_parity(stage, self._gold.cases)
+                self._write_manifest(stage, job, lowered, _unverified())
+            if not proven:
+                return None
+            verification = self._verify(stage, job.precision)
+            self._write_manifest(stage, job, lowered, verification.parity(REFERENCE))
+        if job.precision == "fp32":
+            self._proven_fp32.add(job.target)
+        return verification
+
+    def _prove_fp32(self, job: Job) -> None:
+        """A reduced precision is made only from a lowered graph that passed in fp32."""
+        assert self._gold is not None  # noqa: S101
+        above = job.output.absolute().parent
+        while not above.exists():
+            above = above.parent
+        with tempfile.TemporaryDirectory(prefix=".ettin-fp32-", dir=above) as folder:
+            stage = Path(folder)
+            with self.step(f"write {job.target} fp32, to prove the graph"):
+                lowered = lower(self.checkpoint, job.target, "fp32", stage)
+                write_parity(stage, self._gold.cases)
+                self._write_manifest(stage, Job(job.target, "fp32", job.output), lowered, _unverified())
+            self._verify(stage, "fp32")
+        self._proven_fp32.add(job.target)
+
+    def _verify(self, stage: Path, precision: str) -> Verification:
+        with self.step(f"verify {precision}"):
+            found = self._passed(verify_in_child(stage))
+        if precision == "bf16" and found.arithmetic == ("bf16",):
+            with self.step("verify bf16 weights in f32 arithmetic"):
+                fallback = self._passed(verify_in_child(stage, _WITHOUT_BF16))
+            found = found.joined(fallback)
+        return found
+
+    def _passed(self, found: Verification) -> Verification:
+        if not found.ok:
+            raise ParityError(
+                f"{found.runtime}: scores differ from the reference: {found.summary}; limit: {found.rule}; "
+                f"worst pair: {found.worst_pair}. Nothing was published"
+            )
+        return found
+
+    def _write_manifest(self, stage: Path, job: Job, lowered: Lowered, parity: Parity) -> None:
+        checkpoint = self.checkpoint
+        tokenizer = stage / "tokenizer.json"
+        manifest = Manifest(
+            name=checkpoint.name,
+            target=job.target,
+            precision=job.precision,
+            source=Source(
+                id=checkpoint.id,
+                revision=checkpoint.revision,
+                weights="random" if checkpoint.is_random else "checkpoint",
+                weights_sha256=self._weights_sha256,
+                shape=checkpoint.shape.to_json(),
+            ),
+            graph=lowered.graph,
+            interface=lowered.interface,
+            tokenizer=Tokenizer(sha256=file_sha256(tokenizer), pad_token_id=checkpoint.shape.pad_token_id),
+            max_length_tokens=self.max_length,
+            activation=checkpoint.activation,
+            needs=lowered.needs,
+            entry=lowered.entry,
+            toolchain=toolchain(),
+            command=self.options.command,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            parity=parity,
+            files=(),
+        )
+        (stage / "README.md").write_text(card(manifest), encoding="utf-8")
+        whole = manifest.model_copy(update={"files": list_files(stage)})
+        (stage / MANIFEST_NAME).write_bytes(whole.to_bytes())
+
+    @functools.cached_property
+    def _weights_sha256(self) -> str:
+        return self.checkpoint.weights_sha256()
+
+
+def toolchain() -> dict[str, str]:
+    """Versions of what took part, and the machine's kind."""
+    packages = (
+        "ettin-export",
+        "torch",
+        "transformers",
+        "sentence-transformers",
+        "onnx",
+        "onnxruntime",
+        "openvino",
+        "tokenizers",
+    )
+    found = {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _can_run(target: str) -> bool:
+    try:
+        runtime_class(target)
+    except EttinError:
+        return False
+    return True
+
+
+def _unverified() -> Parity:
+    return Parity(
+        status="unverified", pairs=0, max_abs_error=None, mean_abs_error=None, spearman=None, batch_max_abs_error=None,
+        arithmetic=(), reference=REFERENCE, rule="not run",
+    )  # fmt: skip

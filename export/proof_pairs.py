@@ -1,0 +1,69 @@
+"""The pairs that every export is verified on."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from ettin.artifacts.errors import InputError
+
+_PASSAGES = Path(__file__).parent / "passages.jsonl"
+_OTHERS = (0, 1, 7, 13, 22)  # a question meets its own passage and four others
+
+# Around every edge of the window (64), the block span (192), the block threshold (512); and one long input.
+GRID_TOKENS = (8, 63, 64, 65, 66, 127, 128, 129, 130, 191, 192, 193, 256, 511, 512, 513, 577, 700, 2048)
+
+
+@dataclass(frozen=True)
+class ProofPair:
+    """A pair and the tokens that it is truncated to (None: the model's maximum)."""
+
+    query: str
+    document: str
+    max_length: int | None = None
+
+
+def proof_pairs(extra: Path | None = None) -> list[ProofPair]:
+    """The project's own texts: 220 pairs at their natural lengths, edge cases, and a grid of exact lengths.
+
+    Args:
+        extra: JSON lines with "query" and "document", added to them.
+
+    Raises:
+        InputError: a line of `extra` is something else.
+    """
+    rows = [json.loads(line) for line in _PASSAGES.read_text(encoding="utf-8").splitlines()]
+    count = len(rows)
+    natural = [
+        ProofPair(row["question"], rows[(at + step) % count]["text"]) for at, row in enumerate(rows) for step in _OTHERS
+    ]
+    edges = [
+        ProofPair("", "an empty query"),
+        ProofPair("an empty document", ""),
+        ProofPair("", ""),
+        ProofPair("a [SEP] in a query 🙂", "and a [MASK] in a document\u00a0\u200d\ttoo"),
+    ]
+    # Exact lengths: texts long enough for any tokenizer, truncated.
+    texts = [row["text"] for row in rows]
+    grid = [
+        ProofPair(rows[at % count]["question"], " ".join(texts[at % count :] + texts[: at % count]), tokens)
+        for at, tokens in enumerate(GRID_TOKENS)
+    ]
+    return natural + edges + grid + (_read(extra) if extra else [])
+
+
+def _read(path: Path) -> list[ProofPair]:
+    pairs = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise InputError(f"{path}: can't be read ({error.strerror})") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            query, document = row["query"], row["document"]
+        except (ValueError, TypeError, KeyError):
+            query = document = None
+        if not isinstance(query, str) or not isinstance(document, str):
+            raise InputError(f"{path}, line {number}: expected a JSON object with strings 'query' and 'document'")
+        pairs.append(ProofPair(query, document))
+    return pairs

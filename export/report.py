@@ -1,0 +1,83 @@
+"""What `ettin-export` shows besides its steps."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ettin.artifacts.targets import TARGETS
+from ettin.export.doctor import examine
+from ettin.export.sizes import SIZES
+from ettin.runtimes import console
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:  # these import torch
+    from ettin.export.pipeline import Export, Job
+    from ettin.runtimes.verify import Verification
+
+
+@dataclass(frozen=True)
+class Row:
+    """One export of a run with `--all`.
+
+    Args:
+        job: what was to be made.
+        verification: what was proven; None if it failed or could not be run here.
+        problem: why it failed.
+    """
+
+    job: "Job"
+    verification: "Verification | None"
+    problem: str | None
+
+
+def show_list() -> None:
+    """Sizes, targets and precisions."""
+    sizes = Table("size", "parameters", "hub id", "pinned revision", box=None, title="Sizes", title_justify="left")
+    sizes.add_row("demo", "2,042,113", "comes with this package", "")
+    for size in SIZES.values():
+        sizes.add_row(size.name, f"{size.parameters:,}", size.hub_id, size.revision[:12])
+    console.stdout.print(sizes)
+    targets = Table("target", "precisions (first: default)", "runs on", box=None, title="Targets", title_justify="left")
+    for target in TARGETS.values():
+        targets.add_row(target.name, ", ".join(target.precisions), target.runs_on)
+    console.stdout.print(targets)
+
+
+def show_doctor() -> None:
+    """What is installed, what works here, and the fix for what does not."""
+    marks = {True: "[green]ok[/green]", False: "[red]no[/red]", None: ""}
+    table = Table(box=None, show_header=False)
+    for finding in examine():
+        table.add_row(marks[finding.ok], finding.what, escape(finding.detail))
+        if finding.fix:
+            table.add_row("", "", f"[yellow]{escape(finding.fix)}[/yellow]")
+    console.stdout.print(table)
+
+
+def show_plan(export: "Export", jobs: "list[Job]") -> None:
+    """What would be done."""
+    for job in jobs:
+        size = export.expected_bytes(job) / 2**20
+        console.stdout.print(
+            f"would write {job.target} {job.precision}, about {size:.0f} MiB, up to {export.max_length} tokens a pair, "
+            f"to {job.output}, once its scores are proven",
+            markup=False,
+        )
+
+
+def show_all(rows: list[Row]) -> None:
+    """The report of a run with `--all`."""
+    table = Table("target", "precision", "max |Δ|", "mean |Δ|", "Spearman", "MiB", "artifact or problem", box=None)
+    for row in rows:
+        found = row.verification
+        figures = ["–"] * 3
+        if found is not None:
+            rank = "–" if found.spearman is None else f"{found.spearman:.6f}"
+            figures = [f"{found.max_abs_error:.1e}", f"{found.mean_abs_error:.1e}", rank]
+        size = "–"
+        if row.problem is None:
+            files = (path.stat().st_size for path in row.job.output.rglob("*") if path.is_file())
+            size = f"{sum(files) / 2**20:.1f}"
+        note = str(row.job.output) + ("" if found else " (not verified)") if row.problem is None else row.problem
+        table.add_row(row.job.target, row.job.precision, *figures, size, escape(note))
+    console.stderr.print(table)

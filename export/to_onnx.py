@@ -1,0 +1,81 @@
+"""Checkpoint → ONNX, in the folder layout that Optimum and transformers.js expect."""
+
+import importlib.metadata
+from pathlib import Path
+
+import onnx
+from ettin.artifacts.manifest import Needs
+from ettin.export.checkpoint import Checkpoint
+from ettin.export.lowering import PADDED, Lowered, form_for_manifest
+from ettin.export.onnx_graph import OPSET, OnnxOps, Value
+from ettin.export.to_transformers import write_configs
+from ettin.export.weights import Weights
+from ettin.runtimes.graph import GraphForm, Scorer
+from ettin.runtimes.graph.fold import inference_weights
+from onnx import TensorProto, helper
+
+_COMPUTE = {"fp32": "float32", "fp16": "float16"}
+# transformers.js finds a precision by its file name; Optimum takes the one ONNX file that there is.
+_FILE = {"fp32": "model.onnx", "fp16": "model_fp16.onnx"}
+_IR_VERSION = 9  # what ONNX Runtime 1.17 reads, the first with opset 20
+EXTERNAL_FROM_BYTES = 1 << 30
+
+
+def onnx_from_checkpoint(
+    checkpoint: Checkpoint,
+    weights: Weights,
+    precision: str,
+    folder: Path,
+    *,
+    form: GraphForm | None = None,
+    external_from_bytes: int = EXTERNAL_FROM_BYTES,
+) -> Lowered:
+    """Writes `onnx/model.onnx` and the configs beside it.
+
+    Args:
+        checkpoint: what is lowered.
+        weights: its tensors.
+        precision: "fp32", or "fp16" with norms and head in fp32.
+        folder: where to.
+        form: speed choices.
+        external_from_bytes: weights of this size and more go to `model.onnx_data`: protobuf ends at 2 GiB.
+    """
+    form = form or GraphForm()
+    folded = {
+        name: tensor.numpy()
+        for name, tensor in inference_weights(weights.encoder, weights.head, checkpoint.shape).items()
+    }
+    ops = OnnxOps(folded, _COMPUTE[precision])
+    logits = Scorer(ops, checkpoint.shape, form).logits(Value("input_ids", "int64"), Value("attention_mask", "int64"))
+    ops.nodes.append(helper.make_node("Identity", [logits.name], ["logits"], "logits"))
+    initializers = list(ops.initializers.values())
+    inputs = [helper.make_tensor_value_info(each.name, TensorProto.INT64, each.shape) for each in PADDED.inputs]
+    outputs = [helper.make_tensor_value_info(each.name, TensorProto.FLOAT, each.shape) for each in PADDED.outputs]
+    graph = helper.make_graph(ops.nodes, "ettin-reranker", inputs, outputs, initializers)
+    model = helper.make_model(
+        graph,
+        opset_imports=[helper.make_opsetid("", OPSET)],
+        ir_version=_IR_VERSION,
+        producer_name="ettin-export",
+        producer_version=importlib.metadata.version("ettin-export"),
+    )
+    path = folder / "onnx" / _FILE[precision]
+    path.parent.mkdir()
+    size_bytes = sum(len(each.raw_data) for each in initializers)
+    external = size_bytes >= external_from_bytes
+    onnx.save_model(model, path, save_as_external_data=external, location=f"{path.name}_data", size_threshold=1024)
+    onnx.checker.check_model(path, full_check=True)
+    write_configs(checkpoint, folder)
+    return Lowered(
+        entry=path.relative_to(folder).as_posix(),
+        interface=PADDED,
+        needs=Needs(device="any", isa=(), package="onnxruntime", version=_version("onnxruntime")),
+        graph=form_for_manifest(form),
+    )
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed at export"

@@ -1,0 +1,14 @@
+"""Artifact → scores, without torch (but for the `transformers` target).
+
+from ettin.runtimes import load
+
+with load("ettin-reranker-demo/openvino-fp32") as reranker:
+    hits = reranker.rank("Which planet is known as the Red Planet?", documents, top_k=3)
+"""
+
+from ettin.artifacts.errors import EttinError
+from ettin.runtimes.base import Runtime
+from ettin.runtimes.batch import Batch
+from ettin.runtimes.registry import load
+
+__all__ = ["Batch", "EttinError", "Runtime", "load"]

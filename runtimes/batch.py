@@ -1,0 +1,80 @@
+"""Ragged batches: what every backend scores, and how they are cut."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ids = NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tokenised pairs without padding.
+
+    Args:
+        ids: int32 [tokens], the pairs one after the other.
+        cu_seqlens: int32 [pairs + 1], where each begins and the last ends.
+        pad_token_id: what `padded` fills with.
+    """
+
+    ids: Ids
+    cu_seqlens: NDArray[np.int32]
+    pad_token_id: int
+
+    @classmethod
+    def of(cls, sequences: Sequence[Ids], pad_token_id: int) -> "Batch":
+        """Joins sequences, each int32 [its tokens]."""
+        lengths = [0, *(len(each) for each in sequences)]
+        ids = np.concatenate(sequences) if sequences else np.empty(0, np.int32)
+        return cls(ids, np.cumsum(lengths, dtype=np.int32), pad_token_id)
+
+    def __len__(self) -> int:
+        return len(self.cu_seqlens) - 1
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest pair."""
+        return int(np.diff(self.cu_seqlens).max(initial=0))
+
+    def padded(self, multiple: int = 1) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The batch as a rectangle, for engines that want one.
+
+        Args:
+            multiple: the width is rounded up to a multiple of this.
+
+        Returns:
+            input_ids and attention_mask, int64 [pairs, width]; the mask is 1 for real tokens.
+        """
+        lengths = np.diff(self.cu_seqlens)
+        width = -(-self.longest // multiple) * multiple
+        mask = np.arange(width) < lengths[:, None]
+        input_ids = np.full(mask.shape, self.pad_token_id, np.int64)
+        input_ids[mask] = self.ids
+        return input_ids, mask.astype(np.int64)
+
+
+def cut(
+    lengths: Sequence[int], max_tokens: int, multiple: int = 1, max_pairs: int | None = None
+) -> Iterator[list[int]]:
+    """Cuts pairs into batches of like lengths by token budget, longest first.
+
+    Args:
+        lengths: tokens of each pair.
+        max_tokens: budget of a batch, padding included; a pair over it goes alone.
+        multiple: the widths of batches are rounded up to this.
+        max_pairs: pairs in a batch, at most.
+
+    Yields:
+        Indices into `lengths`, a batch at a time; every index once.
+    """
+    order = np.argsort(-np.asarray(lengths, np.int64), kind="stable").tolist()
+    start = 0
+    while start < len(order):
+        width = -(-max(lengths[order[start]], 1) // multiple) * multiple
+        count = max(1, max_tokens // width)
+        if max_pairs is not None:
+            count = min(count, max_pairs)
+        yield order[start : start + count]
+        start += count

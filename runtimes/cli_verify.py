@@ -1,0 +1,37 @@
+"""`ettin-verify`: proves an artifact on this machine."""
+
+from pathlib import Path
+from typing import NoReturn
+
+import click
+from ettin.artifacts.errors import ParityError
+from ettin.artifacts.manifest import Manifest
+from ettin.runtimes import console
+from ettin.runtimes.verify import record_verified, verify
+
+
+@click.command(epilog=console.example_epilog("ettin-verify ettin-reranker-demo/openvino-fp32"))
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: all]")
+def command(artifact: Path, device: str, threads: int | None) -> None:
+    """Compare an artifact's scores with its reference, here.
+
+    The pairs and the reference's scores travel in the artifact, so this needs the engine and nothing else. Exit code 0:
+    within the tolerance. An artifact exported with --allow-unverified can be loaded after it passed once.
+    """
+    with console.step("verify"):
+        found = verify(artifact, device=device, threads=threads)
+    console.stdout.print(f"{found.runtime}: {found.summary}", markup=False)
+    console.stdout.print(f"worst pair: {found.worst_pair}", markup=False)
+    if not found.ok:
+        raise ParityError(f"{artifact}: scores differ from the reference: {found.summary}; limit: {found.rule}")
+    if Manifest.read(artifact).parity.status == "unverified":
+        record_verified(artifact, found)
+        console.stdout.print("marked as verified in manifest.json")
+    console.stdout.print(f"ok ({found.rule})", markup=False)
+
+
+def main() -> NoReturn:
+    """Entry point."""
+    console.run(command)

@@ -1,0 +1,206 @@
+"""The Ettin scorer with less work than the checkpoint's own graph, and the same result.
+
+All rewritings are exact (up to rounding):
+
+- **CLS-only last layer**: only the first token is read out, so the last layer computes keys and values for all
+  tokens, but query, attention, output projection and MLP for one.
+- **Folded norms**: the norms here have no weight; `fold` moved it into the projection that follows.
+- **Split projections**: Q, K, V (and, where it pays, the two GeGLU halves) are separate products, so no
+  split or transpose of a joint one. The softmax scale is folded into Q.
+- **Block-local attention**: a local layer attends from blocks of queries to the keys that they can see, so its
+  cost grows with tokens, not tokens². Up to `block_threshold_tokens` the whole input is one block: the same
+  nodes then compute the dense form, and one graph serves every length.
+"""
+
+from dataclasses import dataclass
+from typing import Generic
+
+from ettin.runtimes.graph.ops import Ops, T
+from ettin.runtimes.graph.shape import ModelShape
+
+# Added to masked scores. Finite, so a row that sees nothing stays free of NaN, and within the fp16 range
+# together with any score that an fp16 graph may hold (activations are refused from 32,000 on).
+MASK_BIAS = -3.0e4
+
+
+@dataclass(frozen=True)
+class GraphForm:
+    """Choices that change the speed of a graph and not its result.
+
+    Args:
+        block_threshold_tokens: longest input whose local layers are computed densely.
+        block_tokens: queries in a block of the block-local form.
+        split_geglu: two products for the GeGLU halves instead of one.
+    """
+
+    block_threshold_tokens: int = 512
+    block_tokens: int = 64
+    split_geglu: bool = True
+
+
+@dataclass(frozen=True)
+class _View(Generic[T]):
+    """How the layers of one kind (global or local) see the input; shared by all of them.
+
+    A local layer's rows are the blocks of all inputs, one after the other.
+    """
+
+    bias: T  # [rows, 1, 1 or queries, keys]
+    query_rope: tuple[T, T]  # cos, sin [rows or 1, 1, queries, d]
+    key_rope: tuple[T, T]  # cos, sin [rows or 1, 1, keys, d]
+    key_index: T | None  # int64 [blocks · keys]: the keys that each block sees; None: all
+
+
+@dataclass(frozen=True)
+class _Layout(Generic[T]):
+    """What depends on lengths and mask alone."""
+
+    rows: T
+    tokens: T
+    block_rows: T  # rows · blocks
+    views: dict[bool, _View[T]]  # by "is global"
+
+
+class Scorer(Generic[T]):
+    """Describes the scorer to `ops`.
+
+    Args:
+        ops: the engine's primitive operations, holding the folded weights.
+        shape: the model's shape.
+        form: speed choices.
+    """
+
+    def __init__(self, ops: Ops[T], shape: ModelShape, form: GraphForm) -> None:
+        span = form.block_tokens + 2 * shape.window_tokens
+        if form.block_threshold_tokens < span:
+            raise ValueError(f"block_threshold_tokens is {form.block_threshold_tokens}, below one key span {span}")
+        self.ops, self.shape, self.form = ops, shape, form
+
+    def logits(self, input_ids: T, attention_mask: T) -> T:
+        """Raw logits, float32 [rows, 1], of input_ids and attention_mask, int64 [rows, tokens]."""
+        ops = self.ops
+        input_ids, layout = self._layout(input_ids, attention_mask)
+        x = ops.embedding(input_ids, "embedding")
+        last = self.shape.num_layers - 1
+        for layer in range(last):
+            x = ops.add(x, self._attention(layer, self._attention_input(layer, x), layout))
+            x = ops.add(x, self._mlp(layer, x))
+        return self._head(self._cls_layer(last, x, layout))
+
+    def _layout(self, input_ids: T, attention_mask: T) -> tuple[T, _Layout[T]]:
+        ops, form, window = self.ops, self.form, self.shape.window_tokens
+        one, block = ops.integer(1), ops.integer(form.block_tokens)
+        rows, length = ops.dim(input_ids, 0), ops.dim(input_ids, 1)
+
+        # 1 for an input over the threshold, else 0: chooses between one block and many without a branch.
+        over = ops.floor_divide(length, ops.integer(form.block_threshold_tokens + 1))
+        is_long = ops.minimum(over, one)
+        whole = ops.floor_divide(ops.add(length, ops.integer(form.block_tokens - 1)), block)
+        blocks = ops.add(one, ops.multiply(is_long, ops.subtract(whole, one)))
+        missing = ops.multiply(is_long, ops.subtract(ops.multiply(whole, block), length))
+        input_ids = ops.pad_end(input_ids, missing, self.shape.pad_token_id)
+        attention_mask = ops.pad_end(attention_mask, missing, 0)
+        tokens = ops.add(length, missing)
+        queries = ops.floor_divide(tokens, blocks)
+        keys = ops.minimum(tokens, ops.add(queries, ops.integer(2 * window)))
+
+        # A block's keys start `window` before its queries; at both ends the span is shifted inwards, so it
+        # never leaves the input and the distance test below stays right.
+        block_start = ops.multiply(ops.arange(blocks), queries)
+        key_start = ops.maximum(ops.subtract(block_start, ops.integer(window)), ops.integer(0))
+        key_start = ops.minimum(key_start, ops.subtract(tokens, keys))
+        key_index = ops.add(ops.reshape(key_start, [-1, 1]), ops.arange(keys))
+        query_index = ops.add(ops.reshape(block_start, [-1, 1]), ops.arange(queries))
+        distance = ops.absolute(
+            ops.subtract(ops.reshape(query_index, [blocks, queries, 1]), ops.reshape(key_index, [blocks, 1, keys]))
+        )
+        flat_index = ops.reshape(key_index, [-1])
+
+        padding = ops.bias_where(one, attention_mask, MASK_BIAS)
+        key_padding = ops.reshape(ops.gather(padding, flat_index, 1), [rows, blocks, 1, keys])
+        outside = ops.bias_where(distance, ops.integer(window), MASK_BIAS)
+
+        rope = self._rope(True, tokens)
+        everywhere = _View(ops.reshape(padding, [rows, 1, 1, tokens]), rope, rope, None)
+        cos, sin = self._rope(False, tokens)
+        head_dim = self.shape.head_dim
+
+        def in_blocks(table: T, length: T) -> T:
+            by_block = ops.expand(ops.reshape(table, [1, blocks, length, head_dim]), [rows, blocks, length, head_dim])
+            return ops.reshape(by_block, [-1, 1, length, head_dim])
+
+        nearby = _View(
+            bias=ops.reshape(ops.minimum(outside, key_padding), [-1, 1, queries, keys]),
+            query_rope=(in_blocks(cos, queries), in_blocks(sin, queries)),
+            key_rope=(
+                in_blocks(ops.gather(cos, flat_index, 2), keys),
+                in_blocks(ops.gather(sin, flat_index, 2), keys),
+            ),
+            key_index=flat_index,
+        )
+        views = {True: everywhere, False: nearby}
+        return input_ids, _Layout(rows, tokens, ops.multiply(rows, blocks), views)
+
+    def _rope(self, is_global: bool, tokens: T) -> tuple[T, T]:
+        """Cos and sin [1, 1, tokens, d]."""
+        ops = self.ops
+        kind = "global" if is_global else "local"
+        tables = (ops.first(ops.weight(f"rope.{kind}.{part}"), tokens, 0) for part in ("cos", "sin"))
+        cos, sin = (ops.reshape(table, [1, 1, -1, self.shape.head_dim]) for table in tables)
+        return cos, sin
+
+    def _attention_input(self, layer: int, x: T) -> T:
+        """Layer 0 has no attention norm: its input is the normed embedding."""
+        return self.ops.normalise(x, self.shape.norm_eps) if layer else x
+
+    def _heads(self, x: T, name: str) -> T:
+        shape = self.shape
+        return self.ops.reshape(self.ops.linear(x, name), [0, 0, shape.num_heads, shape.head_dim])
+
+    def _attention(self, layer: int, x: T, layout: _Layout[T]) -> T:
+        ops, shape = self.ops, self.shape
+        view = layout.views[shape.global_layers[layer]]
+        q, k, v = (self._heads(x, f"layers.{layer}.{name}") for name in "qkv")
+        if view.key_index is not None:
+            in_blocks: list[int | T] = [layout.block_rows, -1, shape.num_heads, shape.head_dim]
+            q = ops.reshape(q, in_blocks)
+            k = ops.reshape(ops.gather(k, view.key_index, 1), in_blocks)
+            v = ops.reshape(ops.gather(v, view.key_index, 1), in_blocks)
+        q, k, v = (ops.transpose(each, [0, 2, 1, 3]) for each in (q, k, v))
+        q, k = ops.rotate(q, *view.query_rope), ops.rotate(k, *view.key_rope)
+        mixed = ops.transpose(ops.attention(q, k, v, view.bias), [0, 2, 1, 3])
+        return ops.linear(ops.reshape(mixed, [layout.rows, -1, shape.hidden_size]), f"layers.{layer}.o")
+
+    def _mlp(self, layer: int, x: T) -> T:
+        ops = self.ops
+        x = ops.normalise(x, self.shape.norm_eps)
+        names = [f"layers.{layer}.up", f"layers.{layer}.gate"]
+        up, gate = ops.linears(x, names, joint=not self.form.split_geglu)
+        return ops.linear(ops.multiply(ops.gelu(up), gate), f"layers.{layer}.down")
+
+    def _cls_layer(self, layer: int, x: T, layout: _Layout[T]) -> T:
+        """The last layer for the first token alone: [rows, 1, H]."""
+        ops, shape = self.ops, self.shape
+        one = ops.integer(1)
+        bias = layout.views[True].bias
+        cos, sin = self._rope(shape.global_layers[layer], layout.tokens)
+        if not shape.global_layers[layer]:  # CLS sees the first tokens only
+            seen = ops.minimum(layout.tokens, ops.integer(shape.window_tokens + 1))
+            x, bias = ops.first(x, seen, 1), ops.first(bias, seen, 3)
+            cos, sin = ops.first(cos, seen, 2), ops.first(sin, seen, 2)
+        normed, cls = self._attention_input(layer, x), ops.first(x, one, 1)
+        q = self._heads(ops.first(normed, one, 1), f"layers.{layer}.q")
+        k, v = (self._heads(normed, f"layers.{layer}.{name}") for name in "kv")
+        q, k, v = (ops.transpose(each, [0, 2, 1, 3]) for each in (q, k, v))
+        # Position 0 is rotated by the angle 0, so the query needs no rotation.
+        mixed = ops.attention(q, ops.rotate(k, cos, sin), v, bias)
+        mixed = ops.reshape(mixed, [layout.rows, 1, shape.hidden_size])
+        cls = ops.add(cls, ops.linear(mixed, f"layers.{layer}.o"))
+        return ops.add(cls, self._mlp(layer, cls))
+
+    def _head(self, cls: T) -> T:
+        """Dense, GELU, LayerNorm, Dense in float32: [rows, 1, H] → [rows, 1]."""
+        ops, shape = self.ops, self.shape
+        x = ops.reshape(ops.cast(cls, "float32"), [-1, shape.hidden_size])
+        x = ops.gelu(ops.linear(ops.normalise(x, shape.norm_eps), "head.dense"))
+        return ops.linear(ops.normalise(x, shape.head_norm_eps), "head.score", bias="head.score.bias")

@@ -1,0 +1,69 @@
+"""The numbers that fix the shape of a scorer."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Shape of a ModernBERT cross-encoder with the Ettin head, as read from a checkpoint's configs.
+
+    Args:
+        vocab_size: rows of the embedding table.
+        hidden_size: width of the residual stream (H).
+        intermediate_size: width of each GeGLU half.
+        num_heads: attention heads; the head dimension is H / num_heads.
+        global_layers: for each layer, whether it attends to all tokens.
+        window_tokens: a local layer's query i sees keys j with |i − j| ≤ window_tokens
+            (half of `local_attention`, both ends included).
+        rope_theta_global: base of the rotary frequencies in global layers.
+        rope_theta_local: the same in local layers. ModernBERT-base has 10000 here, Ettin 160000.
+        norm_eps: epsilon of the encoder's norms.
+        head_norm_eps: epsilon of the head's LayerNorm (1e-5, torch's default: its module stores none).
+        max_tokens: longest input, in tokens.
+        pad_token_id: id that fills the end of shorter rows.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    global_layers: tuple[bool, ...]
+    window_tokens: int
+    rope_theta_global: float
+    rope_theta_local: float
+    norm_eps: float
+    head_norm_eps: float
+    max_tokens: int
+    pad_token_id: int
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def num_layers(self) -> int:
+        """Encoder layers."""
+        return len(self.global_layers)
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of encoder and head, as the checkpoint stores them.
+
+        Source: equal to `total_params` of the six released sizes.
+        """
+        hidden, layers = self.hidden_size, self.num_layers
+        per_layer = 4 * hidden * hidden + 3 * hidden * self.intermediate_size + 2 * hidden
+        encoder = self.vocab_size * hidden + hidden + layers * per_layer - hidden + hidden
+        head = hidden * hidden + 2 * hidden + hidden + 1
+        return encoder + head
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for a manifest."""
+        return {**asdict(self), "global_layers": list(self.global_layers)}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        """Inverse of `to_json`."""
+        return cls(**{**values, "global_layers": tuple(values["global_layers"])})

@@ -1,0 +1,68 @@
+"""What users pass to `predict` and `rank` → lists of pairs of strings."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from ettin.artifacts.errors import InputError
+
+Pair = tuple[str, str]
+
+
+def pairs_from_inputs(inputs: Any) -> tuple[list[Pair], bool]:
+    """Checked pairs, and whether `inputs` was one pair rather than many.
+
+    Like CrossEncoder, a list or tuple whose first element is not itself a list, tuple or array is one pair.
+
+    Args:
+        inputs: a pair, or an iterable of pairs: lists, tuples, arrays, generators.
+
+    Raises:
+        InputError: names the pair, what was found and what was expected.
+    """
+    if isinstance(inputs, str) or not isinstance(inputs, Iterable):
+        raise InputError(
+            f"expected a (query, document) pair or a list of them, found {_kind(inputs)}. "
+            "For one query and many documents use rank(query, documents)"
+        )
+    if isinstance(inputs, dict):
+        raise InputError("expected a (query, document) pair or a list of them, found a dict")
+    items = inputs.tolist() if isinstance(inputs, np.ndarray) else list(inputs)
+    single = bool(items) and not isinstance(items[0], (list, tuple, np.ndarray))
+    if single and isinstance(inputs, (list, tuple, np.ndarray)):
+        return [_pair(items, "the pair")], True
+    return [_pair(item, f"pair {at}") for at, item in enumerate(items)], False
+
+
+def _pair(item: Any, name: str) -> Pair:
+    if isinstance(item, str) or not isinstance(item, (list, tuple, np.ndarray)):
+        raise InputError(f"{name}: expected (query, document), found {_kind(item)}")
+    if len(item) != 2:
+        raise InputError(f"{name}: expected 2 texts (query, document), found {len(item)}")
+    return text(item[0], f"{name}, query"), text(item[1], f"{name}, document")
+
+
+def text(value: Any, name: str) -> str:
+    """`value` if it is a string.
+
+    Raises:
+        InputError: it is something else.
+    """
+    if not isinstance(value, str):
+        raise InputError(f"{name}: expected a string, found {_kind(value)}")
+    return value
+
+
+def documents_from_input(documents: Any) -> list[str]:
+    """Checked documents of one query.
+
+    Raises:
+        InputError: not an iterable of strings.
+    """
+    if isinstance(documents, (str, bytes, dict)) or not isinstance(documents, Iterable):
+        raise InputError(f"documents: expected a list of strings, found {_kind(documents)}")
+    return [text(value, f"document {at}") for at, value in enumerate(documents)]
+
+
+def _kind(value: Any) -> str:
+    return f"{type(value).__name__} {value!r}"[:80]

@@ -1,0 +1,74 @@
+"""Runs `onnx` artifacts with ONNX Runtime."""
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+from ettin.artifacts.errors import HardwareError
+from ettin.artifacts.manifest import Manifest
+from ettin.runtimes.base import Limits, Runtime
+from ettin.runtimes.batch import Batch
+from ettin.runtimes.cpu import available_cpus
+from numpy.typing import NDArray
+
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+class OnnxRuntime(Runtime):
+    """An ONNX Runtime session; see `Runtime`.
+
+    Args:
+        folder: the artifact.
+        manifest: its manifest.
+        device: "cpu" or "cuda"; the session has that provider or is not made.
+        threads: CPU threads; None: all available.
+        max_length: see `Runtime`.
+
+    Raises:
+        HardwareError: the provider is not in this build of ONNX Runtime, or found no device.
+    """
+
+    def __init__(
+        self, folder: Path, manifest: Manifest, *, device: str, threads: int | None, max_length: int | None
+    ) -> None:
+        provider = _PROVIDERS[device]
+        if provider not in ort.get_available_providers():
+            raise HardwareError(
+                f"device '{device}' needs {provider}, this ONNX Runtime has {', '.join(ort.get_available_providers())}. "
+                'Run: pip uninstall -y onnxruntime && pip install "ettin-export[onnx-gpu]"'
+            )
+        threads = threads or available_cpus()
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3  # errors only: warnings about node placement are not for users
+        # A rerank's batches have many shapes: planned memory would grow with each, the arena with the largest.
+        options.enable_mem_pattern = False
+        options.enable_cpu_mem_arena = False
+        session = ort.InferenceSession(str(folder / manifest.entry), options, providers=[provider])
+        if session.get_providers()[0] != provider:
+            raise HardwareError(
+                f"device '{device}': ONNX Runtime could not start {provider}. Run: ettin-export --doctor"
+            )
+        self._session: ort.InferenceSession | None = session
+        self._provider = provider
+        super().__init__(
+            folder, manifest, Limits(concurrency=1, batch_tokens=4096 if device == "cpu" else 65536), max_length
+        )
+
+    @property
+    def description(self) -> str:
+        return f"ONNX Runtime {ort.__version__}, {self._provider}, {self.manifest.precision}"
+
+    @property
+    def arithmetic(self) -> str:
+        return {"fp32": "f32", "fp16": "f16"}[self.manifest.precision]
+
+    def score(self, batch: Batch) -> NDArray[np.float32]:
+        input_ids, attention_mask = batch.padded()
+        assert self._session is not None  # noqa: S101 (predict refuses a closed runtime)
+        feeds = {"input_ids": input_ids, "attention_mask": attention_mask}
+        logits = self._session.run(["logits"], feeds)[0]
+        return np.asarray(logits[:, 0], np.float32)
+
+    def _release(self) -> None:
+        self._session = None

@@ -1,0 +1,81 @@
+"""Runs `openvino` artifacts on CPUs."""
+
+from pathlib import Path
+from queue import SimpleQueue
+
+import numpy as np
+import openvino as ov
+from ettin.artifacts.errors import HardwareError
+from ettin.artifacts.manifest import Manifest
+from ettin.runtimes.base import Limits, Runtime
+from ettin.runtimes.batch import Batch
+from ettin.runtimes.cpu import available_cpus, has_bf16
+from numpy.typing import NDArray
+
+
+class OpenVinoRuntime(Runtime):
+    """An OpenVINO model compiled for the CPU, one stream of one thread per processor; see `Runtime`.
+
+    The precision of the arithmetic is never OpenVINO's own choice: an fp32 artifact runs in f32; a bf16
+    artifact runs in bf16 where the processor has it and the manifest says that bf16 was verified, else in f32
+    (`description` says which).
+
+    Args:
+        folder: the artifact.
+        manifest: its manifest.
+        device: must be "cpu".
+        threads: CPU threads; None: all available.
+        max_length: see `Runtime`.
+
+    Raises:
+        HardwareError: another device was asked for.
+    """
+
+    def __init__(
+        self, folder: Path, manifest: Manifest, *, device: str, threads: int | None, max_length: int | None
+    ) -> None:
+        if device != "cpu":
+            raise HardwareError(
+                f"target 'openvino' runs on the CPU, not on '{device}'. Export another target: --target onnx"
+            )
+        threads = threads or available_cpus()
+        self._hint = _arithmetic(manifest)
+        core = ov.Core()
+        model = core.read_model(folder / manifest.entry)
+        self._compiled = core.compile_model(
+            model,
+            "CPU",
+            {"INFERENCE_PRECISION_HINT": self._hint, "NUM_STREAMS": threads, "INFERENCE_NUM_THREADS": threads},
+        )
+        self._requests: SimpleQueue[ov.InferRequest] = SimpleQueue()
+        for _ in range(threads):
+            self._requests.put(self._compiled.create_infer_request())
+        super().__init__(
+            folder, manifest, Limits(concurrency=threads, batch_tokens=2048, length_multiple=8), max_length
+        )
+
+    @property
+    def description(self) -> str:
+        return f"OpenVINO {ov.__version__.split('-')[0]}, CPU, {self._hint} arithmetic"
+
+    @property
+    def arithmetic(self) -> str:
+        return self._hint
+
+    def score(self, batch: Batch) -> NDArray[np.float32]:
+        input_ids, attention_mask = batch.padded(self.limits.length_multiple)
+        request = self._requests.get()
+        try:
+            results = request.infer([input_ids, attention_mask], share_inputs=True, share_outputs=False)
+            return np.array(results[0][:, 0], np.float32)
+        finally:
+            self._requests.put(request)
+
+    def _release(self) -> None:
+        del self._compiled, self._requests
+
+
+def _arithmetic(manifest: Manifest) -> str:
+    if manifest.precision != "bf16" or not has_bf16():
+        return "f32"
+    return "bf16" if manifest.parity.status == "unverified" or "bf16" in manifest.parity.arithmetic else "f32"

@@ -1,0 +1,93 @@
+"""Which class runs which target. Engines are imported on use."""
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ettin.artifacts.errors import MissingDependency, UnverifiedArtifact, UsageError
+from ettin.artifacts.files import check_files
+from ettin.artifacts.manifest import Manifest
+from ettin.artifacts.targets import target_named
+from ettin.runtimes.base import Runtime
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How a target is run.
+
+    Args:
+        implementation: "module:Class".
+        packages: the packages that it imports, by module name.
+        extra: the extra that installs them.
+    """
+
+    implementation: str
+    packages: tuple[str, ...]
+    extra: str
+
+
+ENGINES = {
+    "onnx": Engine("ettin.runtimes.on_onnxruntime:OnnxRuntime", ("onnxruntime",), "onnx"),
+    "openvino": Engine("ettin.runtimes.on_openvino:OpenVinoRuntime", ("openvino",), "openvino"),
+    "transformers": Engine("ettin.runtimes.on_torch:TorchRuntime", ("torch", "transformers"), "torch"),
+}
+
+
+def load(
+    path: str | Path,
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    max_length: int | None = None,
+    checksums: bool = True,
+    allow_unverified: bool = False,
+) -> Runtime:
+    """Loads an artifact.
+
+    Args:
+        path: its folder.
+        device: "cpu", or "cuda" for ONNX Runtime's CUDA provider and torch. Never replaced by another.
+        threads: CPU threads to use; None: all that this process may use.
+        max_length: tokens that pairs are truncated to; None: the artifact's.
+        checksums: compare every file with the manifest; False: names and sizes only.
+        allow_unverified: load an artifact whose scores nobody has proven yet.
+
+    Raises:
+        ArtifactError: not an artifact, damaged, edited, newer or unverified.
+        MissingDependency: the engine is not installed.
+        HardwareError: this machine lacks the device.
+        UsageError: an argument out of its range.
+    """
+    folder = Path(path)
+    manifest = Manifest.read(folder)
+    target = target_named(manifest.target)
+    check_files(folder, manifest, checksums)
+    if manifest.parity.status == "unverified" and not allow_unverified:
+        raise UnverifiedArtifact(f"{folder}: exported without proof of its scores. Run here: ettin-verify {folder}")
+    if threads is not None and threads < 1:
+        raise UsageError(f"threads is {threads}, expected 1 or more")
+    if device not in ("cpu", "cuda"):
+        raise UsageError(f"unknown device '{device}', expected one of: cpu, cuda")
+    runtime: Runtime = runtime_class(target.name)(
+        folder, manifest, device=device, threads=threads, max_length=max_length
+    )
+    return runtime
+
+
+def runtime_class(target: str) -> Any:
+    """The class that runs `target`.
+
+    Raises:
+        MissingDependency: its engine is not installed. A broken install shows its own error instead.
+    """
+    engine = ENGINES[target]
+    module, name = engine.implementation.split(":")
+    try:
+        for package in engine.packages:
+            importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        if error.name not in engine.packages:
+            raise
+        raise MissingDependency(f"target '{target}'", str(error.name), engine.extra) from None
+    return getattr(importlib.import_module(module), name)

@@ -1,0 +1,210 @@
+"""Proves an artifact's scores: the reference's pairs through the runtime that users will run. No torch needed."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+from ettin.artifacts.errors import EttinError, ParityError
+from ettin.artifacts.manifest import MANIFEST_NAME, Manifest, Parity
+from ettin.artifacts.metrics import ScoreError
+from ettin.artifacts.parity import ParityCase, read_parity
+from ettin.artifacts.tolerances import FP32, MIN_PAIRS, fp32_rule, reduced_rule
+from ettin.runtimes.base import Runtime
+from ettin.runtimes.batch import Batch
+from ettin.runtimes.registry import load
+from numpy.typing import NDArray
+
+_MIXED_PAIRS = 12  # scored together and alone
+_MIXED_TOKENS = 768  # … where they are no longer than this
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What a verification found. Errors are in logits.
+
+    Args:
+        ok: within the tolerance, all of it.
+        rule: the tolerance, in words.
+        pairs: pairs compared.
+        max_abs_error: largest |Δ| against gold.
+        mean_abs_error: mean |Δ| against gold.
+        spearman: rank correlation with gold; None where not defined.
+        batch_max_abs_error: largest |Δ| of a pair in a mixed, padded batch against alone.
+        arithmetic: types that the engine computed in.
+        worst_pair: the pair with the largest |Δ| and both scores, in words.
+        runtime: what really ran.
+    """
+
+    ok: bool
+    rule: str
+    pairs: int
+    max_abs_error: float
+    mean_abs_error: float
+    spearman: float | None
+    batch_max_abs_error: float
+    arithmetic: tuple[str, ...]
+    worst_pair: str
+    runtime: str
+
+    @property
+    def summary(self) -> str:
+        """One line."""
+        rank = "not defined" if self.spearman is None else f"{self.spearman:.6f}"
+        return (
+            f"{self.pairs} pairs, max |Δ| {self.max_abs_error:.2e}, mean |Δ| {self.mean_abs_error:.2e}, "
+            f"Spearman {rank}, batch against single {self.batch_max_abs_error:.1e}"
+        )
+
+    def parity(self, reference: str) -> Parity:
+        """The manifest's record of it."""
+        return Parity(
+            status="verified",
+            pairs=self.pairs,
+            max_abs_error=self.max_abs_error,
+            mean_abs_error=self.mean_abs_error,
+            spearman=self.spearman,
+            batch_max_abs_error=self.batch_max_abs_error,
+            arithmetic=self.arithmetic,
+            reference=reference,
+            rule=self.rule,
+        )
+
+    def joined(self, other: Self) -> Self:
+        """This, and that the other arithmetic passed too."""
+        return replace(self, arithmetic=(*self.arithmetic, *other.arithmetic))
+
+    @classmethod
+    def from_json(cls, line: str) -> Self:
+        """Inverse of `json.dumps(asdict(…))`."""
+        values = json.loads(line)
+        return cls(**{**values, "arithmetic": tuple(values["arithmetic"])})
+
+
+def verify(folder: Path, *, device: str = "cpu", threads: int | None = None) -> Verification:
+    """Runs the artifact's own pairs and compares ids and scores with the reference's.
+
+    Args:
+        folder: the artifact.
+        device: see `load`.
+        threads: see `load`.
+
+    Raises:
+        ArtifactError: the artifact can't be used.
+        ParityError: its tokenizer gives other ids than the reference's.
+    """
+    cases = read_parity(folder)
+    if len(cases) < MIN_PAIRS:
+        raise ParityError(f"{folder}: {len(cases)} parity pairs, expected at least {MIN_PAIRS}. Export again.")
+    with load(folder, device=device, threads=threads, allow_unverified=True) as runtime:
+        _check_ids(runtime, cases)
+        scores = _scores(runtime, cases)
+        alone, together = _mixed(runtime, cases)
+        ok, rule, error = _judged(runtime.manifest.precision, cases, scores)
+        batch_error = float(np.abs(alone - together).max()) if np.isfinite(together).all() else float("inf")
+        if runtime.manifest.precision == "fp32":
+            ok = ok and bool((np.abs(alone - together) <= FP32 * np.maximum(1, np.abs(alone))).all())
+            rule += ", in any batch"
+        return Verification(
+            ok=ok and bool(np.isfinite(together).all()),
+            rule=rule,
+            pairs=len(cases),
+            max_abs_error=error.max_abs,
+            mean_abs_error=error.mean_abs,
+            spearman=error.spearman,
+            batch_max_abs_error=batch_error,
+            arithmetic=(runtime.arithmetic,),
+            worst_pair=_described(cases[error.worst], float(scores[error.worst])),
+            runtime=runtime.description,
+        )
+
+
+def verify_in_child(folder: Path, environment: Mapping[str, str] | None = None) -> Verification:
+    """`verify` in a process of its own, with `environment` added to this one's.
+
+    Engines can die instead of raising (OpenVINO 2026.4.1 has a SIGFPE, see the changelog), and the exporter's
+    memory is not the user's: what is measured here is a process that never imported torch.
+
+    Raises:
+        ParityError: it found the artifact unusable, or died.
+    """
+    command = [sys.executable, "-m", "ettin.runtimes.verify", str(folder)]
+    variables = {**os.environ, **(environment or {})}
+    child = subprocess.run(command, capture_output=True, text=True, check=False, env=variables)
+    if child.returncode == 0:
+        return Verification.from_json(child.stdout.splitlines()[-1])
+    if child.returncode < 0:
+        raise ParityError(f"{folder.name}: the engine died with signal {-child.returncode} while it was verified")
+    reason = (child.stderr.strip().splitlines() or ["no message"])[-1]
+    raise ParityError(f"{folder.name}: can't be verified: {reason.removeprefix('error: ')}")
+
+
+def record_verified(folder: Path, verification: Verification) -> None:
+    """Marks an unverified artifact as verified on this machine."""
+    manifest = Manifest.read(folder)
+    proven = manifest.model_copy(update={"parity": verification.parity(manifest.parity.reference)})
+    fresh = folder / f"{MANIFEST_NAME}.new"
+    fresh.write_bytes(proven.to_bytes())
+    fresh.replace(folder / MANIFEST_NAME)
+
+
+def _check_ids(runtime: Runtime, cases: list[ParityCase]) -> None:
+    for case in cases:
+        found = runtime.tokenizer.pairs([(case.query, case.document)], case.max_length)[0].tolist()
+        if found != case.ids:
+            at = next((at for at, (a, b) in enumerate(zip(found, case.ids, strict=False)) if a != b), "its end")
+            raise ParityError(
+                f"{runtime.folder}: token ids of {case.query[:40]!r} differ from the reference's at {at} "
+                f"({len(found)} ids, expected {len(case.ids)}). The tokenizer is not the checkpoint's"
+            )
+
+
+def _scores(runtime: Runtime, cases: list[ParityCase]) -> NDArray[np.float32]:
+    by_length = defaultdict(list)
+    for at, case in enumerate(cases):
+        by_length[case.max_length].append(at)
+    scores = np.empty(len(cases), np.float32)
+    for max_length, chosen in by_length.items():
+        pairs = [(cases[at].query, cases[at].document) for at in chosen]
+        scores[chosen] = runtime.predict(pairs, activation_fn="identity", max_length=max_length)
+    return scores
+
+
+def _mixed(runtime: Runtime, cases: list[ParityCase]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Scores of cases spread over all lengths, alone and in one padded batch."""
+    pad = runtime.manifest.tokenizer.pad_token_id
+    by_length = sorted((case.ids for case in cases if len(case.ids) <= _MIXED_TOKENS), key=len)
+    chosen = np.unique(np.linspace(0, len(by_length) - 1, _MIXED_PAIRS).round().astype(int))
+    sequences = [np.array(by_length[at], np.int32) for at in chosen]
+    alone = np.concatenate([runtime.score(Batch.of([each], pad)) for each in sequences])
+    return alone, runtime.score(Batch.of(sequences, pad))
+
+
+def _judged(precision: str, cases: list[ParityCase], scores: NDArray[np.float32]) -> tuple[bool, str, ScoreError]:
+    gold = [case.gold for case in cases]
+    if precision == "fp32":
+        return fp32_rule(scores, gold)
+    baseline = [case.torch_bf16 for case in cases]
+    if any(each is None for each in baseline):
+        raise ParityError(
+            f"precision '{precision}' is judged against PyTorch bf16, whose scores are missing. Export again."
+        )
+    return reduced_rule(precision, scores, gold, [each for each in baseline if each is not None])
+
+
+def _described(case: ParityCase, score: float) -> str:
+    pair = f"{case.query[:60]!r} × {case.document[:60]!r}"
+    return f"{pair} ({len(case.ids)} tokens): {score:.6f}, gold {case.gold:.6f}"
+
+
+if __name__ == "__main__":
+    try:
+        print(json.dumps(asdict(verify(Path(sys.argv[1])))))  # noqa: T201 (read by verify_in_child)
+    except EttinError as error:
+        sys.exit(f"error: {error}")
