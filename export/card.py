@@ -1,6 +1,6 @@
 """The artifact's README."""
 
-from ettin.artifacts.manifest import Manifest
+from ettin.artifacts.manifest import Manifest, TensorSpec
 
 _RANDOM = """> [!WARNING]
 > **Random weights.** This artifact has the shape of {id} and nothing else of it: its scores mean nothing. It is for
@@ -25,10 +25,13 @@ def card(manifest: Manifest) -> str:
         )
     else:
         proof = "**Not verified.** It loads after `ettin-verify .` has passed once on the machine that runs it."
+    scores = "raw logits" if manifest.activation == "identity" else "sigmoid(logit)"
+    banner = _RANDOM.format(id=source.id) if source.weights == "random" else ""
     return f"""# {manifest.name}: {manifest.target}, {manifest.precision}
 
-{_RANDOM.format(id=source.id) if source.weights == "random" else ""}Reranker `{source.id}`{revision}, exported by ettin-export {manifest.toolchain["ettin-export"]} with
-`{manifest.command}`.
+{banner}Reranker `{source.id}`{revision}, exported by ettin-export {manifest.toolchain["ettin-export"]}:
+
+    {manifest.command}
 
 ```python
 # pip install "ettin-export[{extra}]"
@@ -39,11 +42,14 @@ with load(".") as reranker:
     hits = reranker.rank("query", ["document", "another"], top_k=1)
 ```
 
-Scores are {"raw logits" if manifest.activation == "identity" else "sigmoid(logit)"}; pairs are truncated to {manifest.max_length_tokens} tokens (`longest_first`).
-Inputs of `{manifest.entry}`: {", ".join(f"`{each.name}` {each.dtype} {list(each.shape)}" for each in manifest.interface.inputs)};
-output: {", ".join(f"`{each.name}` {each.dtype} {list(each.shape)}" for each in manifest.interface.outputs)}.
+Scores are {scores}; pairs are truncated to {manifest.max_length_tokens} tokens (`longest_first`).
+`{manifest.entry}` takes {_tensors(manifest.interface.inputs)} and gives {_tensors(manifest.interface.outputs)}.
 
 ## Proof
 
 {proof}
 """
+
+
+def _tensors(specs: tuple[TensorSpec, ...]) -> str:
+    return ", ".join(f"`{each.name}` {each.dtype} [{', '.join(map(str, each.shape))}]" for each in specs)

@@ -66,7 +66,7 @@ class Checkpoint:
 def read_checkpoint(
     folder: Path,
     *,
-    id: str | None = None,
+    id: str | None = None,  # noqa: A002
     revision: str | None = None,
     is_random: bool = False,
 ) -> Checkpoint:
@@ -193,7 +193,8 @@ def _shape(folder: Path, config: dict[str, Any]) -> ModelShape:
 def _check_head(folder: Path, head: tuple[str, str, str], hidden: int) -> None:
     dense, norm, score = (_json(folder / each / "config.json") for each in head)
     wanted = (
-        (head[0], dense, "in_features", hidden), (head[0], dense, "out_features", hidden), (head[0], dense, "bias", False),
+        (head[0], dense, "in_features", hidden), (head[0], dense, "out_features", hidden),
+        (head[0], dense, "bias", False),
         (head[0], dense, "activation_function", "torch.nn.modules.activation.GELU"),
         (head[1], norm, "dimension", hidden),
         (head[2], score, "in_features", hidden), (head[2], score, "out_features", 1), (head[2], score, "bias", True),

@@ -47,9 +47,10 @@ EXAMPLES = (
 @click.option("--doctor", is_flag=True, help="What is installed, what works here, and the fix for what does not.")
 @click.version_option(package_name="ettin-export")
 def command(
-    size: str | None, checkpoint: str | None, revision: str | None, target: str, precision: str | None, everything: bool,
-    output: Path | None, max_length: int | None, verify_pairs: Path | None, force: bool, allow_unverified: bool,
-    random_weights: bool, seed: int, tokenizer: Path | None, dry_run: bool, list_: bool, doctor: bool,
+    size: str | None, checkpoint: str | None, revision: str | None, target: str, precision: str | None,
+    everything: bool, output: Path | None, max_length: int | None, verify_pairs: Path | None, force: bool,
+    allow_unverified: bool, random_weights: bool, seed: int, tokenizer: Path | None, dry_run: bool, list_: bool,
+    doctor: bool,
 ) -> None:  # fmt: skip
     """Turn an Ettin reranker checkpoint into a fast artifact and prove that its scores are the reference's.
 
@@ -82,7 +83,7 @@ def command(
                     random_weights=random_weights,
                     seed=seed,
                     tokenizer=tokenizer,
-                )  # fmt: skip
+                )
             )
         options = Options(max_length, verify_pairs, force, allow_unverified, _typed())
         export = Export(source, options, console.step)

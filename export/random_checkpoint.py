@@ -37,7 +37,8 @@ def write_random_checkpoint(folder: Path, shape: ModelShape, seed: int, tokenize
         if name.endswith("tok_embeddings.weight"):
             return values
         scale = 3.0 if name.startswith("4_Dense") else 1.5 if "Wqkv" in name else 1.0
-        return values * (scale * float(size[-1]) ** -0.5)
+        spread: Tensor = values * (scale * float(size[-1]) ** -0.5)
+        return spread
 
     save_file({name: drawn(name, size) for name, size in encoder_shapes(shape).items()}, folder / "model.safetensors")
     head: dict[str, dict[str, Tensor]] = {}

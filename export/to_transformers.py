@@ -60,8 +60,8 @@ def write_configs(checkpoint: Checkpoint, folder: Path, dtype: str = "float32") 
     """Writes `config.json` and `tokenizer_config.json` for whatever loads the class by its config.
 
     Both generations of keys are there: transformers 5 reads `rope_parameters` and `layer_types`; transformers 4,
-    llama.cpp's converter and servers read `*_rope_theta` and `global_attn_every_n_layers`. `tokenizer_class` is the one that both
-    generations know (5 writes "TokenizersBackend", which 4 can't load).
+    llama.cpp's converter and servers read `*_rope_theta` and `global_attn_every_n_layers`. `tokenizer_class` is the
+    one that both generations know (5 writes "TokenizersBackend", which 4 can't load).
     """
     shape = checkpoint.shape
     config: dict[str, Any] = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))

@@ -183,7 +183,7 @@ class Runtime(ABC):
             self._workers.shutdown(wait=True, cancel_futures=True)
             self._release()
 
-    def _release(self) -> None:
+    def _release(self) -> None:  # noqa: B027 (nothing to free is fine)
         """Frees what the backend holds."""
 
     def __enter__(self) -> Self:
@@ -195,7 +195,8 @@ class Runtime(ABC):
         self.close()
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.manifest.name}/{self.manifest.target}-{self.manifest.precision}: {self.description}>"
+        made = self.manifest
+        return f"<{type(self).__name__} {made.name}/{made.target}-{made.precision}: {self.description}>"
 
     def _checked_length(self, max_length: int | None) -> int:
         most = self.manifest.max_length_tokens

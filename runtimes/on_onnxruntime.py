@@ -32,9 +32,10 @@ class OnnxRuntime(Runtime):
         self, folder: Path, manifest: Manifest, *, device: str, threads: int | None, max_length: int | None
     ) -> None:
         provider = _PROVIDERS[device]
-        if provider not in ort.get_available_providers():
+        available = ort.get_available_providers()
+        if provider not in available:
             raise HardwareError(
-                f"device '{device}' needs {provider}, this ONNX Runtime has {', '.join(ort.get_available_providers())}. "
+                f"device '{device}' needs {provider}, this ONNX Runtime has {', '.join(available)}. "
                 'Run: pip uninstall -y onnxruntime && pip install "ettin-export[onnx-gpu]"'
             )
         threads = threads or available_cpus()
