@@ -31,7 +31,9 @@ EXAMPLES = (
 @click.option("--revision", help="Hub commit, branch or tag of --checkpoint.")
 @click.option("--target", default="openvino", show_default=True, help=f"What to write: {', '.join(TARGETS)}.")
 @click.option("--precision", help="fp32, fp16 or bf16, as the target has them; see --list.  [default: its first]")
-@click.option("--all", "everything", is_flag=True, help="Every target and precision that this machine can build.")
+@click.option(
+    "--all", "everything", is_flag=True, help="Every target (of --precision, if given) that this machine can build."
+)
 @click.option("--output", type=click.Path(path_type=Path), help="Folder.  [default: ./NAME/TARGET-PRECISION]")
 @click.option("--max-length", type=int, help="Tokens that pairs are truncated to.  [default: the checkpoint's]")
 @click.option(
@@ -60,11 +62,14 @@ def command(
         return report.show_list()
     if doctor:
         return report.show_doctor()
-    wanted = [(target, checked_precision(target_named(target), precision))]
     if everything:
-        if precision is not None:
-            raise UsageError("--all exports every precision; leave --precision out")
-        wanted = [(each.name, kind) for each in TARGETS.values() for kind in each.precisions]
+        wanted = [
+            (each.name, kind) for each in TARGETS.values() for kind in each.precisions if precision in (None, kind)
+        ]
+        if not wanted:
+            raise UsageError(f"no target has a precision '{precision}'. Run: ettin-export --list")
+    else:
+        wanted = [(target, checked_precision(target_named(target), precision))]
     try:
         from ettin.export.pipeline import Export, Job, Options
         from ettin.export.sources import opened

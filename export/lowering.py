@@ -2,7 +2,7 @@
 
 import importlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,7 +10,6 @@ from ettin.artifacts.errors import MissingDependency
 from ettin.artifacts.manifest import Interface, Needs, TensorSpec
 from ettin.export.checkpoint import Checkpoint
 from ettin.export.weights import Weights, read_weights
-from ettin.runtimes.graph import GraphForm
 
 
 @dataclass(frozen=True)
@@ -49,16 +48,23 @@ class Writer:
         implementation: "module:function".
         packages: the packages that it imports, by module name.
         extra: the extra that installs them.
+        verify_also: by precision, variables of a second verification: what other machines will make of the artifact.
     """
 
     implementation: str
     packages: tuple[str, ...]
     extra: str
+    verify_also: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
+
+# An instruction set without bf16 arithmetic: OpenVINO then computes with a bf16 artifact's weights in f32.
+_WITHOUT_BF16 = {"ONEDNN_MAX_CPU_ISA": "AVX2_VNNI"}
 
 WRITERS = {
     "onnx": Writer("ettin.export.to_onnx:onnx_from_checkpoint", ("onnx",), "export"),
-    "openvino": Writer("ettin.export.to_openvino:openvino_from_checkpoint", ("openvino",), "openvino"),
+    "openvino": Writer(
+        "ettin.export.to_openvino:openvino_from_checkpoint", ("openvino",), "openvino", {"bf16": _WITHOUT_BF16}
+    ),
     "transformers": Writer(
         "ettin.export.to_transformers:transformers_from_checkpoint", ("safetensors", "transformers"), "export"
     ),
@@ -87,15 +93,5 @@ def lowering(target: str) -> Lowering:
 def lower(checkpoint: Checkpoint, target: str, precision: str, folder: Path) -> Lowered:
     """Writes one target into `folder`, with the tokenizer beside it."""
     write = lowering(target)
-    for name in ("tokenizer.json",):
-        shutil.copyfile(checkpoint.folder / name, folder / name)
+    shutil.copyfile(checkpoint.folder / "tokenizer.json", folder / "tokenizer.json")
     return write(checkpoint, read_weights(checkpoint), precision, folder)
-
-
-def form_for_manifest(form: GraphForm) -> dict[str, int | bool]:
-    """The form's fields as plain values."""
-    return {
-        "block_threshold_tokens": form.block_threshold_tokens,
-        "block_tokens": form.block_tokens,
-        "split_geglu": form.split_geglu,
-    }

@@ -21,15 +21,13 @@ from ettin.artifacts.tolerances import FP16_MAX_ACTIVATION
 from ettin.export.card import card
 from ettin.export.checkpoint import Checkpoint
 from ettin.export.gold import Gold, score_gold
-from ettin.export.lowering import Lowered, lower, lowering
+from ettin.export.lowering import WRITERS, Lowered, lower, lowering
 from ettin.export.proof_pairs import proof_pairs
 from ettin.runtimes.registry import runtime_class
 from ettin.runtimes.verify import Verification, verify_in_child
 
 REFERENCE = "gold: sentence-transformers CrossEncoder, fp32, SDPA, CPU"
 _BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
-# An instruction set without bf16: the arithmetic that a bf16 artifact runs in on machines without it.
-_WITHOUT_BF16 = {"ONEDNN_MAX_CPU_ISA": "AVX2_VNNI"}
 
 
 class Steps(Protocol):
@@ -164,7 +162,7 @@ class Export:
                 self._write_manifest(stage, job, lowered, _unverified())
             if not proven:
                 return None
-            verification = self._verify(stage, job.precision)
+            verification = self._verify(stage, job.target, job.precision)
             self._write_manifest(stage, job, lowered, verification.parity(REFERENCE))
         if job.precision == "fp32":
             self._proven_fp32.add(job.target)
@@ -182,16 +180,16 @@ class Export:
                 lowered = lower(self.checkpoint, job.target, "fp32", stage)
                 write_parity(stage, self._gold.cases)
                 self._write_manifest(stage, Job(job.target, "fp32", job.output), lowered, _unverified())
-            self._verify(stage, "fp32")
+            self._verify(stage, job.target, "fp32")
         self._proven_fp32.add(job.target)
 
-    def _verify(self, stage: Path, precision: str) -> Verification:
+    def _verify(self, stage: Path, target: str, precision: str) -> Verification:
         with self.step(f"verify {precision}"):
             found = self._passed(verify_in_child(stage))
-        if precision == "bf16" and found.arithmetic == ("bf16",):
-            with self.step("verify bf16 weights in f32 arithmetic"):
-                fallback = self._passed(verify_in_child(stage, _WITHOUT_BF16))
-            found = found.joined(fallback)
+        elsewhere = WRITERS[target].verify_also.get(precision)
+        if elsewhere:
+            with self.step(f"verify {precision} with {' '.join(f'{key}={value}' for key, value in elsewhere.items())}"):
+                found = found.joined(self._passed(verify_in_child(stage, elsewhere)))
         return found
 
     def _passed(self, found: Verification) -> Verification:

@@ -67,7 +67,8 @@ def show_plan(export: "Export", jobs: "list[Job]") -> None:
 
 def show_all(rows: list[Row]) -> None:
     """The report of a run with `--all`."""
-    table = Table("target", "precision", "max |Δ|", "mean |Δ|", "Spearman", "MiB", "artifact or problem", box=None)
+    table = Table("target", "precision", "max |Δ|", "mean |Δ|", "Spearman", "MiB", box=None)
+    table.add_column("artifact or problem", overflow="fold")
     for row in rows:
         found = row.verification
         figures = ["–"] * 3

@@ -1,12 +1,13 @@
 """Checkpoint → ONNX, in the folder layout that Optimum and transformers.js expect."""
 
 import importlib.metadata
+from dataclasses import asdict
 from pathlib import Path
 
 import onnx
 from ettin.artifacts.manifest import Needs
 from ettin.export.checkpoint import Checkpoint
-from ettin.export.lowering import PADDED, Lowered, form_for_manifest
+from ettin.export.lowering import PADDED, Lowered
 from ettin.export.onnx_graph import OPSET, OnnxOps, Value
 from ettin.export.to_transformers import write_configs
 from ettin.export.weights import Weights
@@ -70,7 +71,7 @@ def onnx_from_checkpoint(
         entry=path.relative_to(folder).as_posix(),
         interface=PADDED,
         needs=Needs(device="any", isa=(), package="onnxruntime", version=_version("onnxruntime")),
-        graph=form_for_manifest(form),
+        graph=asdict(form),
     )
 
 

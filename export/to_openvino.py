@@ -1,5 +1,6 @@
 """Checkpoint → OpenVINO IR for CPUs."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import openvino as ov
 import torch
 from ettin.artifacts.manifest import Needs
 from ettin.export.checkpoint import Checkpoint
-from ettin.export.lowering import PADDED, Lowered, form_for_manifest
+from ettin.export.lowering import PADDED, Lowered
 from ettin.export.openvino_graph import OpenVinoOps
 from ettin.export.weights import Weights
 from ettin.runtimes.graph import GraphForm, Scorer
@@ -52,7 +53,7 @@ def openvino_from_checkpoint(
         entry=path.relative_to(folder).as_posix(),
         interface=PADDED,
         needs=Needs(device="cpu", isa=(), package="openvino", version=version),
-        graph=form_for_manifest(form),
+        graph=asdict(form),
     )
 
 

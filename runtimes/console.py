@@ -9,8 +9,9 @@ from typing import Any, NoReturn
 from ettin.artifacts.errors import EttinError
 from rich.console import Console
 
-stderr = Console(stderr=True, highlight=False, soft_wrap=True)
-stdout = Console(highlight=False, soft_wrap=True)
+_WIDTH_IN_PIPES = 200  # rich assumes 80 there, and would cut tables
+stderr = Console(stderr=True, highlight=False, soft_wrap=True, width=None if sys.stderr.isatty() else _WIDTH_IN_PIPES)
+stdout = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else _WIDTH_IN_PIPES)
 
 
 def run(command: Callable[..., Any]) -> NoReturn:

@@ -78,7 +78,7 @@ class Verification:
 
     def joined(self, other: Self) -> Self:
         """This, and that the other arithmetic passed too."""
-        return replace(self, arithmetic=(*self.arithmetic, *other.arithmetic))
+        return replace(self, arithmetic=tuple(dict.fromkeys((*self.arithmetic, *other.arithmetic))))
 
     @classmethod
     def from_json(cls, line: str) -> Self:
