@@ -5,8 +5,9 @@ import json
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, Self
 
-from ettin.artifacts.errors import ManifestError, NewerFormat
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+
+from ettin.artifacts.errors import ManifestError, NewerFormat
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"

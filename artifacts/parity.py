@@ -3,8 +3,9 @@
 import json
 from pathlib import Path
 
-from ettin.artifacts.errors import DamagedArtifact
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
+
+from ettin.artifacts.errors import DamagedArtifact
 
 PARITY_NAME = "parity.jsonl"
 

@@ -1,8 +1,9 @@
 """Every tolerance of the project, and the rules that use them."""
 
 import numpy as np
-from ettin.artifacts.metrics import ScoreError, score_error
 from numpy.typing import ArrayLike
+
+from ettin.artifacts.metrics import ScoreError, score_error
 
 # The rewriting is exact: float64 graph against float64 gold.
 REWRITE_FLOAT64 = 1e-8

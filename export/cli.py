@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import click
+
 from ettin.artifacts.errors import EttinError, MissingDependency, UsageError
 from ettin.artifacts.targets import TARGETS, checked_precision, target_named
 from ettin.export import report

@@ -8,7 +8,7 @@ import subprocess
 from dataclasses import dataclass
 
 from ettin.artifacts.targets import TARGETS
-from ettin.export.lowering import WRITERS
+from ettin.export.writers import WRITERS
 from ettin.runtimes import cpu
 from ettin.runtimes.registry import ENGINES
 
@@ -62,7 +62,10 @@ def _gpu() -> str:
 
 
 def _has(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def _packages() -> list[Finding]:

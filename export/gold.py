@@ -2,20 +2,21 @@
 
 import gc
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
+from sentence_transformers import CrossEncoder
+from torch import Tensor
+
 from ettin.artifacts.errors import CheckpointError, EttinError
 from ettin.artifacts.parity import ParityCase
 from ettin.export.checkpoint import Checkpoint
 from ettin.export.proof_pairs import ProofPair
 from ettin.export.rope_config import check_read_by_transformers
 from ettin.runtimes.batch import cut
-from sentence_transformers import CrossEncoder
-from torch import Tensor
 
 _BATCH_TOKENS = 4096
 
@@ -26,11 +27,11 @@ class Gold:
 
     Args:
         cases: pairs, ids and scores.
-        max_activation: largest |activation| seen in fp32, for what fp16 can hold.
+        max_activation: largest |activation| seen in fp32, for what fp16 can hold; None: not looked for.
     """
 
     cases: list[ParityCase]
-    max_activation: float
+    max_activation: float | None
 
 
 def load_gold(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> CrossEncoder:
@@ -67,7 +68,9 @@ def load_gold(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Cro
     return model
 
 
-def score_gold(checkpoint: Checkpoint, pairs: Sequence[ProofPair], max_length: int, with_bf16: bool) -> Gold:
+def score_gold(
+    checkpoint: Checkpoint, pairs: Sequence[ProofPair], max_length: int, *, with_bf16: bool, with_activations: bool
+) -> Gold:
     """Tokenises and scores the proof pairs with the reference, then frees it.
 
     Args:
@@ -75,11 +78,12 @@ def score_gold(checkpoint: Checkpoint, pairs: Sequence[ProofPair], max_length: i
         pairs: what it is verified on.
         max_length: tokens that the artifact truncates to; longer grid cases are left out.
         with_bf16: also score in bf16, which reduced precisions are judged against.
+        with_activations: also find the largest activation, which costs time.
     """
     chosen = [pair for pair in pairs if pair.max_length is None or pair.max_length <= max_length]
     model = load_gold(checkpoint)
     ids = [_ids(model, pair, pair.max_length or max_length) for pair in chosen]
-    with _largest_activation(model) as largest:
+    with _largest_activation(model) if with_activations else nullcontext() as largest:
         gold = _scores(model, ids)
     del model
     gc.collect()
@@ -96,7 +100,7 @@ def score_gold(checkpoint: Checkpoint, pairs: Sequence[ProofPair], max_length: i
         )
         for pair, tokens, score, low in zip(chosen, ids, gold, bf16, strict=True)
     ]  # fmt: skip
-    return Gold(cases, largest[0])
+    return Gold(cases, largest[0] if largest else None)
 
 
 def _ids(model: CrossEncoder, pair: ProofPair, max_length: int) -> list[int]:

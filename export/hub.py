@@ -24,7 +24,6 @@ def download(hub_id: str, revision: str | None) -> tuple[Path, str]:
         MissingDependency: huggingface_hub is not installed.
     """
     try:
-        import httpx
         import huggingface_hub
         from huggingface_hub import errors
     except ModuleNotFoundError as error:
@@ -46,7 +45,8 @@ def download(hub_id: str, revision: str | None) -> tuple[Path, str]:
         raise DownloadError(f"{hub_id}: has no revision {revision}. Leave --revision out for the newest") from None
     except errors.HFValidationError as error:
         raise DownloadError(f"{hub_id}: neither a folder here nor a hub id ({error})") from None
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, httpx.HTTPError, OSError) as error:
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.HTTPError, OSError) as error:
+        # errors.HTTPError is whichever HTTP library's the installed hub client uses; it reports a lost connection.
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DownloadError(f"{hub_id}{at}: the hub can't be reached ({reason}). {by_hand}") from None
     return Path(folder), Path(folder).name

@@ -5,9 +5,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
-from ettin.runtimes.graph.ops import Kind
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
+
+from ettin.runtimes.graph.ops import Kind
 
 OPSET = 20  # the first with Gelu; ONNX Runtime reads it from 1.17 on
 _ELEMENT = {"int64": TensorProto.INT64, "float16": TensorProto.FLOAT16, "float32": TensorProto.FLOAT}

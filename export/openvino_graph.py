@@ -4,9 +4,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import openvino as ov
-from ettin.runtimes.graph.ops import Kind
 from numpy.typing import NDArray
 from openvino import opset15 as op
+
+from ettin.runtimes.graph.ops import Kind
 
 Weights = Mapping[str, NDArray[np.float32]]
 StoreWeight = Callable[[NDArray[np.float32]], ov.Node]

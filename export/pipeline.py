@@ -21,8 +21,9 @@ from ettin.artifacts.tolerances import FP16_MAX_ACTIVATION
 from ettin.export.card import card
 from ettin.export.checkpoint import Checkpoint
 from ettin.export.gold import Gold, score_gold
-from ettin.export.lowering import WRITERS, Lowered, lower, lowering
+from ettin.export.lowering import Lowered, lower
 from ettin.export.proof_pairs import proof_pairs
+from ettin.export.writers import WRITERS, lowering
 from ettin.runtimes.registry import runtime_class
 from ettin.runtimes.verify import Verification, verify_in_child
 
@@ -130,9 +131,15 @@ class Export:
     def prepare(self, jobs: Sequence[Job]) -> None:
         """Scores gold for all jobs."""
         pairs = proof_pairs(self.options.verify_pairs)
-        reduced = any(job.precision != "fp32" for job in jobs)
+        precisions = {job.precision for job in jobs}
         with self.step(f"score {len(pairs)} pairs with the reference"):
-            self._gold = score_gold(self.checkpoint, pairs, self.max_length, with_bf16=reduced)
+            self._gold = score_gold(
+                self.checkpoint,
+                pairs,
+                self.max_length,
+                with_bf16=precisions != {"fp32"},
+                with_activations="fp16" in precisions,
+            )
 
     def run(self, job: Job) -> Verification | None:
         """Makes, verifies and publishes one artifact.
@@ -147,9 +154,10 @@ class Export:
         if self._gold is None:
             self.prepare([job])
         assert self._gold is not None  # noqa: S101 (set by prepare)
-        if job.precision == "fp16" and self._gold.max_activation > FP16_MAX_ACTIVATION:
+        largest = self._gold.max_activation
+        if job.precision == "fp16" and (largest is None or largest > FP16_MAX_ACTIVATION):
             raise ParityError(
-                f"fp16 ends at 65504, an activation of gold reaches {self._gold.max_activation:.0f}, limit "
+                f"fp16 ends at 65504, an activation of gold reaches {largest}, limit "
                 f"{FP16_MAX_ACTIVATION:.0f}. Export another precision: --target {job.target} --precision fp32"
             )
         proven = _can_run(job.target)

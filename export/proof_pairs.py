@@ -22,6 +22,19 @@ class ProofPair:
     max_length: int | None = None
 
 
+def _passages() -> list[dict[str, str]]:
+    return [json.loads(line) for line in _PASSAGES.read_text(encoding="utf-8").splitlines()]
+
+
+def natural_pairs() -> list[ProofPair]:
+    """220 pairs of the project's own texts at their natural lengths."""
+    rows = _passages()
+    texts = [row["text"] for row in rows]
+    return [
+        ProofPair(row["question"], texts[(at + step) % len(rows)]) for at, row in enumerate(rows) for step in _OTHERS
+    ]
+
+
 def proof_pairs(extra: Path | None = None) -> list[ProofPair]:
     """The project's own texts: 220 pairs at their natural lengths, edge cases, and a grid of exact lengths.
 
@@ -31,11 +44,8 @@ def proof_pairs(extra: Path | None = None) -> list[ProofPair]:
     Raises:
         InputError: a line of `extra` is something else.
     """
-    rows = [json.loads(line) for line in _PASSAGES.read_text(encoding="utf-8").splitlines()]
+    rows = _passages()
     count = len(rows)
-    natural = [
-        ProofPair(row["question"], rows[(at + step) % count]["text"]) for at, row in enumerate(rows) for step in _OTHERS
-    ]
     edges = [
         ProofPair("", "an empty query"),
         ProofPair("an empty document", ""),
@@ -48,7 +58,7 @@ def proof_pairs(extra: Path | None = None) -> list[ProofPair]:
         ProofPair(rows[at % count]["question"], " ".join(texts[at % count :] + texts[: at % count]), tokens)
         for at, tokens in enumerate(GRID_TOKENS)
     ]
-    return natural + edges + grid + (_read(extra) if extra else [])
+    return natural_pairs() + edges + grid + (_read(extra) if extra else [])
 
 
 def _read(path: Path) -> list[ProofPair]:

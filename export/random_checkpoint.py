@@ -6,11 +6,12 @@ from pathlib import Path
 
 import tokenizers
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
 from ettin.export.sizes import DEMO_FOLDER
 from ettin.export.weights import encoder_shapes, head_shapes
 from ettin.runtimes.graph import ModelShape
-from safetensors.torch import save_file
-from torch import Tensor
 
 
 def write_random_checkpoint(folder: Path, shape: ModelShape, seed: int, tokenizer: Path = DEMO_FOLDER) -> None:

@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from rich.markup import escape
+from rich.table import Table
+
 from ettin.artifacts.targets import TARGETS
 from ettin.export.doctor import examine
 from ettin.export.sizes import SIZES
 from ettin.runtimes import console
-from rich.markup import escape
-from rich.table import Table
 
 if TYPE_CHECKING:  # these import torch
     from ettin.export.pipeline import Export, Job

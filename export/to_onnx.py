@@ -5,6 +5,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import onnx
+from onnx import TensorProto, helper
+
 from ettin.artifacts.manifest import Needs
 from ettin.export.checkpoint import Checkpoint
 from ettin.export.lowering import PADDED, Lowered
@@ -13,7 +15,6 @@ from ettin.export.to_transformers import write_configs
 from ettin.export.weights import Weights
 from ettin.runtimes.graph import GraphForm, Scorer
 from ettin.runtimes.graph.fold import inference_weights
-from onnx import TensorProto, helper
 
 _COMPUTE = {"fp32": "float32", "fp16": "float16"}
 # transformers.js finds a precision by its file name; Optimum takes the one ONNX file that there is.

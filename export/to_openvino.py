@@ -6,6 +6,9 @@ from pathlib import Path
 import numpy as np
 import openvino as ov
 import torch
+from numpy.typing import NDArray
+from openvino import opset15 as op
+
 from ettin.artifacts.manifest import Needs
 from ettin.export.checkpoint import Checkpoint
 from ettin.export.lowering import PADDED, Lowered
@@ -13,8 +16,6 @@ from ettin.export.openvino_graph import OpenVinoOps
 from ettin.export.weights import Weights
 from ettin.runtimes.graph import GraphForm, Scorer
 from ettin.runtimes.graph.fold import inference_weights
-from numpy.typing import NDArray
-from openvino import opset15 as op
 
 # Both GeGLU halves in one product: as two, OpenVINO 2026.4.1 fuses them into an LLMMLP node in bf16, which dies with
 # SIGFPE on one thread per stream and is no faster elsewhere.

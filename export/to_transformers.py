@@ -5,14 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
 from ettin.artifacts.errors import UnsupportedCheckpoint
 from ettin.artifacts.manifest import Needs
 from ettin.export.checkpoint import Checkpoint
 from ettin.export.lowering import PADDED, Lowered
 from ettin.export.weights import Weights
 from ettin.runtimes.graph.fold import HEAD_DENSE, HEAD_NORM, folded_classifier
-from safetensors.torch import save_file
-from torch import Tensor
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _CLASS = "ModernBertForSequenceClassification"

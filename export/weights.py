@@ -3,13 +3,14 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
 from ettin.artifacts.errors import CheckpointError
 from ettin.export.checkpoint import Checkpoint
 from ettin.runtimes.graph import ModelShape
 from ettin.runtimes.graph.fold import HEAD_DENSE, HEAD_NORM, HEAD_SCORE
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
 
 @dataclass(frozen=True)

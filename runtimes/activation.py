@@ -4,8 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from ettin.artifacts.errors import UsageError
 from numpy.typing import NDArray
+
+from ettin.artifacts.errors import UsageError
 
 Scores = NDArray[np.float32]
 Activation = Callable[[Scores], Scores]

@@ -9,15 +9,16 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import Progress
+
 from ettin.artifacts.errors import EttinError, UsageError
 from ettin.artifacts.manifest import Manifest
 from ettin.runtimes.activation import resolved
 from ettin.runtimes.batch import Batch, Ids, cut
 from ettin.runtimes.inputs import Pair, documents_from_input, pairs_from_inputs, text
 from ettin.runtimes.tokenizer import PairTokenizer
-from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import Progress
 
 _WINDOW_PAIRS = 2048  # tokenised and sorted together, while the window before is scored
 

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 import click
+from rich.table import Table
+
 from ettin.artifacts.errors import InputError
 from ettin.runtimes import console
 from ettin.runtimes.registry import load
-from rich.table import Table
 
 
 @click.command(

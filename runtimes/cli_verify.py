@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import click
+
 from ettin.artifacts.errors import ParityError
 from ettin.artifacts.manifest import Manifest
 from ettin.runtimes import console

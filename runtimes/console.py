@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from ettin.artifacts.errors import EttinError
 from rich.console import Console
+
+from ettin.artifacts.errors import EttinError
 
 _WIDTH_IN_PIPES = 200  # rich assumes 80 there, and would cut tables
 stderr = Console(stderr=True, highlight=False, soft_wrap=True, width=None if sys.stderr.isatty() else _WIDTH_IN_PIPES)

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+
 from ettin.artifacts.errors import InputError
 
 Pair = tuple[str, str]

@@ -4,12 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
+from numpy.typing import NDArray
+
 from ettin.artifacts.errors import HardwareError
 from ettin.artifacts.manifest import Manifest
 from ettin.runtimes.base import Limits, Runtime
 from ettin.runtimes.batch import Batch
 from ettin.runtimes.cpu import available_cpus
-from numpy.typing import NDArray
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 

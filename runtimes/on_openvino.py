@@ -5,12 +5,13 @@ from queue import SimpleQueue
 
 import numpy as np
 import openvino as ov
+from numpy.typing import NDArray
+
 from ettin.artifacts.errors import HardwareError
 from ettin.artifacts.manifest import Manifest
 from ettin.runtimes.base import Limits, Runtime
 from ettin.runtimes.batch import Batch
 from ettin.runtimes.cpu import available_cpus, has_bf16
-from numpy.typing import NDArray
 
 
 class OpenVinoRuntime(Runtime):

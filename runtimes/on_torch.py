@@ -4,12 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from transformers import AutoModelForSequenceClassification
+
 from ettin.artifacts.errors import HardwareError
 from ettin.artifacts.manifest import Manifest
 from ettin.runtimes.base import Limits, Runtime
 from ettin.runtimes.batch import Batch
-from numpy.typing import NDArray
-from transformers import AutoModelForSequenceClassification
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

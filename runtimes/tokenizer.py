@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import tokenizers
+
 from ettin.artifacts.errors import DamagedArtifact, InputError, UsageError
 from ettin.runtimes.batch import Ids
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Self
 
 import numpy as np
+from numpy.typing import NDArray
+
 from ettin.artifacts.errors import EttinError, ParityError
 from ettin.artifacts.manifest import MANIFEST_NAME, Manifest, Parity
 from ettin.artifacts.metrics import ScoreError
@@ -19,7 +21,6 @@ from ettin.artifacts.tolerances import FP32, MIN_PAIRS, fp32_rule, reduced_rule
 from ettin.runtimes.base import Runtime
 from ettin.runtimes.batch import Batch
 from ettin.runtimes.registry import load
-from numpy.typing import NDArray
 
 _MIXED_PAIRS = 12  # scored together and alone
 _MIXED_TOKENS = 768  # … where they are no longer than this

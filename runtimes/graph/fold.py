@@ -3,21 +3,22 @@
 from collections.abc import Mapping
 
 import torch
-from ettin.runtimes.graph.shape import ModelShape
 from torch import Tensor
+
+from ettin.runtimes.graph.shape import ModelShape
 
 # Names of the head's tensors in the modular checkpoint, as `<module folder>/<tensor>`.
 HEAD_DENSE, HEAD_NORM, HEAD_SCORE = "2_Dense", "3_LayerNorm", "4_Dense"
 
 
-def rope_tables(theta: float, max_tokens: int, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cos and sin [max_tokens, head_dim]; both halves of a row are the same angles.
+def rope_tables(theta: float, rows: int, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cos and sin [rows, head_dim]; both halves of a row are the same angles.
 
     Angles are computed in float32 even for float64 tables: that is what transformers does
     (`ModernBertRotaryEmbedding.forward`), and at position 7998 its rounding shows.
     """
     inverse_frequency = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
-    angles = torch.arange(max_tokens, dtype=torch.float32)[:, None] * inverse_frequency
+    angles = torch.arange(rows, dtype=torch.float32)[:, None] * inverse_frequency
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
@@ -36,7 +37,7 @@ def inference_weights(
     Returns:
         embedding [V, H] with its norm applied; layers.i.{q,k,v,o} [H, H]; layers.i.{up,gate} [I, H];
         layers.i.down [H, I]; head.dense [H, H]; head.score [1, H] and head.score.bias [1];
-        rope.{global,local}.{cos,sin} [max_tokens, d].
+        rope.{global,local}.{cos,sin} [rope_rows, d].
     """
     hidden = shape.hidden_size
     wide = torch.float64
@@ -71,7 +72,7 @@ def inference_weights(
     weights["head.score"] = scaled(score, head[f"{HEAD_NORM}/norm.weight"])
     weights["head.score.bias"] = score_bias.to(dtype)
     for kind, theta in (("global", shape.rope_theta_global), ("local", shape.rope_theta_local)):
-        cos, sin = rope_tables(theta, shape.max_tokens, shape.head_dim, dtype)
+        cos, sin = rope_tables(theta, shape.rope_rows, shape.head_dim, dtype)
         weights[f"rope.{kind}.cos"], weights[f"rope.{kind}.sin"] = cos, sin
     return weights
 

@@ -29,7 +29,7 @@ class GraphForm:
 
     Args:
         block_threshold_tokens: longest input whose local layers are computed densely.
-        block_tokens: queries in a block of the block-local form.
+        block_tokens: queries in a block of the block-local form; divides 256 (`ModelShape.rope_rows`).
         split_geglu: two products for the GeGLU halves instead of one.
     """
 
@@ -74,6 +74,8 @@ class Scorer(Generic[T]):
         span = form.block_tokens + 2 * shape.window_tokens
         if form.block_threshold_tokens < span:
             raise ValueError(f"block_threshold_tokens is {form.block_threshold_tokens}, below one key span {span}")
+        if 256 % form.block_tokens:
+            raise ValueError(f"block_tokens is {form.block_tokens}, which does not divide 256")
         self.ops, self.shape, self.form = ops, shape, form
 
     def logits(self, input_ids: T, attention_mask: T) -> T:

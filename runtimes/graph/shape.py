@@ -43,6 +43,11 @@ class ModelShape:
         return self.hidden_size // self.num_heads
 
     @property
+    def rope_rows(self) -> int:
+        """Rows of the rotary tables: the longest input, padded to whole blocks of any size that divides 256."""
+        return -(-self.max_tokens // 256) * 256
+
+    @property
     def num_layers(self) -> int:
         """Encoder layers."""
         return len(self.global_layers)

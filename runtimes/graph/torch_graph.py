@@ -3,11 +3,12 @@
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 (its usual name)
+
 from ettin.runtimes.graph.ops import Kind
 from ettin.runtimes.graph.scorer import GraphForm, Scorer
 from ettin.runtimes.graph.shape import ModelShape
-from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 (its usual name)
 
 
 class TorchOps:

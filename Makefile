@@ -1,0 +1,38 @@
+# `make demo` and `make test` do everything on a fresh Linux machine with Python 3.11 or later and no GPU.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= 2.13.0
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+# Where CPU builds of torch are kept; a plain `pip install torch` on Linux brings gigabytes of CUDA.
+CPU_WHEELS := --extra-index-url https://download.pytorch.org/whl/cpu
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
+DEMO := ettin-reranker-demo/openvino-fp32
+
+.PHONY: demo test test-slow check format clean
+demo: $(INSTALLED)  ## export the embedded checkpoint, rank with it, print parity and speed
+	$(BIN)/ettin-export --size demo --target openvino --force
+	$(BIN)/ettin-rerank $(DEMO) --query "Which planet is known as the Red Planet?" examples/planets.txt
+	$(BIN)/ettin-verify $(DEMO)
+	$(BIN)/ettin-bench throughput $(DEMO)
+
+test: $(INSTALLED)  ## what CI runs
+	$(BIN)/python -m pytest -q
+
+test-slow: $(INSTALLED)  ## the tests that take minutes
+	$(BIN)/python -m pytest -q -m slow
+
+check: $(INSTALLED)  ## lint, format and types
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --retries 1 --timeout 10 "torch==$(TORCH)+cpu" $(CPU_WHEELS) 2>/dev/null || $(PIP) "torch==$(TORCH)"
+	$(PIP) -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) ettin-reranker-* *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,37 @@
+"""What every result says about where it was measured."""
+
+import importlib.metadata
+import platform
+import sys
+
+from ettin.runtimes import cpu
+
+_PACKAGES = (
+    "ettin-export",
+    "numpy",
+    "onnxruntime",
+    "openvino",
+    "sentence-transformers",
+    "tokenizers",
+    "torch",
+    "transformers",
+)
+
+
+def machine() -> dict[str, object]:
+    """Processor, its instruction sets, and versions."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "cpu": cpu.model_name(),
+        "cpus_usable": cpu.available_cpus(),
+        "isa": [flag for flag in cpu.INTERESTING if flag in cpu.flags()],
+        "isa_limit": cpu.isa_limit(),
+        "python": platform.python_version(),
+        "system": sys.platform,
+        "versions": versions,
+    }

@@ -1,0 +1,49 @@
+"""Ranking quality of a scorer over a retrieval set: rerank BM25's candidates, nDCG@10."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ettin.artifacts.metrics import ndcg
+from ettin.bench.beir import RetrievalSet
+
+Scorer = Callable[[Sequence[tuple[str, str]]], NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What reranking gave.
+
+    Args:
+        ndcg10: mean nDCG@10 over the queries.
+        by_query: nDCG@10 by query id.
+        scores: float32 [pairs], in the order of queries and candidates.
+        seconds: time of scoring.
+    """
+
+    ndcg10: float
+    by_query: dict[str, float]
+    scores: NDArray[np.float32]
+    seconds: float
+
+
+def rerank_quality(data: RetrievalSet, candidates: Mapping[str, list[str]], scorer: Scorer) -> Quality:
+    """Scores every candidate and ranks by score; equal scores keep the first stage's order."""
+    pairs = [(data.queries[query], data.documents[each]) for query, found in candidates.items() for each in found]
+    start = time.perf_counter()
+    scores = np.asarray(scorer(pairs), np.float32)
+    seconds = time.perf_counter() - start
+    by_query, at = {}, 0
+    for query, found in candidates.items():
+        order = np.argsort(-scores[at : at + len(found)], kind="stable")
+        by_query[query] = ndcg([found[place] for place in order], data.qrels[query])
+        at += len(found)
+    return Quality(float(np.mean(list(by_query.values()))), by_query, scores, seconds)
+
+
+def first_stage_ndcg(data: RetrievalSet, candidates: Mapping[str, list[str]]) -> float:
+    """Mean nDCG@10 of the candidates as they are."""
+    return float(np.mean([ndcg(found, data.qrels[query]) for query, found in candidates.items()]))

@@ -1,0 +1,46 @@
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import TINY, VARIANTS, quiet, shared_path
+
+from ettin.export.checkpoint import Checkpoint, read_checkpoint
+from ettin.export.gold import load_gold
+from ettin.export.pipeline import Export, Job, Options
+from ettin.export.random_checkpoint import write_random_checkpoint
+from ettin.export.sizes import DEMO_FOLDER
+
+
+@pytest.fixture
+def shared() -> Callable[[str], Path]:
+    return shared_path
+
+
+@pytest.fixture(scope="session")
+def demo() -> Checkpoint:
+    return read_checkpoint(DEMO_FOLDER, id="ettin-reranker-demo")
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    folder = tmp_path_factory.mktemp("tiny")
+    write_random_checkpoint(folder, TINY, seed=1)
+    return read_checkpoint(folder, is_random=True)
+
+
+@pytest.fixture(scope="session")
+def demo_gold(demo: Checkpoint) -> Any:
+    return load_gold(demo)
+
+
+@pytest.fixture(scope="session")
+def demo_artifacts(demo: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple[str, str], Path]]:
+    """Every target and precision of the embedded checkpoint, exported by the product's own pipeline."""
+    root = tmp_path_factory.mktemp("artifacts")
+    jobs = [Job(target, precision, root / f"{target}-{precision}") for target, precision in VARIANTS]
+    export = Export(demo, Options(command="ettin-export --size demo --all"), quiet)
+    export.prepare(jobs)
+    for job in jobs:
+        assert export.run(job) is not None
+    yield {(job.target, job.precision): job.output for job in jobs}

@@ -1,0 +1,40 @@
+"""What several test files use."""
+
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+
+from ettin.artifacts.targets import TARGETS
+from ettin.runtimes.graph import ModelShape
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+VARIANTS = [(target.name, precision) for target in TARGETS.values() for precision in target.precisions]
+
+# A shape that is tiny and unlike the released ones: another window, two RoPE bases, a local last layer, 3 heads of 32.
+TINY = ModelShape(
+    vocab_size=8192,
+    hidden_size=96,
+    intermediate_size=80,
+    num_heads=3,
+    global_layers=(True, False, False, True, False),
+    window_tokens=24,
+    rope_theta_global=160_000.0,
+    rope_theta_local=20_000.0,
+    norm_eps=1e-5,
+    head_norm_eps=1e-5,
+    max_tokens=3000,
+    pad_token_id=8190,
+)
+
+
+def shared_path(name: str) -> Path:
+    """A file of the reference data, which is not part of this repository."""
+    path = SHARED / name
+    if not path.exists():
+        pytest.skip(f"needs the reference data ../shared/data/{name}")
+    return path
+
+
+def quiet(what: str) -> nullcontext[None]:
+    return nullcontext()

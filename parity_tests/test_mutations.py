@@ -1,0 +1,118 @@
+"""Verification must catch what goes wrong elsewhere: each mistake is made on purpose."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import quiet
+
+from ettin.artifacts.errors import ParityError
+from ettin.export import lowering, onnx_graph, openvino_graph, to_onnx, to_openvino
+from ettin.export.checkpoint import Checkpoint
+from ettin.export.pipeline import Export, Job, Options
+from ettin.export.weights import Weights, read_weights
+from ettin.runtimes.graph.fold import HEAD_NORM, HEAD_SCORE, inference_weights
+
+Mutation = Callable[[pytest.MonkeyPatch], None]
+
+
+def with_weights(change: Callable[[Weights], None]) -> Mutation:
+    def mutate(patch: pytest.MonkeyPatch) -> None:
+        def read(checkpoint: Checkpoint) -> Weights:
+            weights = read_weights(checkpoint)
+            change(weights)
+            return weights
+
+        patch.setattr(lowering, "read_weights", read)
+
+    return mutate
+
+
+def with_shape(**changes: Any) -> Mutation:
+    def mutate(patch: pytest.MonkeyPatch) -> None:
+        original = lowering.lowering
+
+        def changed(target: str) -> Any:
+            write = original(target)
+            return lambda checkpoint, *rest: write(
+                replace(checkpoint, shape=replace(checkpoint.shape, **changes)), *rest
+            )
+
+        patch.setattr(lowering, "lowering", changed)
+
+    return mutate
+
+
+def corrupted_head(weights: Weights) -> None:
+    weights.head[f"{HEAD_SCORE}/linear.weight"][0, 17] += 0.05
+
+
+def dropped_norm_bias(weights: Weights) -> None:
+    weights.head[f"{HEAD_NORM}/norm.bias"].zero_()
+
+
+def one_weight_off(weights: Weights) -> None:
+    weights.encoder["layers.3.mlp.Wo.weight"][5].zero_()
+
+
+def tanh_gelu(patch: pytest.MonkeyPatch) -> None:
+    from openvino import opset15
+
+    patch.setattr(openvino_graph.OpenVinoOps, "gelu", lambda self, x: opset15.gelu(x, "tanh"))
+    patch.setattr(onnx_graph.OnnxOps, "gelu", lambda self, x: self.node("Gelu", [x], approximate="tanh"))
+
+
+def weights_stored_as_fp16(patch: pytest.MonkeyPatch) -> None:
+    def rounded(*arguments: Any) -> Any:
+        return {name: tensor.half().float() for name, tensor in inference_weights(*arguments).items()}
+
+    patch.setattr(to_onnx, "inference_weights", rounded)
+    patch.setattr(to_openvino, "inference_weights", rounded)
+
+
+MUTATIONS: dict[str, Mutation] = {
+    "corrupted head weight": with_weights(corrupted_head),
+    "dropped LayerNorm bias": with_weights(dropped_norm_bias),
+    "one row of one MLP zeroed": with_weights(one_weight_off),
+    "weights stored as fp16": weights_stored_as_fp16,
+    "wrong RoPE theta": with_shape(rope_theta_local=10_000.0),
+    "window of 63": with_shape(window_tokens=63),
+    "epsilon of 1e-3": with_shape(norm_eps=1e-3),
+    "tanh GELU": tanh_gelu,
+}
+
+
+@pytest.fixture(scope="module")
+def proven_export(demo: Checkpoint) -> Export:
+    export = Export(demo, Options(), quiet)
+    export.prepare([Job("onnx", "fp32", Path("unused"))])
+    return export
+
+
+@pytest.mark.parametrize("target", ["onnx", "openvino"])
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_caught(
+    mutation: str, target: str, proven_export: Export, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    MUTATIONS[mutation](monkeypatch)
+    output = tmp_path / "artifact"
+    with pytest.raises(ParityError, match="scores differ from the reference"):
+        proven_export.run(Job(target, "fp32", output))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("mutation", ["corrupted head weight", "dropped LayerNorm bias"])
+def test_caught_in_transformers(
+    mutation: str, proven_export: Export, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    MUTATIONS[mutation](monkeypatch)
+    with pytest.raises(ParityError, match="scores differ from the reference"):
+        proven_export.run(Job("transformers", "fp32", tmp_path / "artifact"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_mutation_passes(proven_export: Export, tmp_path: Path) -> None:
+    """The control: the same export without a mistake."""
+    assert proven_export.run(Job("onnx", "fp32", tmp_path / "artifact")) is not None

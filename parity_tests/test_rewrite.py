@@ -1,0 +1,117 @@
+"""The inference graph against the checkpoint's own graph, before anything is lowered."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers.models.modernbert.modeling_modernbert as modernbert
+
+from ettin.artifacts import tolerances
+from ettin.export.checkpoint import Checkpoint, read_checkpoint
+from ettin.export.gold import load_gold
+from ettin.export.weights import read_weights
+from ettin.runtimes.graph import GraphForm
+from ettin.runtimes.graph.fold import inference_weights
+from ettin.runtimes.graph.torch_graph import InferenceGraph
+
+# Batches of lengths; the first row of each is its longest, the others are padded.
+GRID = [
+    [1],
+    [8, 1],
+    [66, 65, 64, 63],
+    [130, 129, 128, 127, 5],
+    [193, 192, 191],
+    [512, 256],
+    [513, 20],
+    [577, 512],
+    [2048, 70],
+]
+
+
+@pytest.fixture
+def float64_rope(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers rotates in float32 whatever the model's dtype; for a proof in float64 that cast is lifted."""
+
+    def rotate(q: Any, k: Any, cos: Any, sin: Any, unsqueeze_dim: int = 1) -> tuple[Any, Any]:
+        cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+        return tuple(x * cos + modernbert.rotate_half(x) * sin for x in (q, k))  # type: ignore[return-value]
+
+    monkeypatch.setattr(modernbert, "apply_rotary_pos_emb", rotate)
+
+
+def batches(vocab_size: int, pad: int, most: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    for lengths in GRID:
+        if lengths[0] > most:
+            continue
+        mask = (torch.arange(lengths[0]) < torch.tensor(lengths)[:, None]).long()
+        ids = torch.randint(0, vocab_size, mask.shape, generator=generator)
+        yield torch.where(mask.bool(), ids, pad), mask
+
+
+def largest_error(checkpoint: Checkpoint, dtype: torch.dtype, form: GraphForm | None = None, most: int = 2048) -> float:
+    """Largest |Δ| over the grid, each divided by max(1, |gold|)."""
+    weights = read_weights(checkpoint)
+    graph = InferenceGraph(
+        inference_weights(weights.encoder, weights.head, checkpoint.shape, dtype), checkpoint.shape, form
+    )
+    gold = load_gold(checkpoint, dtype)
+    worst = 0.0
+    for ids, mask in batches(min(8187, checkpoint.shape.vocab_size), checkpoint.shape.pad_token_id, most):
+        with torch.inference_mode():
+            expected = gold({"input_ids": ids, "attention_mask": mask})["scores"]
+        found = graph(ids, mask)
+        assert found.shape == (len(ids), 1) and found.dtype == dtype
+        worst = max(worst, float(((found - expected).abs() / expected.abs().clamp(min=1)).max()))
+    return worst
+
+
+@pytest.mark.usefixtures("float64_rope")
+def test_demo_equals_the_checkpoint_in_float64(demo: Checkpoint) -> None:
+    assert largest_error(demo, torch.float64) <= tolerances.REWRITE_FLOAT64
+
+
+@pytest.mark.usefixtures("float64_rope")
+def test_another_shape_equals_the_checkpoint_in_float64(tiny: Checkpoint) -> None:
+    assert largest_error(tiny, torch.float64) <= tolerances.REWRITE_FLOAT64
+
+
+@pytest.mark.usefixtures("float64_rope")
+@pytest.mark.parametrize("form", [GraphForm(200), GraphForm(192, 16), GraphForm(4000)])
+def test_every_form_equals_the_checkpoint_in_float64(demo: Checkpoint, form: GraphForm) -> None:
+    assert largest_error(demo, torch.float64, form) <= tolerances.REWRITE_FLOAT64
+
+
+def test_demo_equals_the_checkpoint_in_fp32(demo: Checkpoint) -> None:
+    assert largest_error(demo, torch.float32) <= tolerances.FP32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_trained_17m_shape_equals_the_checkpoint(
+    shared: Callable[[str], Path], dtype: torch.dtype, request: pytest.FixtureRequest
+) -> None:
+    checkpoint = read_checkpoint(shared("checkpoints/17m-lexical"))
+    if dtype == torch.float64:
+        request.getfixturevalue("float64_rope")
+    limit = tolerances.REWRITE_FLOAT64 if dtype == torch.float64 else tolerances.FP32
+    assert largest_error(checkpoint, dtype) <= limit
+
+
+def test_longest_input_equals_the_checkpoint(demo: Checkpoint) -> None:
+    weights = read_weights(demo)
+    graph = InferenceGraph(inference_weights(weights.encoder, weights.head, demo.shape), demo.shape)
+    ids = torch.randint(0, 8187, (1, 7999), generator=torch.Generator().manual_seed(7))
+    mask = torch.ones_like(ids)
+    with torch.inference_mode():
+        expected = load_gold(demo)({"input_ids": ids, "attention_mask": mask})["scores"]
+    assert float((graph(ids, mask) - expected).abs().max()) <= tolerances.FP32 * max(1.0, float(expected.abs().max()))
+
+
+def test_a_threshold_below_one_key_span_is_refused(demo: Checkpoint) -> None:
+    weights = read_weights(demo)
+    folded = inference_weights(weights.encoder, weights.head, demo.shape)
+    graph = InferenceGraph(folded, demo.shape, GraphForm(block_threshold_tokens=191))
+    with pytest.raises(ValueError, match="below one key span 192"):
+        graph(torch.ones(1, 3, dtype=torch.long), torch.ones(1, 3, dtype=torch.long))
