@@ -12,7 +12,7 @@ from ettin.export.hub import download
 from ettin.export.random_checkpoint import write_random_checkpoint
 from ettin.export.sizes import DEMO, DEMO_FOLDER, SIZES, checked_size
 
-_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+_HUB_ID = re.compile(r"^\w[\w.-]*/\w[\w.-]*$")
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -249,7 +250,7 @@ def test_sources_that_contradict(tmp_path: Path) -> None:
 def hub_error(name: str) -> Exception:
     from huggingface_hub import errors
 
-    response = errors.Response(403)
+    response = SimpleNamespace(request=None, headers={}, status_code=403)
     kind = getattr(errors, name)
     made: Exception = kind("refused", response=response) if issubclass(kind, errors.HfHubHTTPError) else kind("refused")
     return made

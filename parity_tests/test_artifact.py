@@ -1,0 +1,358 @@
+"""The artifact format: strict on read, whole or absent on write."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ettin.artifacts import publish
+from ettin.artifacts.errors import (
+    ArtifactError,
+    DamagedArtifact,
+    EttinError,
+    ManifestError,
+    MissingDependency,
+    NewerFormat,
+    OutputError,
+    ParityError,
+    UnverifiedArtifact,
+)
+from ettin.artifacts.files import list_files
+from ettin.artifacts.manifest import Manifest, _digest
+from ettin.artifacts.parity import read_parity
+from ettin.artifacts.publish import staged
+from ettin.runtimes import load
+from ettin.runtimes.verify import record_verified, verify, verify_in_child
+
+
+@pytest.fixture
+def artifact(demo_artifacts: dict[tuple[str, str], Path], tmp_path: Path) -> Path:
+    folder = tmp_path / "artifact"
+    shutil.copytree(demo_artifacts["openvino", "fp32"], folder)
+    return folder
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Any]], Any], sign: bool = True) -> None:
+    """Edits the manifest; signed, as a program that knows the format could."""
+    path = folder / "manifest.json"
+    content = json.loads(path.read_text())
+    change(content)
+    content.pop("manifest_sha256", None)
+    if sign:
+        content["manifest_sha256"] = _digest(content)
+    path.write_text(json.dumps(content))
+
+
+def test_manifest_survives_a_round_trip(artifact: Path) -> None:
+    manifest = Manifest.read(artifact)
+    assert manifest.to_bytes() == (artifact / "manifest.json").read_bytes()
+    assert manifest.source.weights == "checkpoint" and manifest.source.shape["hidden_size"] == 128
+    assert manifest.files == list_files(artifact)
+    assert (manifest.target, manifest.precision, manifest.max_length_tokens) == ("openvino", "fp32", 7999)
+    assert len(read_parity(artifact)) == manifest.parity.pairs >= 64
+
+
+def test_format_page_names_every_key() -> None:
+    page = (Path(__file__).parents[1] / "artifacts" / "FORMAT.md").read_text()
+    for name in Manifest.model_fields:
+        assert f"`{name}" in page, name
+
+
+@pytest.mark.parametrize("damage", ["flip", "shorten", "remove", "link"])
+@pytest.mark.parametrize("name", ["openvino/openvino_model.bin", "tokenizer.json", "parity.jsonl", "README.md"])
+def test_damaged_file(artifact: Path, name: str, damage: str) -> None:
+    path = artifact / name
+    content = bytearray(path.read_bytes())
+    if damage == "flip":
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    elif damage == "shorten":
+        path.write_bytes(content[:-1])
+    else:
+        path.unlink()
+    if damage == "link":
+        path.symlink_to("/etc/hostname")
+    with pytest.raises(DamagedArtifact) as error:
+        load(artifact)
+    assert name in str(error.value) and "Export again: ettin-export" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_sizes_only(artifact: Path) -> None:
+    path = artifact / "README.md"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with load(artifact, checksums=False) as runtime:
+        assert runtime.predict(("a", "b")).shape == ()
+    path.write_bytes(b"")
+    with pytest.raises(DamagedArtifact):
+        load(artifact, checksums=False)
+
+
+def test_edited_manifest(artifact: Path) -> None:
+    path = artifact / "manifest.json"
+    path.write_text(path.read_text().replace('"max_length_tokens": 7999', '"max_length_tokens": 9999'))
+    with pytest.raises(ManifestError, match="was edited"):
+        load(artifact)
+
+
+def test_newer_format(artifact: Path) -> None:
+    rewrite(artifact, lambda content: content.update(format_version=2, something="new"))
+    with pytest.raises(NewerFormat, match="format version 2, this ettin-export reads up to 1. Run: pip install -U"):
+        load(artifact)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda content: content.update(extra=1), "field 'extra'"),
+        (lambda content: content.pop("parity"), "field 'parity'"),
+        (lambda content: content.update(max_length_tokens="512"), "field 'max_length_tokens'"),
+        (lambda content: content.update(activation="softmax"), "field 'activation'"),
+        (lambda content: content["source"].update(weights_sha256="x"), "field 'source.weights_sha256'"),
+        (lambda content: content["files"][0].update(path="../../etc/passwd"), "not a plain path inside"),
+        (lambda content: content["files"][0].update(path="/etc/passwd"), "not a plain path inside"),
+        (lambda content: content["files"][0].update(path="a\\b"), "not a plain path inside"),
+        (lambda content: content.update(entry="../model.xml"), "not a plain path inside"),
+    ],
+)
+def test_manifest_is_read_strictly(artifact: Path, change: Any, message: str) -> None:
+    rewrite(artifact, change)
+    with pytest.raises(ManifestError) as error:
+        load(artifact)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", "7", '{"format_version": 1}', "\x00"])
+def test_what_is_no_manifest(artifact: Path, content: str) -> None:
+    (artifact / "manifest.json").write_text(content)
+    with pytest.raises(ManifestError, match=r"manifest\.json"):
+        load(artifact)
+
+
+def test_no_artifact(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(ManifestError, match="this is not an artifact. Make one: ettin-export"):
+            load(folder)
+
+
+def test_entry_must_be_listed(artifact: Path) -> None:
+    rewrite(artifact, lambda content: content.update(entry="elsewhere.xml"))
+    with pytest.raises(DamagedArtifact, match="is not among its files"):
+        load(artifact)
+
+
+def test_unverified_is_refused_until_verified(artifact: Path) -> None:
+    rewrite(artifact, lambda content: content["parity"].update(status="unverified", pairs=0))
+    with pytest.raises(UnverifiedArtifact, match="Run here: ettin-verify"):
+        load(artifact)
+    found = verify(artifact)
+    assert found.ok
+    record_verified(artifact, found)
+    with load(artifact) as runtime:
+        assert runtime.manifest.parity.status == "verified"
+
+
+def test_other_ids_fail_verification(artifact: Path) -> None:
+    path = artifact / "parity.jsonl"
+    lines = path.read_text().splitlines()
+    first = json.loads(lines[0])
+    first["ids"][2] += 1
+    path.write_text("\n".join([json.dumps(first), *lines[1:]]) + "\n")
+    rewrite(artifact, lambda content: content.update(files=[each.model_dump() for each in list_files(artifact)]))
+    with pytest.raises(ParityError, match="token ids .* differ from the reference's at 2"):
+        verify(artifact)
+    with pytest.raises(ParityError, match="can't be verified: .*token ids"):
+        verify_in_child(artifact)
+
+
+def test_other_scores_fail_verification(artifact: Path) -> None:
+    path = artifact / "parity.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[5]["gold"] += 0.01
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rewrite(artifact, lambda content: content.update(files=[each.model_dump() for each in list_files(artifact)]))
+    found = verify(artifact)
+    assert not found.ok and rows[5]["query"][:20] in found.worst_pair
+
+
+def test_too_few_parity_pairs_fail(artifact: Path) -> None:
+    path = artifact / "parity.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:63]))
+    with pytest.raises(ParityError, match="63 parity pairs, expected at least 64"):
+        verify(artifact)
+
+
+def write_artifact(folder: Path, mark: str) -> None:
+    (folder / "manifest.json").write_text(mark)
+
+
+def test_staged_appears_whole(tmp_path: Path) -> None:
+    output = tmp_path / "deep" / "out"
+    with staged(output) as stage:
+        write_artifact(stage, "new")
+        assert not output.exists()
+    assert (output / "manifest.json").read_text() == "new"
+    assert sorted(path.name for path in output.parent.iterdir()) == ["out"]
+
+
+@pytest.mark.parametrize("reason", [RuntimeError, KeyboardInterrupt, ParityError])
+def test_failed_export_leaves_nothing_and_loses_nothing(tmp_path: Path, reason: type[BaseException]) -> None:
+    output = tmp_path / "out"
+    with pytest.raises(reason), staged(output) as stage:
+        write_artifact(stage, "half")
+        raise reason("stop")
+    assert list(tmp_path.iterdir()) == []
+    with staged(output) as stage:
+        write_artifact(stage, "old")
+    with pytest.raises(reason), staged(output, force=True) as stage:
+        write_artifact(stage, "half")
+        raise reason("stop")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (output / "manifest.json").read_text() == "old"
+
+
+def test_existing_output_is_kept_unless_forced(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    with staged(output) as stage:
+        write_artifact(stage, "old")
+    with pytest.raises(OutputError, match="left as it is. Replace it with --force"), staged(output):
+        pass
+    with staged(output, force=True) as stage:
+        write_artifact(stage, "new")
+    assert (output / "manifest.json").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_of_the_users_is_never_replaced(tmp_path: Path) -> None:
+    output = tmp_path / "thesis"
+    output.mkdir()
+    (output / "chapter.txt").write_text("years of work")
+    with pytest.raises(OutputError, match="with other things in it, left as it is"), staged(output, force=True):
+        pass
+    assert (output / "chapter.txt").read_text() == "years of work"
+    with pytest.raises(OutputError, match="is not a folder"), staged(output / "chapter.txt", force=True):
+        pass
+
+
+def test_failed_rename_gives_the_old_one_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "out"
+    with staged(output) as stage:
+        write_artifact(stage, "old")
+    original = Path.rename
+
+    def fail_into_place(self: Path, target: Path) -> Path:
+        if Path(target) == output and not self.name.endswith("-old"):
+            raise OSError(28, "No space left on device")
+        return original(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail_into_place)
+    with pytest.raises(OutputError, match="the disk is full"), staged(output, force=True) as stage:
+        write_artifact(stage, "new")
+    assert (output / "manifest.json").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_unwritable_folder(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(OutputError, match="can't write in"), staged(tmp_path / "out"):
+        pass
+
+
+def test_read_only_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> str:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(publish.tempfile, "mkdtemp", fail)
+    with pytest.raises(OutputError, match="Read-only file system"), staged(tmp_path / "out"):
+        pass
+
+
+def test_full_disk_while_writing(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="the disk is full. Nothing was published"), staged(tmp_path / "out"):
+        raise OSError(28, "No space left on device")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_export_left_is_cleaned_up(tmp_path: Path) -> None:
+    code = """
+import sys, time
+from pathlib import Path
+from ettin.artifacts.publish import staged
+with staged(Path(sys.argv[1])) as stage:
+    (stage / "manifest.json").write_text("half")
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+    output = tmp_path / "out"
+    with subprocess.Popen([sys.executable, "-c", code, str(output)], stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        child.send_signal(signal.SIGKILL)
+    assert len(list(tmp_path.iterdir())) == 1 and not output.exists()
+    with staged(output) as stage:
+        write_artifact(stage, "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_swap_that_was_killed_gives_the_old_one_back(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    dead = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True
+    )
+    old = tmp_path / f".out.partial-{dead.stdout.strip()}-x-old"
+    old.mkdir()
+    write_artifact(old, "old")
+    with pytest.raises(OutputError, match="--force"), staged(output):
+        pass
+    assert (output / "manifest.json").read_text() == "old"
+
+
+def test_stage_of_a_running_export_is_left_alone(tmp_path: Path) -> None:
+    running = tmp_path / f".out.partial-{os.getpid()}-x"
+    running.mkdir()
+    with staged(tmp_path / "out") as stage:
+        write_artifact(stage, "new")
+    assert running.exists()
+
+
+def test_links_are_not_published(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("/etc/hostname")
+    with pytest.raises(OutputError, match="plain files only"):
+        list_files(tmp_path)
+
+
+def test_missing_engine_is_one_line_and_a_broken_one_is_not_hidden(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ettin.runtimes import registry
+
+    def absent(name: str) -> Any:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    def broken(name: str) -> Any:
+        raise ModuleNotFoundError("No module named 'libsomething'", name="libsomething")
+
+    monkeypatch.setattr(registry.importlib, "import_module", absent)
+    with pytest.raises(MissingDependency, match=r'Run: pip install "ettin-export\[openvino\]"'):
+        load(artifact)
+    monkeypatch.setattr(registry.importlib, "import_module", broken)
+    with pytest.raises(ModuleNotFoundError, match="libsomething"):
+        load(artifact)
+
+
+def test_every_error_is_an_ettin_error() -> None:
+    from ettin.artifacts import errors
+
+    kinds = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, Exception)]
+    assert all(issubclass(kind, EttinError) for kind in kinds)
+    for kind in kinds:
+        assert kind.__name__ in (errors.__doc__ or ""), f"{kind.__name__} is missing from the tree"
+    assert issubclass(DamagedArtifact, ArtifactError)

@@ -1,0 +1,94 @@
+"""The ONNX file itself, for whoever loads it with something else."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+
+from ettin.export.checkpoint import Checkpoint
+from ettin.export.to_onnx import onnx_from_checkpoint
+from ettin.export.weights import read_weights
+from ettin.runtimes import load
+
+
+def feeds() -> dict[str, np.ndarray]:
+    ids = np.array([[8188, 5, 8189, 300, 301, 8189], [8188, 5, 8189, 300, 8189, 8190]])
+    return {"input_ids": ids, "attention_mask": (ids != 8190).astype(np.int64)}
+
+
+def test_interface_and_types(demo_artifacts: dict[tuple[str, str], Path]) -> None:
+    for precision, stored in (("fp32", onnx.TensorProto.FLOAT), ("fp16", onnx.TensorProto.FLOAT16)):
+        folder = demo_artifacts["onnx", precision]
+        model = onnx.load(folder / "onnx" / {"fp32": "model.onnx", "fp16": "model_fp16.onnx"}[precision])
+        assert [each.name for each in model.graph.input] == ["input_ids", "attention_mask"]
+        assert [each.name for each in model.graph.output] == ["logits"]
+        types = {each.name: each.data_type for each in model.graph.initializer}
+        assert types["layers.3.q"] == types["embedding"] == stored
+        assert types["head.dense"] == types["head.score"] == onnx.TensorProto.FLOAT
+
+
+def test_no_control_flow_and_no_foreign_operators(demo_artifacts: dict[tuple[str, str], Path]) -> None:
+    model = onnx.load(demo_artifacts["onnx", "fp32"] / "onnx" / "model.onnx")
+    assert {each.domain for each in model.graph.node} == {""}
+    assert not {each.op_type for each in model.graph.node} & {"If", "Loop", "Scan"}
+
+
+def test_last_layer_computes_one_query(demo_artifacts: dict[tuple[str, str], Path]) -> None:
+    """The point of the rewriting: its MLP sees one token."""
+    model = onnx.shape_inference.infer_shapes(onnx.load(demo_artifacts["onnx", "fp32"] / "onnx" / "model.onnx"))
+    dims = {each.name: each.type.tensor_type.shape.dim for each in model.graph.value_info}
+    products = [each for each in model.graph.node if each.op_type == "MatMul" and "layers.6.up" in each.input]
+    assert dims[products[0].output[0]][1].dim_value == 1
+
+
+def test_external_data_moves_with_its_folder(demo: Checkpoint, tmp_path: Path) -> None:
+    first = tmp_path / "first"
+    first.mkdir()
+    lowered = onnx_from_checkpoint(demo, read_weights(demo), "fp32", first, external_from_bytes=1 << 20)
+    files = {path.name: path.stat().st_size for path in (first / "onnx").iterdir()}
+    assert files["model.onnx_data"] > 8e6 > 1e6 > files["model.onnx"]
+    moved = shutil.move(first, tmp_path / "moved")
+    session = ort.InferenceSession(str(Path(moved) / lowered.entry), providers=["CPUExecutionProvider"])
+    assert np.isfinite(session.run(["logits"], feeds())[0]).all()
+
+
+def test_configs_for_other_loaders(demo_artifacts: dict[tuple[str, str], Path]) -> None:
+    for target in ("onnx", "transformers"):
+        folder = demo_artifacts[target, "fp32"]
+        config = json.loads((folder / "config.json").read_text())
+        assert config["architectures"] == ["ModernBertForSequenceClassification"]
+        assert config["global_rope_theta"] == config["local_rope_theta"] == 160000.0
+        assert config["rope_parameters"]["sliding_attention"]["rope_theta"] == 160000.0
+        assert config["sentence_transformers"]["activation_fn"] == "torch.nn.modules.linear.Identity"
+        tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+        assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_transformers_artifact_is_a_cross_encoder(demo_artifacts: dict[tuple[str, str], Path], precision: str) -> None:
+    import torch
+    from sentence_transformers import CrossEncoder
+
+    pairs = [("red planet", "Mars is red"), ("red planet", "bread"), ("", "")]
+    folder = demo_artifacts["transformers", precision]
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    stock = CrossEncoder(str(folder), device="cpu", model_kwargs={"dtype": dtype, "attn_implementation": "sdpa"})
+    with load(folder) as runtime:
+        scores = runtime.predict(pairs)
+    tolerance = 1e-5 if precision == "fp32" else 0.07  # bf16 steps at 8 are 0.0625, and batches differ
+    np.testing.assert_allclose(stock.predict([list(pair) for pair in pairs]), scores, atol=tolerance)
+
+
+def test_transformers_artifact_equals_the_modular_checkpoint(
+    demo_artifacts: dict[tuple[str, str], Path], demo_gold: object
+) -> None:
+    from sentence_transformers import CrossEncoder
+
+    pairs = [["red planet", "Mars is red"], ["red planet", "bread " * 300], ["", ""]]
+    stock = CrossEncoder(str(demo_artifacts["transformers", "fp32"]), device="cpu")
+    assert isinstance(demo_gold, CrossEncoder)
+    np.testing.assert_allclose(stock.predict(pairs), demo_gold.predict(pairs), atol=1e-4)

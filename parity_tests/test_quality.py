@@ -1,0 +1,35 @@
+"""The main job on real input: an artifact reranks SciFact as PyTorch does."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from support import quiet
+
+from ettin.bench.beir import read_beir
+from ettin.bench.first_stage import bm25_candidates
+from ettin.bench.quality import first_stage_ndcg, rerank_quality
+from ettin.export.checkpoint import read_checkpoint
+from ettin.export.gold import load_gold
+from ettin.export.pipeline import Export, Job, Options
+from ettin.runtimes import load
+
+
+@pytest.mark.parametrize("queries", [6, pytest.param(300, marks=pytest.mark.slow)])
+def test_scifact_ndcg_is_the_references(queries: int, shared: Callable[[str], Path], tmp_path: Path) -> None:
+    checkpoint = read_checkpoint(shared("checkpoints/17m-lexical"))
+    assert Export(checkpoint, Options(max_length=512), quiet).run(Job("openvino", "fp32", tmp_path / "artifact"))
+    data = read_beir(shared("retrieval/scifact"))
+    candidates = bm25_candidates(data, 100, queries)
+    assert len(candidates) == queries and all(len(found) == 100 for found in candidates.values())
+    with load(tmp_path / "artifact") as runtime:
+        ours = rerank_quality(data, candidates, runtime.predict)
+    gold = load_gold(checkpoint)
+    gold.max_seq_length = 512
+    reference = rerank_quality(
+        data, candidates, lambda pairs: gold.predict([list(pair) for pair in pairs], activation_fn=torch.nn.Identity())
+    )
+    assert abs(ours.ndcg10 - reference.ndcg10) <= 0.001
+    assert abs(ours.scores - reference.scores).max() <= 2e-3
+    assert ours.ndcg10 > 0.3 and first_stage_ndcg(data, candidates) > 0.3
