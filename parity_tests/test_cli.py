@@ -55,15 +55,24 @@ def test_export_rerank_verify(tmp_path: Path) -> None:
 
 def test_json_lines_keep_their_keys(demo_artifacts: dict[tuple[str, str], Path], tmp_path: Path) -> None:
     documents = "".join(
-        json.dumps({"id": at, "body": text}) + "\n\n" for at, text in enumerate(["hot Venus", "red [Mars]"])
+        json.dumps({"id": at, "body": text}) + "\n\n" for at, text in enumerate(["hot Venus", "the [red] planet"])
     )
     artifact = demo_artifacts["onnx", "fp32"]
     done = run(
-        "ettin-rerank", artifact, "--query", "red", "--field", "body", "--json", "-", cwd=tmp_path, stdin=documents
+        "ettin-rerank",
+        artifact,
+        "--query",
+        "red planet",
+        "--field",
+        "body",
+        "--json",
+        "-",
+        cwd=tmp_path,
+        stdin=documents,
     )
     assert [json.loads(line)["id"] for line in done.stdout.splitlines()] == [1, 0]
-    table = run("ettin-rerank", artifact, "--query", "red", "--field", "body", cwd=tmp_path, stdin=documents)
-    assert "red [Mars]" in table.stdout
+    table = run("ettin-rerank", artifact, "--query", "red planet", "--field", "body", cwd=tmp_path, stdin=documents)
+    assert "the [red] planet" in table.stdout
 
 
 @pytest.mark.parametrize(
@@ -128,7 +137,6 @@ def test_dry_run_writes_nothing(tmp_path: Path) -> None:
 
 
 def test_random_weights_are_said_loudly(tmp_path: Path) -> None:
-    pytest.importorskip("onnxruntime")
     done = run(
         "ettin-export", "--size", "17m", "--random-weights", "--max-length", "64", "--target", "onnx", cwd=tmp_path
     )
