@@ -42,7 +42,7 @@ def throughput(
     with load(artifact, threads=threads) as runtime:
         speeds = pairs_per_s(runtime, pairs, min(max_length, runtime.max_length), passes)
         text = f"{median(speeds):.1f} pairs/s (median of {passes}, best {max(speeds):.1f}; {len(pairs)} pairs)"
-        console.stdout.print(f"{runtime.description}: {text}", markup=False)
+        click.echo(f"{runtime.description}: {text}")
         result = {"pairs": len(pairs), "max_length": max_length, "pairs_per_s": speeds, "median": median(speeds)}
         _write(
             json_path, "throughput", {**_artifact(runtime), "data": str(data.name if data else "passages"), **result}
@@ -93,7 +93,7 @@ def quality(
             "spearman": delta.spearman,
         }
         line += f", reference {gold.ndcg10:.4f}; max |Δ| {delta.max_abs:.2e} over {len(gold.scores)} pairs"
-    console.stdout.print(line, markup=False)
+    click.echo(line)
     _write(json_path, "quality", result)
 
 

@@ -106,9 +106,9 @@ def command(
 
 def _announce(source: "Checkpoint") -> None:
     at = f" at {source.revision}" if source.revision else ""
-    console.stderr.print(f"  {source.id}{at}: {source.shape.num_parameters:,} parameters", markup=False)
+    console.note(f"  {source.id}{at}: {source.shape.num_parameters:,} parameters")
     if source.is_random:
-        console.stderr.print("  RANDOM WEIGHTS: the shape is right, the scores mean nothing", style="bold yellow")
+        console.note("  RANDOM WEIGHTS: the shape is right, the scores mean nothing", fg="yellow", bold=True)
 
 
 def _run_one(export: "Export", job: "Job") -> None:
@@ -116,12 +116,13 @@ def _run_one(export: "Export", job: "Job") -> None:
     export.prepare([job])
     verification = export.run(job)
     if verification is None:
-        console.stderr.print(
+        console.note(
             f"  NOT VERIFIED: {job.target} can't run here. It loads after: ettin-verify {job.output}",
-            style="bold yellow",
+            fg="yellow",
+            bold=True,
         )
     else:
-        console.stderr.print(f"  {verification.runtime}: {verification.summary}", markup=False)
+        console.note(f"  {verification.runtime}: {verification.summary}")
     click.echo(job.output)
 
 

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rich.markup import escape
-from rich.table import Table
+import click
 
 from ettin.artifacts.targets import TARGETS
 from ettin.export.doctor import examine
@@ -33,43 +32,38 @@ class Row:
 
 def show_list() -> None:
     """Sizes, targets and precisions."""
-    sizes = Table("size", "parameters", "hub id", "pinned revision", box=None, title="Sizes", title_justify="left")
-    sizes.add_row("demo", "2,042,113", "comes with this package", "")
-    for size in SIZES.values():
-        sizes.add_row(size.name, f"{size.parameters:,}", size.hub_id, size.revision[:12])
-    console.stdout.print(sizes)
-    targets = Table("target", "precisions (first: default)", "runs on", box=None, title="Targets", title_justify="left")
-    for target in TARGETS.values():
-        targets.add_row(target.name, ", ".join(target.precisions), target.runs_on)
-    console.stdout.print(targets)
+    demo = ["demo", "2,042,113", "comes with this package", ""]
+    sizes = [[size.name, f"{size.parameters:,}", size.hub_id, size.revision[:12]] for size in SIZES.values()]
+    console.table([demo, *sizes], ["size", "parameters", "hub id", "pinned revision"])
+    click.echo()
+    targets = [[target.name, ", ".join(target.precisions), target.runs_on] for target in TARGETS.values()]
+    console.table(targets, ["target", "precisions (first: default)", "runs on"])
 
 
 def show_doctor() -> None:
     """What is installed, what works here, and the fix for what does not."""
-    marks = {True: "[green]ok[/green]", False: "[red]no[/red]", None: ""}
-    table = Table(box=None, show_header=False)
+    marks = {True: click.style("ok", fg="green"), False: click.style("no", fg="red"), None: ""}
+    rows = []
     for finding in examine():
-        table.add_row(marks[finding.ok], finding.what, escape(finding.detail))
+        rows.append([marks[finding.ok], finding.what, finding.detail])
         if finding.fix:
-            table.add_row("", "", f"[yellow]{escape(finding.fix)}[/yellow]")
-    console.stdout.print(table)
+            rows.append(["", "", click.style(f"Run: {finding.fix}", fg="yellow")])
+    console.table(rows)
 
 
 def show_plan(export: "Export", jobs: "list[Job]") -> None:
     """What would be done."""
     for job in jobs:
         size = export.expected_bytes(job) / 2**20
-        console.stdout.print(
+        click.echo(
             f"would write {job.target} {job.precision}, about {size:.0f} MiB, up to {export.max_length} tokens a pair, "
-            f"to {job.output}, once its scores are proven",
-            markup=False,
+            f"to {job.output}, once its scores are proven"
         )
 
 
 def show_all(rows: list[Row]) -> None:
     """The report of a run with `--all`."""
-    table = Table("target", "precision", "max |Δ|", "mean |Δ|", "Spearman", "MiB", box=None)
-    table.add_column("artifact or problem", overflow="fold")
+    lines = []
     for row in rows:
         found = row.verification
         figures = ["–"] * 3
@@ -81,5 +75,6 @@ def show_all(rows: list[Row]) -> None:
             files = (path.stat().st_size for path in row.job.output.rglob("*") if path.is_file())
             size = f"{sum(files) / 2**20:.1f}"
         note = str(row.job.output) + ("" if found else " (not verified)") if row.problem is None else row.problem
-        table.add_row(row.job.target, row.job.precision, *figures, size, escape(note))
-    console.stderr.print(table)
+        lines.append([row.job.target, row.job.precision, *figures, size, note])
+    headers = ["target", "precision", "max |Δ|", "mean |Δ|", "Spearman", "MiB", "artifact or problem"]
+    console.table(lines, headers, err=True)

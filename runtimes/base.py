@@ -10,8 +10,7 @@ from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import Progress
+from tqdm import tqdm
 
 from ettin.artifacts.errors import EttinError, UsageError
 from ettin.artifacts.manifest import Manifest
@@ -215,8 +214,7 @@ class Runtime(ABC):
         if self._closed:
             raise EttinError(f"{self.folder}: this runtime is closed. Load it again")
         logits = np.empty(len(pairs), np.float32)
-        with Progress(console=Console(stderr=True), disable=not progress, transient=True) as bar:
-            task = bar.add_task("Scoring pairs", total=len(pairs))
+        with tqdm(total=len(pairs), desc="Scoring pairs", unit="pairs", disable=not progress) as bar:
             pending: list[Future[int]] = []
             try:
                 for window in _windows(len(pairs)):
@@ -225,7 +223,7 @@ class Runtime(ABC):
                     for batch in self._batches(tokenised, batch_size):
                         future = self._workers.submit(self._score_into, logits, tokenised, batch, window.start)
                         if progress:
-                            future.add_done_callback(lambda done: bar.advance(task, _pairs_done(done)))
+                            future.add_done_callback(lambda done: bar.update(_pairs_done(done)))
                         pending.append(future)
                 _drain(pending)
             finally:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 import click
-from rich.table import Table
 
 from ettin.artifacts.errors import InputError
 from ettin.runtimes import console
@@ -46,11 +45,11 @@ def command(
             row = {"rank": place, "score": hit["score"], "line": rows[hit["corpus_id"]]["line"]}
             click.echo(json.dumps({**rows[hit["corpus_id"]], **row}, ensure_ascii=False))
         return
-    table = Table("rank", "score", "line", "text", box=None)
-    for place, hit in enumerate(hits, 1):
-        row = rows[hit["corpus_id"]]
-        table.add_row(str(place), f"{hit['score']:.3f}", str(row["line"]), row[field].replace("[", "\\["))
-    console.stdout.print(table)
+    lines = [
+        [str(place), f"{hit['score']:.3f}", str(rows[hit["corpus_id"]]["line"]), rows[hit["corpus_id"]][field]]
+        for place, hit in enumerate(hits, 1)
+    ]
+    console.table(lines, ["rank", "score", "line", "text"])
 
 
 def _read(file: Path, field: str) -> Iterator[dict[str, Any]]:
@@ -93,5 +92,5 @@ def _object(line: str) -> dict[str, Any] | None:
 def main() -> NoReturn:
     """Entry point."""
     if sys.stdin.isatty() and len(sys.argv) > 1 and sys.argv[-1] == "-":
-        console.stderr.print("reading documents from the terminal, one a line; end with Ctrl-D")
+        console.note("reading documents from the terminal, one a line; end with Ctrl-D")
     console.run(command)

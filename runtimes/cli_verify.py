@@ -23,14 +23,14 @@ def command(artifact: Path, device: str, threads: int | None) -> None:
     """
     with console.step("verify"):
         found = verify(artifact, device=device, threads=threads)
-    console.stdout.print(f"{found.runtime}: {found.summary}", markup=False)
-    console.stdout.print(f"worst pair: {found.worst_pair}", markup=False)
+    click.echo(f"{found.runtime}: {found.summary}")
+    click.echo(f"worst pair: {found.worst_pair}")
     if not found.ok:
         raise ParityError(f"{artifact}: scores differ from the reference: {found.summary}; limit: {found.rule}")
     if Manifest.read(artifact).parity.status == "unverified":
         record_verified(artifact, found)
-        console.stdout.print("marked as verified in manifest.json")
-    console.stdout.print(f"ok ({found.rule})", markup=False)
+        click.echo("marked as verified in manifest.json")
+    click.echo(f"ok ({found.rule})")
 
 
 def main() -> NoReturn:

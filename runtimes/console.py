@@ -2,17 +2,14 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from rich.console import Console
+import click
+from tabulate import tabulate
 
 from ettin.artifacts.errors import EttinError
-
-_WIDTH_IN_PIPES = 200  # rich assumes 80 there, and would cut tables
-stderr = Console(stderr=True, highlight=False, soft_wrap=True, width=None if sys.stderr.isatty() else _WIDTH_IN_PIPES)
-stdout = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else _WIDTH_IN_PIPES)
 
 
 def run(command: Callable[..., Any]) -> NoReturn:
@@ -20,28 +17,39 @@ def run(command: Callable[..., Any]) -> NoReturn:
     try:
         command(standalone_mode=True)
     except EttinError as error:
-        stderr.print(f"error: {error}", style="red", markup=False)
+        note(f"error: {error}", fg="red")
         sys.exit(1)
     except KeyboardInterrupt:
-        stderr.print("interrupted; nothing was published", style="red")
+        note("interrupted; nothing was published", fg="red")
         sys.exit(130)
-    except BrokenPipeError:
-        sys.exit(141)
     sys.exit(0)
+
+
+def note(text: str, **style: Any) -> None:
+    """A line on stderr, styled (see `click.style`) where that is a terminal."""
+    click.secho(text, err=True, **style)
 
 
 @contextmanager
 def step(what: str) -> Iterator[None]:
     """Shows a step of a longer job and the time that it took, on stderr."""
+    live = sys.stderr.isatty()
+    if live:
+        click.echo(f"  {what} …", nl=False, err=True)
     start = time.perf_counter()
-    with stderr.status(f"{what} …") if stderr.is_terminal else _nothing():
+    try:
         yield
-    stderr.print(f"  {what}  [dim]{time.perf_counter() - start:.1f} s[/dim]")
+    except BaseException:
+        if live:
+            click.echo(err=True)
+        raise
+    seconds = click.style(f"{time.perf_counter() - start:.1f} s", dim=True)
+    click.echo(f"{chr(13) if live else ''}  {what}  {seconds}", err=True)
 
 
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
+def table(rows: Sequence[Sequence[str]], headers: Sequence[str] = (), *, err: bool = False) -> None:
+    """Prints columns, on stdout unless `err`."""
+    click.echo(tabulate(rows, headers, tablefmt="plain", disable_numparse=True), err=err)
 
 
 def example_epilog(*lines: str) -> str:
