@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 # Where CPU builds of torch are kept; a plain `pip install torch` on Linux brings gigabytes of CUDA.
 CPU_WHEELS := --extra-index-url https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
-DEMO := ettin-reranker-demo/openvino-fp32
+DEMO := ettin-reranker-demo/openvino-int8
 
 .PHONY: demo test test-slow check format clean
 demo: $(INSTALLED)  ## export the embedded checkpoint, rank with it, print parity and speed

@@ -83,6 +83,15 @@ class Parity(_Strict):
     quality: Literal["not-applicable"] | dict[str, float] = "not-applicable"
 
 
+class Calibration(_Strict):
+    """How int8 was made."""
+
+    text: str = Field(description="what it was calibrated on")
+    text_sha256: Sha256
+    pairs: PositiveInt
+    scheme: str = Field(description="what is quantised; milder than the first choice if that failed the gate")
+
+
 class FileEntry(_Strict):
     """One file of the artifact."""
 
@@ -106,6 +115,7 @@ class Manifest(_Strict):
     activation: Literal["identity", "sigmoid"]
     needs: Needs
     entry: Annotated[str, AfterValidator(_stays_inside)] = Field(description="the file that the engine opens")
+    calibration: Calibration | None
     toolchain: dict[str, str]
     command: str
     created: str = Field(description="UTC, ISO 8601")

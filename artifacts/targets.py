@@ -23,8 +23,8 @@ class Target:
 TARGETS = {
     target.name: target
     for target in (
-        Target("onnx", ("fp32", "fp16"), "ONNX Runtime (CPU, CUDA), Optimum, transformers.js"),
-        Target("openvino", ("fp32", "bf16"), "Intel and AMD CPUs"),
+        Target("onnx", ("fp32", "fp16", "int8"), "ONNX Runtime (CPU, CUDA), Optimum, transformers.js"),
+        Target("openvino", ("int8", "bf16", "fp32"), "Intel and AMD CPUs"),
         Target("transformers", ("fp32", "bf16"), "PyTorch; servers that load ModernBertForSequenceClassification"),
     )
 }

@@ -25,7 +25,7 @@ def command() -> None:
     """Measure artifacts: speed, and ranking quality."""
 
 
-@command.command(epilog=console.example_epilog("ettin-bench throughput ettin-reranker-demo/openvino-fp32"))
+@command.command(epilog=console.example_epilog("ettin-bench throughput ettin-reranker-demo/openvino-int8"))
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--data", type=click.Path(path_type=Path), help="Retrieval set in BEIR form.  [default: own passages]")
 @click.option("--pairs", "count", default=400, show_default=True, help="Pairs in a pass.")
@@ -50,7 +50,7 @@ def throughput(
 
 
 @command.command(
-    epilog=console.example_epilog("ettin-bench quality ettin-reranker-17m-v1/openvino-fp32 --data scifact")
+    epilog=console.example_epilog("ettin-bench quality ettin-reranker-17m-v1/openvino-int8 --data scifact")
 )
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="Retrieval set in BEIR form.")

@@ -31,7 +31,7 @@ EXAMPLES = (
 @click.option("--checkpoint", help="A fine-tune instead: folder or hub id.")
 @click.option("--revision", help="Hub commit, branch or tag of --checkpoint.")
 @click.option("--target", default="openvino", show_default=True, help=f"What to write: {', '.join(TARGETS)}.")
-@click.option("--precision", help="fp32, fp16 or bf16, as the target has them; see --list.  [default: its first]")
+@click.option("--precision", help="int8, bf16, fp16 or fp32, as the target has them; see --list.  [default: its first]")
 @click.option(
     "--all", "everything", is_flag=True, help="Every target (of --precision, if given) that this machine can build."
 )
@@ -39,6 +39,9 @@ EXAMPLES = (
 @click.option("--max-length", type=int, help="Tokens that pairs are truncated to.  [default: the checkpoint's]")
 @click.option(
     "--verify-pairs", type=click.Path(path_type=Path), help="JSON lines with query and document, verified too."
+)
+@click.option(
+    "--calibration", type=click.Path(path_type=Path), help="JSON lines to calibrate int8 on.  [default: own texts]"
 )
 @click.option("--force", is_flag=True, help="Replace an artifact that is already there.")
 @click.option("--allow-unverified", is_flag=True, help="Publish what can't be run here; it loads after ettin-verify.")
@@ -51,7 +54,8 @@ EXAMPLES = (
 @click.version_option(package_name="ettin-export")
 def command(
     size: str | None, checkpoint: str | None, revision: str | None, target: str, precision: str | None,
-    everything: bool, output: Path | None, max_length: int | None, verify_pairs: Path | None, force: bool,
+    everything: bool, output: Path | None, max_length: int | None, verify_pairs: Path | None,
+    calibration: Path | None, force: bool,
     allow_unverified: bool, random_weights: bool, seed: int, tokenizer: Path | None, dry_run: bool, list_: bool,
     doctor: bool,
 ) -> None:  # fmt: skip
@@ -91,7 +95,7 @@ def command(
                     tokenizer=tokenizer,
                 )
             )
-        options = Options(max_length, verify_pairs, force, allow_unverified, _typed())
+        options = Options(max_length, verify_pairs, calibration, force, allow_unverified, _typed())
         export = Export(source, options, console.step)
         above = output if everything and output else Path(source.name)
         jobs = [

@@ -5,10 +5,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
 from ettin.artifacts.manifest import Interface, Needs, TensorSpec
 from ettin.export.checkpoint import Checkpoint
+from ettin.export.quantise import Quantised
 from ettin.export.weights import Weights, read_weights
 from ettin.export.writers import lowering
+from ettin.runtimes.graph.fold import inference_weights
 
 
 @dataclass(frozen=True)
@@ -36,11 +42,48 @@ PADDED = Interface(
     outputs=(TensorSpec(name="logits", dtype="float32", shape=("batch", 1)),),
 )
 
-Lowering = Callable[[Checkpoint, Weights, str, Path], Lowered]
+
+@dataclass(frozen=True)
+class Material:
+    """What a lowering starts from.
+
+    Args:
+        checkpoint: the checked checkpoint.
+        weights: its tensors.
+        quantised: for int8, smoothed weights and input ranges.
+    """
+
+    checkpoint: Checkpoint
+    weights: Weights
+    quantised: Quantised | None = None
+
+    def folded(self) -> dict[str, NDArray[np.float32]]:
+        """The inference graph's weights, float32."""
+        folded = inference_weights(self.weights.encoder, self.weights.head, self.checkpoint.shape)
+        return {name: tensor.numpy() for name, tensor in folded.items()}
 
 
-def lower(checkpoint: Checkpoint, target: str, precision: str, folder: Path) -> Lowered:
-    """Writes one target into `folder`, with the tokenizer beside it."""
+Lowering = Callable[[Material, str, Path], Lowered]
+Quantise = Callable[[dict[str, Tensor]], Quantised]
+
+
+def lower(
+    checkpoint: Checkpoint, target: str, precision: str, folder: Path, quantise: Quantise | None = None
+) -> Lowered:
+    """Writes one target into `folder`, with the tokenizer beside it.
+
+    Args:
+        checkpoint: what is lowered.
+        target: see `TARGETS`.
+        precision: see `TARGETS`.
+        folder: an empty folder.
+        quantise: for int8, makes the quantised weights from the folded ones.
+    """
     write = lowering(target)
     shutil.copyfile(checkpoint.folder / "tokenizer.json", folder / "tokenizer.json")
-    return write(checkpoint, read_weights(checkpoint), precision, folder)
+    weights = read_weights(checkpoint)
+    material = Material(checkpoint, weights)
+    if quantise is not None:
+        folded = inference_weights(weights.encoder, weights.head, checkpoint.shape)
+        material = Material(checkpoint, weights, quantise(folded))
+    return write(material, precision, folder)

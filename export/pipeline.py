@@ -12,23 +12,29 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 
+from torch import Tensor
+
 from ettin.artifacts.errors import EttinError, OutputError, ParityError, UsageError
 from ettin.artifacts.files import file_sha256, list_files
-from ettin.artifacts.manifest import MANIFEST_NAME, Manifest, Parity, Source, Tokenizer
+from ettin.artifacts.manifest import MANIFEST_NAME, Calibration, Manifest, Parity, Source, Tokenizer
 from ettin.artifacts.parity import write_parity
 from ettin.artifacts.publish import check_output, staged
-from ettin.artifacts.tolerances import FP16_MAX_ACTIVATION
+from ettin.artifacts.tolerances import FP16_MAX_ACTIVATION, REDUCED_RATIO
+from ettin.export.calibration import CalibrationText, calibration_text
 from ettin.export.card import card
 from ettin.export.checkpoint import Checkpoint
 from ettin.export.gold import Gold, score_gold
 from ettin.export.lowering import Lowered, lower
 from ettin.export.proof_pairs import proof_pairs
+from ettin.export.quantise import LADDER, Quantised, Scheme, quantised
 from ettin.export.writers import WRITERS, lowering
 from ettin.runtimes.registry import runtime_class
+from ettin.runtimes.tokenizer import PairTokenizer
 from ettin.runtimes.verify import Verification, verify_in_child
 
+_CALIBRATION_TOKENS = 1024
 REFERENCE = "gold: sentence-transformers CrossEncoder, fp32, SDPA, CPU"
-_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 2}  # int8: embeddings are kept in bf16 or fp32
 
 
 class Steps(Protocol):
@@ -61,6 +67,7 @@ class Options:
     Args:
         max_length: tokens that they truncate to; None: the checkpoint's.
         verify_pairs: JSON lines with more pairs to verify on.
+        calibration: JSON lines with pairs to calibrate int8 on; None: the project's own.
         force: replace artifacts that are already there.
         allow_unverified: publish what can't be run here, marked as unverified.
         command: what the user typed, for the manifest.
@@ -68,6 +75,7 @@ class Options:
 
     max_length: int | None = None
     verify_pairs: Path | None = None
+    calibration: Path | None = None
     force: bool = False
     allow_unverified: bool = False
     command: str = "ettin-export"
@@ -108,6 +116,8 @@ class Export:
             EttinError: an output that can't be written, a missing package, too little disk space.
         """
         _ = self.max_length
+        if any(job.precision == "int8" for job in jobs):
+            _ = self._calibration
         for job in jobs:
             check_output(job.output, self.options.force)
             lowering(job.target)
@@ -130,14 +140,14 @@ class Export:
 
     def prepare(self, jobs: Sequence[Job]) -> None:
         """Scores gold for all jobs."""
-        pairs = proof_pairs(self.options.verify_pairs)
         precisions = {job.precision for job in jobs}
+        pairs = proof_pairs(self.options.verify_pairs, ranking="int8" in precisions and not self.checkpoint.is_random)
         with self.step(f"score {len(pairs)} pairs with the reference"):
             self._gold = score_gold(
                 self.checkpoint,
                 pairs,
                 self.max_length,
-                with_bf16=precisions != {"fp32"},
+                with_bf16=bool(precisions & set(REDUCED_RATIO)),
                 with_activations="fp16" in precisions,
             )
 
@@ -163,18 +173,46 @@ class Export:
         proven = _can_run(job.target)
         if job.precision != "fp32" and proven and job.target not in self._proven_fp32:
             self._prove_fp32(job)
-        with staged(job.output, self.options.force) as stage:
-            with self.step(f"write {job.target} {job.precision}"):
-                lowered = lower(self.checkpoint, job.target, job.precision, stage)
-                write_parity(stage, self._gold.cases)
-                self._write_manifest(stage, job, lowered, _unverified())
-            if not proven:
-                return None
-            verification = self._verify(stage, job.target, job.precision)
-            self._write_manifest(stage, job, lowered, verification.parity(REFERENCE))
+        schemes = LADDER if job.precision == "int8" else (None,)
+        for scheme in schemes:
+            try:
+                verification = self._publish(job, scheme, proven)
+                break
+            except ParityError as error:
+                if scheme is schemes[-1]:
+                    raise
+                with self.step(f"int8 of {scheme.name if scheme else ''} is not good enough ({error})"):
+                    pass
         if job.precision == "fp32":
             self._proven_fp32.add(job.target)
         return verification
+
+    def _publish(self, job: Job, scheme: Scheme | None, proven: bool) -> Verification | None:
+        assert self._gold is not None  # noqa: S101 (set by prepare)
+        quantise, record = None, None
+        if scheme is not None:
+            text = self._calibration
+            quantise = functools.partial(self._quantise, scheme)
+            record = Calibration(text=text.name, text_sha256=text.sha256, pairs=len(text.pairs), scheme=scheme.name)
+        with staged(job.output, self.options.force) as stage:
+            with self.step(f"write {job.target} {job.precision}"):
+                lowered = lower(self.checkpoint, job.target, job.precision, stage, quantise)
+                write_parity(stage, self._gold.cases)
+                self._write_manifest(stage, job, lowered, _unverified(), record)
+            if not proven:
+                return None
+            verification = self._verify(stage, job.target, job.precision)
+            self._write_manifest(stage, job, lowered, verification.parity(REFERENCE), record)
+        return verification
+
+    @functools.cached_property
+    def _calibration(self) -> CalibrationText:
+        return calibration_text(self.options.calibration)
+
+    def _quantise(self, scheme: Scheme, folded: dict[str, Tensor]) -> Quantised:
+        tokenizer = PairTokenizer(self.checkpoint.folder / "tokenizer.json")
+        sequences = self._calibration.sequences(tokenizer, min(self.max_length, _CALIBRATION_TOKENS))
+        return quantised(folded, self.checkpoint.shape, sequences, scheme)
 
     def _prove_fp32(self, job: Job) -> None:
         """A reduced precision is made only from a lowered graph that passed in fp32."""
@@ -208,7 +246,9 @@ class Export:
             )
         return found
 
-    def _write_manifest(self, stage: Path, job: Job, lowered: Lowered, parity: Parity) -> None:
+    def _write_manifest(
+        self, stage: Path, job: Job, lowered: Lowered, parity: Parity, calibration: Calibration | None = None
+    ) -> None:
         checkpoint = self.checkpoint
         tokenizer = stage / "tokenizer.json"
         manifest = Manifest(
@@ -229,6 +269,7 @@ class Export:
             activation=checkpoint.activation,
             needs=lowered.needs,
             entry=lowered.entry,
+            calibration=calibration,
             toolchain=toolchain(),
             command=self.options.command,
             created=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -8,6 +8,7 @@ from ettin.artifacts.errors import InputError
 
 _PASSAGES = Path(__file__).parent / "passages.jsonl"
 _OTHERS = (0, 1, 7, 13, 22)  # a question meets its own passage and four others
+_CANDIDATES = tuple(range(20))  # … and for ranking quality nineteen
 
 # Around every edge of the window (64), the block span (192), the block threshold (512); and one long input.
 GRID_TOKENS = (8, 63, 64, 65, 66, 127, 128, 129, 130, 191, 192, 193, 256, 511, 512, 513, 577, 700, 2048)
@@ -22,29 +23,33 @@ class ProofPair:
     max_length: int | None = None
 
 
-def _passages() -> list[dict[str, str]]:
-    return [json.loads(line) for line in _PASSAGES.read_text(encoding="utf-8").splitlines()]
+def read_passages(path: Path = _PASSAGES) -> list[dict[str, str]]:
+    """Objects with "question" and the "text" that answers it."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def natural_pairs() -> list[ProofPair]:
-    """220 pairs of the project's own texts at their natural lengths."""
-    rows = _passages()
+def natural_pairs(ranking: bool = False) -> list[ProofPair]:
+    """Pairs of the project's own texts at their natural lengths: 220, or for ranking quality 880."""
+    rows = read_passages()
     texts = [row["text"] for row in rows]
     return [
-        ProofPair(row["question"], texts[(at + step) % len(rows)]) for at, row in enumerate(rows) for step in _OTHERS
+        ProofPair(row["question"], texts[(at + step) % len(rows)])
+        for at, row in enumerate(rows)
+        for step in (_CANDIDATES if ranking else _OTHERS)
     ]
 
 
-def proof_pairs(extra: Path | None = None) -> list[ProofPair]:
-    """The project's own texts: 220 pairs at their natural lengths, edge cases, and a grid of exact lengths.
+def proof_pairs(extra: Path | None = None, ranking: bool = False) -> list[ProofPair]:
+    """The project's own texts: pairs at their natural lengths, edge cases, and a grid of exact lengths.
 
     Args:
         extra: JSON lines with "query" and "document", added to them.
+        ranking: twenty candidates a question instead of five.
 
     Raises:
         InputError: a line of `extra` is something else.
     """
-    rows = _passages()
+    rows = read_passages()
     count = len(rows)
     edges = [
         ProofPair("", "an empty query"),
@@ -58,10 +63,15 @@ def proof_pairs(extra: Path | None = None) -> list[ProofPair]:
         ProofPair(rows[at % count]["question"], " ".join(texts[at % count :] + texts[: at % count]), tokens)
         for at, tokens in enumerate(GRID_TOKENS)
     ]
-    return natural_pairs() + edges + grid + (_read(extra) if extra else [])
+    return natural_pairs(ranking) + edges + grid + (read_pairs(extra) if extra else [])
 
 
-def _read(path: Path) -> list[ProofPair]:
+def read_pairs(path: Path) -> list[ProofPair]:
+    """The user's pairs: JSON lines with "query" and "document".
+
+    Raises:
+        InputError: a line is something else.
+    """
     pairs = []
     try:
         lines = path.read_text(encoding="utf-8").splitlines()

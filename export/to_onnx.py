@@ -8,24 +8,21 @@ import onnx
 from onnx import TensorProto, helper
 
 from ettin.artifacts.manifest import Needs
-from ettin.export.checkpoint import Checkpoint
-from ettin.export.lowering import PADDED, Lowered
+from ettin.export.lowering import PADDED, Lowered, Material
 from ettin.export.onnx_graph import OPSET, OnnxOps, Value
+from ettin.export.onnx_int8 import Int8OnnxOps
 from ettin.export.to_transformers import write_configs
-from ettin.export.weights import Weights
 from ettin.runtimes.graph import GraphForm, Scorer
-from ettin.runtimes.graph.fold import inference_weights
 
 _COMPUTE = {"fp32": "float32", "fp16": "float16"}
 # transformers.js finds a precision by its file name; Optimum takes the one ONNX file that there is.
-_FILE = {"fp32": "model.onnx", "fp16": "model_fp16.onnx"}
+_FILE = {"fp32": "model.onnx", "fp16": "model_fp16.onnx", "int8": "model_int8.onnx"}
 _IR_VERSION = 9  # what ONNX Runtime 1.17 reads, the first with opset 20
 EXTERNAL_FROM_BYTES = 1 << 30
 
 
 def onnx_from_checkpoint(
-    checkpoint: Checkpoint,
-    weights: Weights,
+    material: Material,
     precision: str,
     folder: Path,
     *,
@@ -35,19 +32,15 @@ def onnx_from_checkpoint(
     """Writes `onnx/model.onnx` and the configs beside it.
 
     Args:
-        checkpoint: what is lowered.
-        weights: its tensors.
-        precision: "fp32", or "fp16" with norms and head in fp32.
+        material: what is lowered.
+        precision: "fp32"; "fp16" with norms and head in fp32; "int8" with everything but the linear layers in fp32.
         folder: where to.
         form: speed choices.
         external_from_bytes: weights of this size and more go to `model.onnx_data`: protobuf ends at 2 GiB.
     """
-    form = form or GraphForm()
-    folded = {
-        name: tensor.numpy()
-        for name, tensor in inference_weights(weights.encoder, weights.head, checkpoint.shape).items()
-    }
-    ops = OnnxOps(folded, _COMPUTE[precision])
+    form, checkpoint = form or GraphForm(), material.checkpoint
+    quantised = material.quantised
+    ops = Int8OnnxOps(quantised) if quantised else OnnxOps(material.folded(), _COMPUTE[precision])
     logits = Scorer(ops, checkpoint.shape, form).logits(Value("input_ids", "int64"), Value("attention_mask", "int64"))
     ops.nodes.append(helper.make_node("Identity", [logits.name], ["logits"], "logits"))
     initializers = list(ops.initializers.values())

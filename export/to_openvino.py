@@ -10,38 +10,32 @@ from numpy.typing import NDArray
 from openvino import opset15 as op
 
 from ettin.artifacts.manifest import Needs
-from ettin.export.checkpoint import Checkpoint
-from ettin.export.lowering import PADDED, Lowered
+from ettin.export.lowering import PADDED, Lowered, Material
 from ettin.export.openvino_graph import OpenVinoOps
-from ettin.export.weights import Weights
+from ettin.export.openvino_int8 import Int8OpenVinoOps
 from ettin.runtimes.graph import GraphForm, Scorer
-from ettin.runtimes.graph.fold import inference_weights
 
 # Both GeGLU halves in one product: as two, OpenVINO 2026.4.1 fuses them into an LLMMLP node in bf16, which dies with
 # SIGFPE on one thread per stream and is no faster elsewhere.
 FORM = GraphForm(split_geglu=False)
 
 
-def openvino_from_checkpoint(
-    checkpoint: Checkpoint, weights: Weights, precision: str, folder: Path, *, form: GraphForm = FORM
-) -> Lowered:
+def openvino_from_checkpoint(material: Material, precision: str, folder: Path, *, form: GraphForm = FORM) -> Lowered:
     """Writes `openvino/openvino_model.xml` and `.bin`.
 
     Args:
-        checkpoint: what is lowered.
-        weights: its tensors.
-        precision: type that weights are stored in, "fp32" or "bf16". The graph is float32 either way: the runtime's
-            hint decides the arithmetic.
+        material: what is lowered.
+        precision: type that weights are stored in, "fp32" or "bf16"; or "int8" for the linear layers, with the rest in
+            bf16. Anything but int8 products is written as float32: the runtime's hint decides the arithmetic.
         folder: where to.
         form: speed choices.
     """
-    folded = {
-        name: tensor.numpy()
-        for name, tensor in inference_weights(weights.encoder, weights.head, checkpoint.shape).items()
-    }
-    ops = OpenVinoOps(folded, _bf16_constant if precision == "bf16" else op.constant)
+    if material.quantised:
+        ops: OpenVinoOps = Int8OpenVinoOps(material.quantised, _bf16_constant)
+    else:
+        ops = OpenVinoOps(material.folded(), _bf16_constant if precision == "bf16" else op.constant)
     inputs = [op.parameter([-1, -1], ov.Type.i64, name=each.name) for each in PADDED.inputs]
-    logits = Scorer(ops, checkpoint.shape, form).logits(*inputs)
+    logits = Scorer(ops, material.checkpoint.shape, form).logits(*inputs)
     for node, spec in zip((*inputs, logits), (*PADDED.inputs, *PADDED.outputs), strict=True):
         node.output(0).get_tensor().set_names({spec.name})
     model = ov.Model([logits], inputs, "ettin-reranker")

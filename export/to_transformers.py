@@ -11,28 +11,27 @@ from torch import Tensor
 from ettin.artifacts.errors import UnsupportedCheckpoint
 from ettin.artifacts.manifest import Needs
 from ettin.export.checkpoint import Checkpoint
-from ettin.export.lowering import PADDED, Lowered
-from ettin.export.weights import Weights
+from ettin.export.lowering import PADDED, Lowered, Material
 from ettin.runtimes.graph.fold import HEAD_DENSE, HEAD_NORM, folded_classifier
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _CLASS = "ModernBertForSequenceClassification"
 
 
-def transformers_from_checkpoint(checkpoint: Checkpoint, weights: Weights, precision: str, folder: Path) -> Lowered:
+def transformers_from_checkpoint(material: Material, precision: str, folder: Path) -> Lowered:
     """Writes `model.safetensors`, `config.json` and the tokenizer.
 
     The class has no bias in its head norm; it folds exactly into the classifier's.
 
     Args:
-        checkpoint: what is lowered.
-        weights: its tensors.
+        material: what is lowered.
         precision: "fp32" or "bf16".
         folder: where to.
 
     Raises:
         UnsupportedCheckpoint: the encoder's epsilon is not the head's; the class has one for both.
     """
+    checkpoint, weights = material.checkpoint, material.weights
     shape, dtype = checkpoint.shape, _DTYPES[precision]
     if shape.norm_eps != shape.head_norm_eps:
         raise UnsupportedCheckpoint(

@@ -34,7 +34,10 @@ _WITHOUT_BF16 = {"ONEDNN_MAX_CPU_ISA": "AVX2_VNNI"}
 WRITERS = {
     "onnx": Writer("ettin.export.to_onnx:onnx_from_checkpoint", ("onnx",), "export"),
     "openvino": Writer(
-        "ettin.export.to_openvino:openvino_from_checkpoint", ("openvino",), "openvino", {"bf16": _WITHOUT_BF16}
+        "ettin.export.to_openvino:openvino_from_checkpoint",
+        ("openvino",),
+        "openvino",
+        {"bf16": _WITHOUT_BF16, "int8": _WITHOUT_BF16},
     ),
     "transformers": Writer(
         "ettin.export.to_transformers:transformers_from_checkpoint", ("safetensors", "transformers"), "export"

@@ -9,7 +9,7 @@ import pytest
 from support import quiet
 
 from ettin.artifacts.errors import ParityError
-from ettin.export import lowering, onnx_graph, openvino_graph, to_onnx, to_openvino
+from ettin.export import lowering, onnx_graph, openvino_graph
 from ettin.export.checkpoint import Checkpoint
 from ettin.export.pipeline import Export, Job, Options
 from ettin.export.weights import Weights, read_weights
@@ -36,9 +36,12 @@ def with_shape(**changes: Any) -> Mutation:
 
         def changed(target: str) -> Any:
             write = original(target)
-            return lambda checkpoint, *rest: write(
-                replace(checkpoint, shape=replace(checkpoint.shape, **changes)), *rest
-            )
+
+            def write_changed(material: Any, *rest: Any) -> Any:
+                shape = replace(material.checkpoint.shape, **changes)
+                return write(replace(material, checkpoint=replace(material.checkpoint, shape=shape)), *rest)
+
+            return write_changed
 
         patch.setattr(lowering, "lowering", changed)
 
@@ -68,8 +71,7 @@ def weights_stored_as_fp16(patch: pytest.MonkeyPatch) -> None:
     def rounded(*arguments: Any) -> Any:
         return {name: tensor.half().float() for name, tensor in inference_weights(*arguments).items()}
 
-    patch.setattr(to_onnx, "inference_weights", rounded)
-    patch.setattr(to_openvino, "inference_weights", rounded)
+    patch.setattr(lowering, "inference_weights", rounded)
 
 
 MUTATIONS: dict[str, Mutation] = {

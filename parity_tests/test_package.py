@@ -73,7 +73,7 @@ def test_readme_snippet_runs(demo_artifacts: dict[tuple[str, str], Path], monkey
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     snippet = re.search(r"```python\n(.*?)```", readme, re.S)
     assert snippet
-    code = snippet[1].replace("ettin-reranker-demo/openvino-fp32", str(demo_artifacts["openvino", "fp32"]))
+    code = snippet[1].replace("ettin-reranker-demo/openvino-int8", str(demo_artifacts["openvino", "int8"]))
     monkeypatch.chdir(ROOT)
     scope: dict[str, object] = {}
     exec(code, scope)  # noqa: S102

@@ -2,7 +2,7 @@
 
 from ettin.runtimes import load
 
-with load("ettin-reranker-demo/openvino-fp32") as reranker:
+with load("ettin-reranker-demo/openvino-int8") as reranker:
     hits = reranker.rank("Which planet is known as the Red Planet?", documents, top_k=3)
 """
 

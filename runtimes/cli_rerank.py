@@ -15,8 +15,8 @@ from ettin.runtimes.registry import load
 
 @click.command(
     epilog=console.example_epilog(
-        "ettin-rerank ettin-reranker-demo/openvino-fp32 --query 'red planet' passages.txt",
-        "cat passages.jsonl | ettin-rerank ettin-reranker-demo/openvino-fp32 --query 'red planet' --json -",
+        "ettin-rerank ettin-reranker-demo/openvino-int8 --query 'red planet' passages.txt",
+        "cat passages.jsonl | ettin-rerank ettin-reranker-demo/openvino-int8 --query 'red planet' --json -",
     )
 )
 @click.argument("artifact", type=click.Path(path_type=Path))

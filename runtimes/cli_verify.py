@@ -11,7 +11,7 @@ from ettin.runtimes import console
 from ettin.runtimes.verify import record_verified, verify
 
 
-@click.command(epilog=console.example_epilog("ettin-verify ettin-reranker-demo/openvino-fp32"))
+@click.command(epilog=console.example_epilog("ettin-verify ettin-reranker-demo/openvino-int8"))
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: all]")

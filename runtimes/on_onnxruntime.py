@@ -63,7 +63,7 @@ class OnnxRuntime(Runtime):
 
     @property
     def arithmetic(self) -> str:
-        return {"fp32": "f32", "fp16": "f16"}[self.manifest.precision]
+        return {"fp32": "f32", "fp16": "f16", "int8": "f32"}[self.manifest.precision]
 
     def score(self, batch: Batch) -> NDArray[np.float32]:
         input_ids, attention_mask = batch.padded()

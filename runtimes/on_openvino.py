@@ -17,9 +17,9 @@ from ettin.runtimes.cpu import available_cpus, has_bf16
 class OpenVinoRuntime(Runtime):
     """An OpenVINO model compiled for the CPU, one stream of one thread per processor; see `Runtime`.
 
-    The precision of the arithmetic is never OpenVINO's own choice: an fp32 artifact runs in f32; a bf16
-    artifact runs in bf16 where the processor has it and the manifest says that bf16 was verified, else in f32
-    (`description` says which).
+    The precision of the arithmetic is never OpenVINO's own choice: an fp32 artifact runs in f32; a bf16 artifact, and
+    what is not int8 in an int8 artifact, runs in bf16 where the processor has it and the manifest says that bf16 was
+    verified, else in f32 (`description` says which).
 
     Args:
         folder: the artifact.
@@ -57,7 +57,8 @@ class OpenVinoRuntime(Runtime):
 
     @property
     def description(self) -> str:
-        return f"OpenVINO {ov.__version__.split('-')[0]}, CPU, {self._hint} arithmetic"
+        int8 = "int8 and " if self.manifest.precision == "int8" else ""
+        return f"OpenVINO {ov.__version__.split('-')[0]}, CPU, {int8}{self._hint} arithmetic"
 
     @property
     def arithmetic(self) -> str:
@@ -77,6 +78,6 @@ class OpenVinoRuntime(Runtime):
 
 
 def _arithmetic(manifest: Manifest) -> str:
-    if manifest.precision != "bf16" or not has_bf16():
+    if manifest.precision == "fp32" or not has_bf16():
         return "f32"
     return "bf16" if manifest.parity.status == "unverified" or "bf16" in manifest.parity.arithmetic else "f32"

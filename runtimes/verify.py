@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from ettin.artifacts.errors import EttinError, ParityError
 from ettin.artifacts.manifest import MANIFEST_NAME, Manifest, Parity
-from ettin.artifacts.metrics import ScoreError
+from ettin.artifacts.metrics import ScoreError, score_error
 from ettin.artifacts.parity import ParityCase, read_parity
-from ettin.artifacts.tolerances import FP32, MIN_PAIRS, fp32_rule, reduced_rule
+from ettin.artifacts.tolerances import FP32, MIN_PAIRS, fp32_rule, int8_rule, reduced_rule
 from ettin.runtimes.base import Runtime
 from ettin.runtimes.batch import Batch
 from ettin.runtimes.registry import load
@@ -41,6 +41,7 @@ class Verification:
         arithmetic: types that the engine computed in.
         worst_pair: the pair with the largest |Δ| and both scores, in words.
         runtime: what really ran.
+        quality: ranking quality, where the precision is judged by it.
     """
 
     ok: bool
@@ -53,6 +54,7 @@ class Verification:
     arithmetic: tuple[str, ...]
     worst_pair: str
     runtime: str
+    quality: dict[str, float] | None = None
 
     @property
     def summary(self) -> str:
@@ -61,7 +63,7 @@ class Verification:
         return (
             f"{self.pairs} pairs, max |Δ| {self.max_abs_error:.2e}, mean |Δ| {self.mean_abs_error:.2e}, "
             f"Spearman {rank}, batch against single {self.batch_max_abs_error:.1e}"
-        )
+        ) + (f", nDCG@10 drop {self.quality['ndcg10_drop']:.4f}" if self.quality else "")
 
     def parity(self, reference: str) -> Parity:
         """The manifest's record of it."""
@@ -75,6 +77,7 @@ class Verification:
             arithmetic=self.arithmetic,
             reference=reference,
             rule=self.rule,
+            quality=self.quality or "not-applicable",
         )
 
     def joined(self, other: Self) -> Self:
@@ -107,7 +110,7 @@ def verify(folder: Path, *, device: str = "cpu", threads: int | None = None) -> 
         _check_ids(runtime, cases)
         scores = _scores(runtime, cases)
         alone, together = _mixed(runtime, cases)
-        ok, rule, error = _judged(runtime.manifest.precision, cases, scores)
+        ok, rule, error, quality = _judged(runtime.manifest, cases, scores)
         batch_error = float(np.abs(alone - together).max()) if np.isfinite(together).all() else float("inf")
         if runtime.manifest.precision == "fp32":
             ok = ok and bool((np.abs(alone - together) <= FP32 * np.maximum(1, np.abs(alone))).all())
@@ -123,6 +126,7 @@ def verify(folder: Path, *, device: str = "cpu", threads: int | None = None) -> 
             arithmetic=(runtime.arithmetic,),
             worst_pair=_described(cases[error.worst], float(scores[error.worst])),
             runtime=runtime.description,
+            quality=quality,
         )
 
 
@@ -187,16 +191,23 @@ def _mixed(runtime: Runtime, cases: list[ParityCase]) -> tuple[NDArray[np.float3
     return alone, runtime.score(Batch.of(sequences, pad))
 
 
-def _judged(precision: str, cases: list[ParityCase], scores: NDArray[np.float32]) -> tuple[bool, str, ScoreError]:
+def _judged(
+    manifest: Manifest, cases: list[ParityCase], scores: NDArray[np.float32]
+) -> tuple[bool, str, ScoreError, dict[str, float] | None]:
     gold = [case.gold for case in cases]
-    if precision == "fp32":
-        return fp32_rule(scores, gold)
-    baseline = [case.torch_bf16 for case in cases]
-    if any(each is None for each in baseline):
+    if manifest.precision == "fp32":
+        return *fp32_rule(scores, gold), None
+    if manifest.precision == "int8" and manifest.source.weights == "random":
+        # Random weights say nothing about int8: measured correlations were 0.98 where trained ones have 0.9998.
+        return bool(np.isfinite(scores).all()), "none: random weights", score_error(scores, gold), None
+    if manifest.precision == "int8":
+        return int8_rule(scores, gold, [case.query for case in cases])
+    baseline = [case.torch_bf16 for case in cases if case.torch_bf16 is not None]
+    if len(baseline) != len(cases):
         raise ParityError(
-            f"precision '{precision}' is judged against PyTorch bf16, whose scores are missing. Export again."
+            f"precision '{manifest.precision}' is judged against PyTorch bf16, whose scores are missing. Export again."
         )
-    return reduced_rule(precision, scores, gold, [each for each in baseline if each is not None])
+    return *reduced_rule(manifest.precision, scores, gold, baseline), None
 
 
 def _described(case: ParityCase, score: float) -> str:
