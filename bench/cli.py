@@ -12,6 +12,7 @@ import click
 from ettin.artifacts.errors import MissingDependency
 from ettin.artifacts.metrics import score_error
 from ettin.bench.beir import RetrievalSet, read_beir
+from ettin.bench.cpu import ISAS, NOTES, compare, contestants, result
 from ettin.bench.machine import machine
 from ettin.bench.quality import first_stage_ndcg, rerank_quality
 from ettin.bench.throughput import median, pairs_per_s
@@ -95,6 +96,54 @@ def quality(
         line += f", reference {gold.ndcg10:.4f}; max |Δ| {delta.max_abs:.2e} over {len(gold.scores)} pairs"
     click.echo(line)
     _write(json_path, "quality", result)
+
+
+@command.command(
+    epilog=console.example_epilog(
+        "ettin-bench cpu my-model/openvino-int8 --checkpoint my-model --peer st-fp32 --peer st-bf16 --data squad"
+    )
+)
+@click.argument("artifacts", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="What the artifacts were made from, for the peers.")
+@click.option("--peer", "peers", multiple=True, help="st-fp32, st-bf16, traced or traced-int8; may be repeated.")
+@click.option("--data", type=click.Path(path_type=Path), help="Retrieval set in BEIR form.  [default: own passages]")
+@click.option("--pairs", "count", default=400, show_default=True, help="Pairs in a pass.")
+@click.option("--rounds", default=5, show_default=True, help="Interleaved passes of each contestant.")
+@click.option("--max-length", default=512, show_default=True, help="Tokens that pairs are truncated to.")
+@click.option("--isa", type=click.Choice(list(ISAS)), default="all", show_default=True, help="Limit for everybody.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the result there, too.")
+def cpu(
+    artifacts: tuple[Path, ...], checkpoint: Path | None, peers: tuple[str, ...], data: Path | None, count: int,
+    rounds: int, max_length: int, isa: str, json_path: Path | None,
+) -> None:  # fmt: skip
+    """Artifacts against what a user would run instead: same pairs, interleaved rounds, a process each."""
+    entries = contestants(artifacts, checkpoint, peers)
+    pairs = _pairs(data, count)
+    with console.step(f"{rounds} rounds of {len(pairs)} pairs"):
+        compare(entries, pairs, max_length=max_length, rounds=rounds, isa=isa)
+    results = [result(entry, len(pairs)) for entry in entries]
+    speeds = {each["name"]: each["pairs_per_s"] for each in results if "pairs_per_s" in each}
+    rows = []
+    for each in results:
+        if "pairs_per_s" not in each:
+            rows.append([each["name"], "–", "–", "–", "–", "–", each["problem"]])
+            continue
+        ratio = f"{each['pairs_per_s'] / speeds['st-fp32']:.2f}" if "st-fp32" in speeds else "–"
+        note = f"{each['nan']} scores are NaN" if each["nan"] else each["description"]
+        rows.append([
+            each["name"], f"{each['pairs_per_s']:.1f}", ratio, f"{each['latency_100_p50_ms']:.0f}",
+            f"{each['peak_rss_mib']:.0f}", f"{each['load_s']:.2f}", note,
+        ])  # fmt: skip
+    console.table(
+        rows, ["contestant", "pairs/s", "× st-fp32", "100 candidates p50 ms", "peak MiB", "load s", "what ran"]
+    )
+    settings = {
+        "data": data.name if data else "passages",
+        "pairs": len(pairs),
+        "rounds": rounds,
+        "max_length": max_length,
+    }
+    _write(json_path, "cpu", {**settings, "isa": isa, "isa_note": NOTES[isa], "contestants": results})
 
 
 def _reference(folder: Path, max_length: int) -> Any:

@@ -1,6 +1,7 @@
 """The five steps of an export: read, rewrite, lower, verify, publish."""
 
 import functools
+import gc
 import importlib.metadata
 import platform
 import shutil
@@ -197,6 +198,7 @@ class Export:
         with staged(job.output, self.options.force) as stage:
             with self.step(f"write {job.target} {job.precision}"):
                 lowered = lower(self.checkpoint, job.target, job.precision, stage, quantise)
+                gc.collect()  # a 1b's weights, several times over, before a child loads them again
                 write_parity(stage, self._gold.cases)
                 self._write_manifest(stage, job, lowered, _unverified(), record)
             if not proven:

@@ -15,7 +15,7 @@ TARGETS = ["onnx", "openvino", "transformers"]
 SIZES = ["17m", "32m", "68m", "150m", *(pytest.param(size, marks=pytest.mark.slow) for size in ("400m", "1b"))]
 
 
-def few_pairs(extra: Path | None) -> list[ProofPair]:
+def few_pairs(extra: Path | None, ranking: bool) -> list[ProofPair]:
     """The least that an artifact may carry, short, and one pair over the block threshold."""
     pairs = natural_pairs()
     short = [ProofPair(pair.query, pair.document, 24) for pair in pairs[:64]]

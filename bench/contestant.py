@@ -1,0 +1,87 @@
+"""One contestant of a comparison, in a process of its own: loads, then times passes on request.
+
+Reads one JSON object a line from stdin and answers with one: `{"do": "pass"}` scores all pairs, `{"do": "latency"}` one
+query with its candidates. The parent interleaves contestants, so all see the same moods of the machine.
+"""
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+Pairs = Sequence[tuple[str, str]]
+Predict = Callable[[Pairs, int], Any]
+
+
+def artifact(path: str) -> tuple[Predict, str]:
+    """One of ours."""
+    from ettin.runtimes import load
+
+    runtime = load(path)
+    return (lambda pairs, max_length: runtime.predict(pairs, max_length=max_length)), runtime.description
+
+
+def cross_encoder(path: str, dtype: str) -> tuple[Predict, str]:
+    """sentence-transformers with SDPA attention and an explicit dtype."""
+    import torch
+
+    from ettin.export.checkpoint import read_checkpoint
+    from ettin.export.gold import load_gold
+
+    model = load_gold(read_checkpoint(Path(path)), getattr(torch, dtype))
+
+    def predict(pairs: Pairs, max_length: int) -> Any:
+        model.max_seq_length = max_length
+        return model.predict([list(pair) for pair in pairs])
+
+    return predict, f"sentence-transformers, torch {torch.__version__}, {dtype}, SDPA, batch 32"
+
+
+def traced(path: str, how: str) -> tuple[Predict, str]:
+    """The checkpoint's own graph traced into OpenVINO as it is; `how`: "default" precision or "int8" by NNCF."""
+    from ettin.bench.traced import traced_predict
+
+    return traced_predict(Path(path), how)
+
+
+KINDS: dict[str, Callable[..., tuple[Predict, str]]] = {
+    "artifact": artifact,
+    "cross-encoder": cross_encoder,
+    "traced": traced,
+}
+
+
+def main() -> None:
+    """Serves until stdin ends."""
+    order = json.loads(sys.stdin.readline())
+    start = time.perf_counter()
+    predict, description = KINDS[order["kind"]](*order["arguments"])
+    pairs: Pairs = [tuple(pair) for pair in order["pairs"]]
+    query = pairs[0][0]
+    candidates: Pairs = [(query, document) for _, document in pairs[: order["candidates"]]]
+    predict(pairs[:1], order["max_length"])
+    _answer({"description": description, "load_s": time.perf_counter() - start})
+    for line in sys.stdin:
+        chosen = pairs if json.loads(line)["do"] == "pass" else candidates
+        start = time.perf_counter()
+        scores = predict(chosen, order["max_length"])
+        seconds = time.perf_counter() - start
+        _answer(
+            {
+                "seconds": seconds,
+                "nan": int(sum(score != score for score in scores.tolist())),  # noqa: PLR0124 (NaN is not itself)
+                "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            }
+        )
+
+
+def _answer(values: dict[str, Any]) -> None:
+    sys.__stdout__.write(json.dumps(values) + "\n")  # type: ignore[union-attr]
+    sys.__stdout__.flush()  # type: ignore[union-attr]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""Our artifacts against what a user would run instead, on the same pairs, interleaved, each in its own process."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ettin.artifacts.errors import EttinError, UsageError
+
+# Variables that limit each library to an instruction set. OpenVINO's f32 GEMM (MLAS) obeys none of them, and torch's
+# ATen knows no VNNI: see the notes of the result.
+ISAS: dict[str, dict[str, str]] = {
+    "all": {},
+    "avx512_vnni": {
+        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI",
+        "ATEN_CPU_CAPABILITY": "avx512",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX512",
+    },
+    "avx2_vnni": {
+        "ONEDNN_MAX_CPU_ISA": "AVX2_VNNI",
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    },
+}
+NOTES = {
+    "all": "no limit",
+    "avx512_vnni": "OpenVINO's f32 GEMM (MLAS) does not obey the limit",
+    "avx2_vnni": "OpenVINO's f32 GEMM (MLAS) does not obey the limit; torch is limited to AVX2",
+}
+
+
+@dataclass
+class Contestant:
+    """One entry.
+
+    Args:
+        name: in the table.
+        kind: see `contestant.KINDS`.
+        arguments: of that kind.
+    """
+
+    name: str
+    kind: str
+    arguments: list[str]
+    passes_s: list[float] = field(default_factory=list)
+    latencies_s: list[float] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+    problem: str | None = None
+
+
+def contestants(artifacts: Sequence[Path], checkpoint: Path | None, peers: Sequence[str]) -> list[Contestant]:
+    """Our artifacts, and the peers that were asked for.
+
+    Raises:
+        UsageError: an unknown peer, or peers without a checkpoint.
+    """
+    known = {
+        "st-fp32": ("cross-encoder", "float32"),
+        "st-bf16": ("cross-encoder", "bfloat16"),
+        "traced": ("traced", "default"),
+        "traced-int8": ("traced", "int8"),
+    }
+    unknown = [peer for peer in peers if peer not in known]
+    if unknown:
+        raise UsageError(f"unknown peer '{unknown[0]}', expected some of: {', '.join(known)}")
+    if peers and checkpoint is None:
+        raise UsageError("peers are made from the checkpoint: name it with --checkpoint DIR")
+    ours = [Contestant(f"{path.parent.name}/{path.name}", "artifact", [str(path)]) for path in artifacts]
+    return ours + [Contestant(peer, known[peer][0], [str(checkpoint), known[peer][1]]) for peer in peers]
+
+
+def compare(
+    entries: Sequence[Contestant], pairs: Sequence[tuple[str, str]], *, max_length: int, rounds: int, isa: str
+) -> None:
+    """Runs the rounds and fills the entries; one that fails says why and takes no further part.
+
+    Args:
+        entries: the contestants.
+        pairs: what a pass scores; the first 100 documents with the first query are the latency request.
+        max_length: tokens that pairs are truncated to.
+        rounds: passes of each, interleaved, after one that is not counted.
+        isa: see `ISAS`.
+    """
+    with ExitStack() as stack:
+        running = []
+        for entry in entries:
+            order = {"kind": entry.kind, "arguments": entry.arguments, "pairs": list(pairs), "candidates": 100}
+            try:
+                child = stack.enter_context(_child(ISAS[isa]))
+                entry.facts = _ask(child, {**order, "max_length": max_length})
+                running.append((entry, child))
+            except EttinError as error:
+                entry.problem = str(error)
+        for turn in range(rounds + 1):
+            for entry, child in running:
+                if entry.problem is None:
+                    _turn(entry, child, counted=turn > 0)
+
+
+def _turn(entry: Contestant, child: subprocess.Popen[str], counted: bool) -> None:
+    try:
+        passed, latency = (_ask(child, {"do": what}) for what in ("pass", "latency"))
+    except EttinError as error:
+        entry.problem = str(error)
+        return
+    entry.facts |= {"peak_rss_mib": latency["peak_rss_mib"], "nan": passed["nan"]}
+    if counted:
+        entry.passes_s.append(passed["seconds"])
+        entry.latencies_s.append(latency["seconds"])
+
+
+@contextmanager
+def _child(environment: Mapping[str, str]) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-m", "ettin.bench.contestant"]
+    variables = {**os.environ, **environment, "TOKENIZERS_PARALLELISM": "true"}
+    child = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=variables
+    )
+    try:
+        yield child
+    finally:
+        child.kill()
+        child.communicate()
+
+
+def _ask(child: subprocess.Popen[str], order: dict[str, Any]) -> dict[str, Any]:
+    assert child.stdin and child.stdout and child.stderr  # noqa: S101 (pipes were asked for)
+    try:
+        child.stdin.write(json.dumps(order) + "\n")
+        child.stdin.flush()
+        for line in child.stdout:
+            if line.startswith("{"):  # libraries print to stdout, too
+                answer: dict[str, Any] = json.loads(line)
+                return answer
+    except BrokenPipeError:
+        pass
+    code = child.wait()
+    reason = (child.stderr.read().strip().splitlines() or ["no message"])[-1]
+    raise EttinError(f"died with signal {-code}" if code < 0 else reason)
+
+
+def result(entry: Contestant, pairs: int) -> dict[str, Any]:
+    """The figures of one contestant."""
+    if entry.problem is not None or not entry.passes_s:
+        return {"name": entry.name, "problem": entry.problem}
+    latencies = sorted(entry.latencies_s)
+    return {
+        "name": entry.name,
+        **entry.facts,
+        "pairs_per_s": pairs / statistics.median(entry.passes_s),
+        "pairs_per_s_best": pairs / min(entry.passes_s),
+        "passes_s": entry.passes_s,
+        "latency_100_p50_ms": 1000 * statistics.median(latencies),
+        "latency_100_p95_ms": 1000 * latencies[min(len(latencies) - 1, int(0.95 * len(latencies)))],
+    }
