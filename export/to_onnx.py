@@ -43,21 +43,21 @@ def onnx_from_checkpoint(
     ops = Int8OnnxOps(quantised) if quantised else OnnxOps(material.folded(), _COMPUTE[precision])
     logits = Scorer(ops, checkpoint.shape, form).logits(Value("input_ids", "int64"), Value("attention_mask", "int64"))
     ops.nodes.append(helper.make_node("Identity", [logits.name], ["logits"], "logits"))
-    initializers = list(ops.initializers.values())
     inputs = [helper.make_tensor_value_info(each.name, TensorProto.INT64, each.shape) for each in PADDED.inputs]
     outputs = [helper.make_tensor_value_info(each.name, TensorProto.FLOAT, each.shape) for each in PADDED.outputs]
-    graph = helper.make_graph(ops.nodes, "ettin-reranker", inputs, outputs, initializers)
     model = helper.make_model(
-        graph,
+        helper.make_graph(ops.nodes, "ettin-reranker", inputs, outputs),
         opset_imports=[helper.make_opsetid("", OPSET)],
         ir_version=_IR_VERSION,
         producer_name="ettin-export",
         producer_version=importlib.metadata.version("ettin-export"),
     )
+    size_bytes = sum(len(each.raw_data) for each in ops.initializers.values())
+    external = size_bytes >= external_from_bytes
+    for name in list(ops.initializers):  # protobuf copies: one weight at a time is there twice, not all
+        model.graph.initializer.append(ops.initializers.pop(name))
     path = folder / "onnx" / _FILE[precision]
     path.parent.mkdir()
-    size_bytes = sum(len(each.raw_data) for each in initializers)
-    external = size_bytes >= external_from_bytes
     onnx.save_model(model, path, save_as_external_data=external, location=f"{path.name}_data", size_threshold=1024)
     onnx.checker.check_model(path, full_check=True)
     write_configs(checkpoint, folder)
