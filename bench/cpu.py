@@ -13,8 +13,8 @@ from typing import Any
 
 from ettin.artifacts.errors import EttinError, UsageError
 
-# Variables that limit each library to an instruction set. OpenVINO's f32 GEMM (MLAS) obeys none of them, and torch's
-# ATen knows no VNNI: see the notes of the result.
+# Variables that limit each library to an instruction set. MLAS (OpenVINO's f32 GEMM, all of ONNX Runtime) obeys none of
+# them, and torch's ATen knows no VNNI: see the notes of the result.
 ISAS: dict[str, dict[str, str]] = {
     "all": {},
     "avx512_vnni": {
@@ -30,8 +30,8 @@ ISAS: dict[str, dict[str, str]] = {
 }
 NOTES = {
     "all": "no limit",
-    "avx512_vnni": "OpenVINO's f32 GEMM (MLAS) does not obey the limit",
-    "avx2_vnni": "OpenVINO's f32 GEMM (MLAS) does not obey the limit; torch is limited to AVX2",
+    "avx512_vnni": "OpenVINO's f32 GEMM (MLAS) and ONNX Runtime do not obey the limit",
+    "avx2_vnni": "OpenVINO's f32 GEMM (MLAS) and ONNX Runtime do not obey the limit; torch is limited to AVX2",
 }
 
 
