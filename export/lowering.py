@@ -63,6 +63,9 @@ class Material:
         return {name: tensor.numpy() for name, tensor in folded.items()}
 
 
+# Instruction sets that a precision needs on a CPU.
+ISA: dict[str, tuple[str, ...]] = {"int8": ("vnni",)}
+
 Lowering = Callable[[Material, str, Path], Lowered]
 Quantise = Callable[[dict[str, Tensor]], Quantised]
 

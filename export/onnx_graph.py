@@ -158,7 +158,7 @@ class OnnxOps:
         turned = self.node("Concat", [self.node("Neg", [right]), left], axis=-1)
         return self.add(self.multiply(x, cos), self.multiply(turned, sin))
 
-    def attention(self, q: Value, k: Value, v: Value, bias: Value) -> Value:
+    def attention(self, q: Value, k: Value, v: Value, bias: Value, reader: str) -> Value:
         scores = self.node("MatMul", [q, self.transpose(k, [0, 1, 3, 2])])
         shares = self.node("Softmax", [self.add(scores, bias)], axis=-1)
         return self.node("MatMul", [shares, v])

@@ -128,5 +128,5 @@ class OpenVinoOps:
         turned = op.concat([op.multiply(split.output(1), op.constant(np.float32(-1))), split.output(0)], -1)
         return op.add(op.multiply(x, cos), op.multiply(turned, sin))
 
-    def attention(self, q: ov.Node, k: ov.Node, v: ov.Node, bias: ov.Node) -> ov.Node:
+    def attention(self, q: ov.Node, k: ov.Node, v: ov.Node, bias: ov.Node, reader: str) -> ov.Node:
         return op.scaled_dot_product_attention(q, k, v, bias, op.constant(np.float32(1)), causal=False)

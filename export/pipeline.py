@@ -172,6 +172,8 @@ class Export:
                 f"{FP16_MAX_ACTIVATION:.0f}. Export another precision: --target {job.target} --precision fp32"
             )
         proven = _can_run(job.target)
+        if not proven and not self.options.allow_unverified:
+            runtime_class(job.target)  # says what is missing
         if job.precision != "fp32" and proven and job.target not in self._proven_fp32:
             self._prove_fp32(job)
         schemes = LADDER if job.precision == "int8" else (None,)

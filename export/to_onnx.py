@@ -8,7 +8,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from ettin.artifacts.manifest import Needs
-from ettin.export.lowering import PADDED, Lowered, Material
+from ettin.export.lowering import ISA, PADDED, Lowered, Material
 from ettin.export.onnx_graph import OPSET, OnnxOps, Value
 from ettin.export.onnx_int8 import Int8OnnxOps
 from ettin.export.to_transformers import write_configs
@@ -64,7 +64,7 @@ def onnx_from_checkpoint(
     return Lowered(
         entry=path.relative_to(folder).as_posix(),
         interface=PADDED,
-        needs=Needs(device="any", isa=(), package="onnxruntime", version=_version("onnxruntime")),
+        needs=Needs(device="any", isa=ISA.get(precision, ()), package="onnxruntime", version=_version("onnxruntime")),
         graph=asdict(form),
     )
 

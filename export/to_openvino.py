@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from openvino import opset15 as op
 
 from ettin.artifacts.manifest import Needs
-from ettin.export.lowering import PADDED, Lowered, Material
+from ettin.export.lowering import ISA, PADDED, Lowered, Material
 from ettin.export.openvino_graph import OpenVinoOps
 from ettin.export.openvino_int8 import Int8OpenVinoOps
 from ettin.runtimes.graph import GraphForm, Scorer
@@ -47,7 +47,7 @@ def openvino_from_checkpoint(material: Material, precision: str, folder: Path, *
     return Lowered(
         entry=path.relative_to(folder).as_posix(),
         interface=PADDED,
-        needs=Needs(device="cpu", isa=(), package="openvino", version=version),
+        needs=Needs(device="cpu", isa=ISA.get(precision, ()), package="openvino", version=version),
         graph=asdict(form),
     )
 

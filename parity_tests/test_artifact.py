@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import quiet
 
 from ettin.artifacts import publish
 from ettin.artifacts.errors import (
@@ -28,6 +29,10 @@ from ettin.artifacts.files import list_files
 from ettin.artifacts.manifest import Manifest, _digest
 from ettin.artifacts.parity import read_parity
 from ettin.artifacts.publish import staged
+from ettin.export import pipeline
+from ettin.export.checkpoint import Checkpoint
+from ettin.export.pipeline import Export, Job, Options
+from ettin.export.proof_pairs import natural_pairs
 from ettin.runtimes import load
 from ettin.runtimes.verify import record_verified, verify, verify_in_child
 
@@ -356,3 +361,28 @@ def test_every_error_is_an_ettin_error() -> None:
     for kind in kinds:
         assert kind.__name__ in (errors.__doc__ or ""), f"{kind.__name__} is missing from the tree"
     assert issubclass(DamagedArtifact, ArtifactError)
+
+
+def test_export_without_its_engine(demo: Checkpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Refused with the line that mends it; published only on the user's word, and then marked."""
+
+    def absent(target: str) -> Any:
+        raise MissingDependency(f"target '{target}'", "onnxruntime", "onnx")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "runtime_class", absent)
+        patch.setattr(pipeline, "proof_pairs", lambda extra, ranking: natural_pairs()[:64])
+        job = Job("onnx", "fp32", tmp_path / "artifact")
+        for call in (
+            lambda: Export(demo, Options(), quiet).check([job]),
+            lambda: Export(demo, Options(), quiet).run(job),
+        ):
+            with pytest.raises(MissingDependency, match=r"ettin-export\[onnx\]"):
+                call()
+        assert list(tmp_path.iterdir()) == []
+        assert Export(demo, Options(allow_unverified=True), quiet).run(job) is None
+    with pytest.raises(UnverifiedArtifact, match="Run here: ettin-verify"):
+        load(job.output)
+    assert "**Not verified.**" in (job.output / "README.md").read_text()
+    record_verified(job.output, verify(job.output))
+    load(job.output).close()

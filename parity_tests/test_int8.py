@@ -12,7 +12,7 @@ import pytest
 import torch
 from support import quiet
 
-from ettin.artifacts.errors import InputError, ParityError
+from ettin.artifacts.errors import HardwareError, InputError, ParityError
 from ettin.artifacts.manifest import Manifest
 from ettin.artifacts.parity import read_parity
 from ettin.artifacts.tolerances import INT8_NDCG_DROP, INT8_SPEARMAN, int8_rule
@@ -23,6 +23,7 @@ from ettin.export.pipeline import Export, Job, Options
 from ettin.export.proof_pairs import proof_pairs
 from ettin.export.quantise import LADDER, Quantised, int8_rows, quantised
 from ettin.export.weights import read_weights
+from ettin.runtimes import cpu, load
 from ettin.runtimes.graph.fold import inference_weights
 from ettin.runtimes.graph.torch_graph import InferenceGraph
 from ettin.runtimes.tokenizer import PairTokenizer
@@ -187,3 +188,18 @@ def test_random_weights_have_no_gate(tiny: Checkpoint, tmp_path: Path) -> None:
     assert found is not None and found.rule.startswith("none: random weights")
     manifest = Manifest.read(tmp_path / "artifact")
     assert manifest.parity.quality == "not-applicable" and len(read_parity(tmp_path / "artifact")) < 300
+
+
+@pytest.mark.parametrize("target", ["onnx", "openvino"])
+def test_refused_where_sums_would_overflow(
+    demo_artifacts: dict[tuple[str, str], Path], target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "flags", lambda: frozenset({"avx2", "fma"}))
+    with pytest.raises(HardwareError, match=r"int8 sums overflow .* no VNNI\. Export another precision: ettin-export"):
+        load(demo_artifacts[target, "int8"])
+    load(demo_artifacts[target, "fp32"]).close()
+    monkeypatch.setattr(cpu, "flags", lambda: frozenset({"avx2", "avx_vnni"}))
+    load(demo_artifacts[target, "int8"]).close()
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    with pytest.raises(HardwareError, match="no VNNI"):
+        load(demo_artifacts[target, "int8"])

@@ -13,6 +13,7 @@ _ISA_ORDER = (
     "AVX512_CORE_AMX_FP16", "AVX10_1_512_AMX_FP16", "DEFAULT", "ALL",
 )  # fmt: skip
 _FIRST_BF16 = _ISA_ORDER.index("AVX512_CORE_BF16")
+_FIRST_VNNI = _ISA_ORDER.index("AVX2_VNNI")
 
 INTERESTING = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 
@@ -48,10 +49,20 @@ def has_bf16() -> bool:
 
     OpenVINO's own capability list ignores that limit: a bf16 graph then fails to compile.
     """
+    return _limit_reaches(_FIRST_BF16) and bool(flags() & {"avx512_bf16", "amx_bf16"})
+
+
+def lacks_vnni() -> bool:
+    """Whether this is known to be a processor without integer dot products, or one where they are switched off.
+
+    Without them, sums of 8-bit products saturate at 16 bits: int8 scores would be wrong without a word.
+    """
+    return bool(flags()) and not (_limit_reaches(_FIRST_VNNI) and flags() & {"avx_vnni", "avx512_vnni", "amx_int8"})
+
+
+def _limit_reaches(first: int) -> bool:
     limit = isa_limit()
-    if limit in _ISA_ORDER and _ISA_ORDER.index(limit) < _FIRST_BF16:
-        return False
-    return bool(flags() & {"avx512_bf16", "amx_bf16"})
+    return limit not in _ISA_ORDER or _ISA_ORDER.index(limit) >= first
 
 
 def available_cpus() -> int:

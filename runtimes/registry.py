@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ettin.artifacts.errors import MissingDependency, UnverifiedArtifact, UsageError
+from ettin.artifacts.errors import HardwareError, MissingDependency, UnverifiedArtifact, UsageError
 from ettin.artifacts.files import check_files
 from ettin.artifacts.manifest import Manifest
 from ettin.artifacts.targets import target_named
 from ettin.runtimes.base import Runtime
+from ettin.runtimes.cpu import lacks_vnni, model_name
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def load(
     Raises:
         ArtifactError: not an artifact, damaged, edited, newer or unverified.
         MissingDependency: the engine is not installed.
-        HardwareError: this machine lacks the device.
+        HardwareError: this machine lacks the device or an instruction set.
         UsageError: an argument out of its range.
     """
     folder = Path(path)
@@ -65,6 +66,11 @@ def load(
     check_files(folder, manifest, checksums)
     if manifest.parity.status == "unverified" and not allow_unverified:
         raise UnverifiedArtifact(f"{folder}: exported without proof of its scores. Run here: ettin-verify {folder}")
+    if "vnni" in manifest.needs.isa and device == "cpu" and lacks_vnni():
+        raise HardwareError(
+            f"{folder}: int8 sums overflow on {model_name()}, which has no VNNI. Export another precision: "
+            f"{manifest.command} --precision fp32"
+        )
     if threads is not None and threads < 1:
         raise UsageError(f"threads is {threads}, expected 1 or more")
     if device not in ("cpu", "cuda"):

@@ -17,7 +17,7 @@ from ettin.artifacts.errors import EttinError, ParityError
 from ettin.artifacts.manifest import MANIFEST_NAME, Manifest, Parity
 from ettin.artifacts.metrics import ScoreError, score_error
 from ettin.artifacts.parity import ParityCase, read_parity
-from ettin.artifacts.tolerances import FP32, MIN_PAIRS, fp32_rule, int8_rule, reduced_rule
+from ettin.artifacts.tolerances import FP32, MIN_PAIRS, REDUCED_MIN_PAIRS, fp32_rule, int8_rule, reduced_rule
 from ettin.runtimes.base import Runtime
 from ettin.runtimes.batch import Batch
 from ettin.runtimes.registry import load
@@ -202,6 +202,8 @@ def _judged(
         return bool(np.isfinite(scores).all()), "none: random weights", score_error(scores, gold), None
     if manifest.precision == "int8":
         return int8_rule(scores, gold, [case.query for case in cases])
+    if len(cases) < REDUCED_MIN_PAIRS:
+        raise ParityError(f"{len(cases)} pairs, expected at least {REDUCED_MIN_PAIRS} for {manifest.precision}")
     baseline = [case.torch_bf16 for case in cases if case.torch_bf16 is not None]
     if len(baseline) != len(cases):
         raise ParityError(

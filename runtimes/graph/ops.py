@@ -116,6 +116,9 @@ class Ops(Protocol[T]):
         """Rotary embedding of x [rows, heads, tokens, d] by cos, sin [rows or 1, 1, tokens, d]."""
         ...
 
-    def attention(self, q: T, k: T, v: T, bias: T) -> T:
-        """softmax(q · kᵀ + bias) · v for [rows, heads, tokens, d]; q carries the softmax scale."""
+    def attention(self, q: T, k: T, v: T, bias: T, reader: str) -> T:
+        """softmax(q · kᵀ + bias) · v for [rows, heads, tokens, d]; q carries the softmax scale.
+
+        `reader` names the one linear layer that reads the result, for engines that round it at its source.
+        """
         ...

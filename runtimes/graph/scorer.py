@@ -170,7 +170,7 @@ class Scorer(Generic[T]):
             v = ops.reshape(ops.gather(v, view.key_index, 1), in_blocks)
         q, k, v = (ops.transpose(each, [0, 2, 1, 3]) for each in (q, k, v))
         q, k = ops.rotate(q, *view.query_rope), ops.rotate(k, *view.key_rope)
-        mixed = ops.transpose(ops.attention(q, k, v, view.bias), [0, 2, 1, 3])
+        mixed = ops.transpose(ops.attention(q, k, v, view.bias, f"layers.{layer}.o"), [0, 2, 1, 3])
         return ops.linear(ops.reshape(mixed, [layout.rows, -1, shape.hidden_size]), f"layers.{layer}.o")
 
     def _mlp(self, layer: int, x: T) -> T:
@@ -195,7 +195,7 @@ class Scorer(Generic[T]):
         k, v = (self._heads(normed, f"layers.{layer}.{name}") for name in "kv")
         q, k, v = (ops.transpose(each, [0, 2, 1, 3]) for each in (q, k, v))
         # Position 0 is rotated by the angle 0, so the query needs no rotation.
-        mixed = ops.attention(q, ops.rotate(k, cos, sin), v, bias)
+        mixed = ops.attention(q, ops.rotate(k, cos, sin), v, bias, f"layers.{layer}.o")
         mixed = ops.reshape(mixed, [layout.rows, 1, shape.hidden_size])
         cls = ops.add(cls, ops.linear(mixed, f"layers.{layer}.o"))
         return ops.add(cls, self._mlp(layer, cls))

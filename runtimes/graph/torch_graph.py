@@ -97,7 +97,7 @@ class TorchOps:
         left, right = x.chunk(2, dim=-1)
         return x * cos + torch.cat((-right, left), dim=-1) * sin
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, reader: str) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
 
 
