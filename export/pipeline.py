@@ -2,39 +2,34 @@
 
 import functools
 import gc
-import importlib.metadata
-import platform
 import shutil
 import tempfile
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
 
 from ettin.artifacts.errors import EttinError, OutputError, ParityError, UsageError
-from ettin.artifacts.files import file_sha256, list_files
-from ettin.artifacts.manifest import MANIFEST_NAME, Calibration, Manifest, Parity, Source, Tokenizer
+from ettin.artifacts.manifest import Calibration, Parity
 from ettin.artifacts.parity import write_parity
 from ettin.artifacts.publish import check_output, staged
 from ettin.artifacts.tolerances import FP16_MAX_ACTIVATION, REDUCED_RATIO
 from ettin.export.calibration import CalibrationText, calibration_text
-from ettin.export.card import card
 from ettin.export.checkpoint import Checkpoint
 from ettin.export.gold import Gold, score_gold
 from ettin.export.lowering import Lowered, lower
 from ettin.export.proof_pairs import proof_pairs
 from ettin.export.quantise import LADDER, Quantised, Scheme, quantised
+from ettin.export.record import REFERENCE, About, unverified, write_manifest
 from ettin.export.writers import WRITERS, lowering
 from ettin.runtimes.registry import runtime_class
 from ettin.runtimes.tokenizer import PairTokenizer
 from ettin.runtimes.verify import Verification, verify_in_child
 
 _CALIBRATION_TOKENS = 1024
-REFERENCE = "gold: sentence-transformers CrossEncoder, fp32, SDPA, CPU"
 _BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 2}  # int8: embeddings are kept in bf16 or fp32
 
 
@@ -202,7 +197,7 @@ class Export:
                 lowered = lower(self.checkpoint, job.target, job.precision, stage, quantise)
                 gc.collect()  # a 1b's weights, several times over, before a child loads them again
                 write_parity(stage, self._gold.cases)
-                self._write_manifest(stage, job, lowered, _unverified(), record)
+                self._write_manifest(stage, job, lowered, unverified(), record)
             if not proven:
                 return None
             verification = self._verify(stage, job.target, job.precision)
@@ -229,7 +224,7 @@ class Export:
             with self.step(f"write {job.target} fp32, to prove the graph"):
                 lowered = lower(self.checkpoint, job.target, "fp32", stage)
                 write_parity(stage, self._gold.cases)
-                self._write_manifest(stage, Job(job.target, "fp32", job.output), lowered, _unverified())
+                self._write_manifest(stage, Job(job.target, "fp32", job.output), lowered, unverified())
             self._verify(stage, job.target, "fp32")
         self._proven_fp32.add(job.target)
 
@@ -253,61 +248,12 @@ class Export:
     def _write_manifest(
         self, stage: Path, job: Job, lowered: Lowered, parity: Parity, calibration: Calibration | None = None
     ) -> None:
-        checkpoint = self.checkpoint
-        tokenizer = stage / "tokenizer.json"
-        manifest = Manifest(
-            name=checkpoint.name,
-            target=job.target,
-            precision=job.precision,
-            source=Source(
-                id=checkpoint.id,
-                revision=checkpoint.revision,
-                weights="random" if checkpoint.is_random else "checkpoint",
-                weights_sha256=self._weights_sha256,
-                shape=checkpoint.shape.to_json(),
-            ),
-            graph=lowered.graph,
-            interface=lowered.interface,
-            tokenizer=Tokenizer(sha256=file_sha256(tokenizer), pad_token_id=checkpoint.shape.pad_token_id),
-            max_length_tokens=self.max_length,
-            activation=checkpoint.activation,
-            needs=lowered.needs,
-            entry=lowered.entry,
-            calibration=calibration,
-            toolchain=toolchain(),
-            command=self.options.command,
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-            parity=parity,
-            files=(),
-        )
-        (stage / "README.md").write_text(card(manifest), encoding="utf-8")
-        whole = manifest.model_copy(update={"files": list_files(stage)})
-        (stage / MANIFEST_NAME).write_bytes(whole.to_bytes())
+        about = About(job.target, job.precision, self.max_length, self.options.command, self._weights_sha256)
+        write_manifest(stage, self.checkpoint, about, lowered, parity, calibration)
 
     @functools.cached_property
     def _weights_sha256(self) -> str:
         return self.checkpoint.weights_sha256()
-
-
-def toolchain() -> dict[str, str]:
-    """Versions of what took part, and the machine's kind."""
-    packages = (
-        "ettin-export",
-        "torch",
-        "transformers",
-        "sentence-transformers",
-        "onnx",
-        "onnxruntime",
-        "openvino",
-        "tokenizers",
-    )
-    found = {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
-    for package in packages:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _can_run(target: str) -> bool:
@@ -316,10 +262,3 @@ def _can_run(target: str) -> bool:
     except EttinError:
         return False
     return True
-
-
-def _unverified() -> Parity:
-    return Parity(
-        status="unverified", pairs=0, max_abs_error=None, mean_abs_error=None, spearman=None, batch_max_abs_error=None,
-        arithmetic=(), reference=REFERENCE, rule="not run",
-    )  # fmt: skip
