@@ -5,6 +5,7 @@ import random
 import shlex
 import sys
 from pathlib import Path
+from statistics import median
 from typing import Any, NoReturn
 
 import click
@@ -15,7 +16,7 @@ from ettin.bench.beir import RetrievalSet, read_beir
 from ettin.bench.cpu import ISAS, NOTES, compare, contestants, result
 from ettin.bench.machine import machine
 from ettin.bench.quality import first_stage_ndcg, rerank_quality
-from ettin.bench.throughput import median, pairs_per_s
+from ettin.bench.throughput import pairs_per_s
 from ettin.runtimes import Runtime, console, load
 
 _SCHEMA = 1

@@ -1,9 +1,9 @@
 """What every result says about where it was measured."""
 
-import importlib.metadata
 import platform
 import sys
 
+from ettin.artifacts.versions import installed_versions
 from ettin.runtimes import cpu
 
 _PACKAGES = (
@@ -20,12 +20,6 @@ _PACKAGES = (
 
 def machine() -> dict[str, object]:
     """Processor, its instruction sets, and versions."""
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return {
         "cpu": cpu.model_name(),
         "cpus_usable": cpu.available_cpus(),
@@ -33,5 +27,5 @@ def machine() -> dict[str, object]:
         "isa_limit": cpu.isa_limit(),
         "python": platform.python_version(),
         "system": sys.platform,
-        "versions": versions,
+        "versions": installed_versions(_PACKAGES),
     }

@@ -1,6 +1,5 @@
 """Pairs per second of one artifact, tokenising included."""
 
-import statistics
 import time
 from collections.abc import Sequence
 
@@ -16,8 +15,3 @@ def pairs_per_s(runtime: Runtime, pairs: Sequence[tuple[str, str]], max_length: 
         runtime.predict(pairs, max_length=max_length)
         speeds.append(len(pairs) / (time.perf_counter() - start))
     return speeds
-
-
-def median(values: Sequence[float]) -> float:
-    """The middle one."""
-    return statistics.median(values)

@@ -1,6 +1,5 @@
 """What an export writes about an artifact: its manifest and its card."""
 
-import importlib.metadata
 import platform
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -8,6 +7,7 @@ from pathlib import Path
 
 from ettin.artifacts.files import file_sha256, list_files
 from ettin.artifacts.manifest import MANIFEST_NAME, Calibration, Manifest, Parity, Source, Tokenizer
+from ettin.artifacts.versions import installed_versions
 from ettin.export.card import card
 from ettin.export.checkpoint import Checkpoint
 from ettin.export.lowering import Lowered
@@ -81,13 +81,8 @@ def toolchain() -> dict[str, str]:
         "openvino",
         "tokenizers",
     )
-    found = {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
-    for package in packages:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    machine = {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
+    return machine | installed_versions(packages)
 
 
 def unverified() -> Parity:

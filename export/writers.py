@@ -1,30 +1,23 @@
 """Which function writes which target. Importing this needs no torch."""
 
-import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from ettin.artifacts.errors import MissingDependency
+from ettin.runtimes.registry import Engine
 
 if TYPE_CHECKING:  # imports torch
     from ettin.export.lowering import Lowering
 
 
 @dataclass(frozen=True)
-class Writer:
+class Writer(Engine):
     """How a target is written.
 
     Args:
-        implementation: "module:function".
-        packages: the packages that it imports, by module name.
-        extra: the extra that installs them.
         verify_also: by precision, variables of a second verification: what other machines will make of the artifact.
     """
 
-    implementation: str
-    packages: tuple[str, ...]
-    extra: str
     verify_also: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
@@ -51,14 +44,5 @@ def lowering(target: str) -> "Lowering":
     Raises:
         MissingDependency: a package that it needs is not installed.
     """
-    writer = WRITERS[target]
-    for package in writer.packages:
-        try:
-            importlib.import_module(package)
-        except ModuleNotFoundError as error:
-            if error.name != package:
-                raise
-            raise MissingDependency(f"target '{target}'", package, writer.extra) from None
-    module, name = writer.implementation.split(":")
-    function: Lowering = getattr(importlib.import_module(module), name)
+    function: Lowering = WRITERS[target].imported(target)
     return function

@@ -15,10 +15,10 @@ from ettin.runtimes.cpu import lacks_vnni, model_name
 
 @dataclass(frozen=True)
 class Engine:
-    """How a target is run.
+    """What runs or writes a target, imported on use.
 
     Args:
-        implementation: "module:Class".
+        implementation: "module:name".
         packages: the packages that it imports, by module name.
         extra: the extra that installs them.
     """
@@ -26,6 +26,22 @@ class Engine:
     implementation: str
     packages: tuple[str, ...]
     extra: str
+
+    def imported(self, target: str) -> Any:
+        """The implementation.
+
+        Raises:
+            MissingDependency: one of the packages is not installed. A broken install shows its own error instead.
+        """
+        module, name = self.implementation.split(":")
+        try:
+            for package in self.packages:
+                importlib.import_module(package)
+        except ModuleNotFoundError as error:
+            if error.name not in self.packages:
+                raise
+            raise MissingDependency(f"target '{target}'", str(error.name), self.extra) from None
+        return getattr(importlib.import_module(module), name)
 
 
 ENGINES = {
@@ -87,13 +103,4 @@ def runtime_class(target: str) -> Any:
     Raises:
         MissingDependency: its engine is not installed. A broken install shows its own error instead.
     """
-    engine = ENGINES[target]
-    module, name = engine.implementation.split(":")
-    try:
-        for package in engine.packages:
-            importlib.import_module(package)
-    except ModuleNotFoundError as error:
-        if error.name not in engine.packages:
-            raise
-        raise MissingDependency(f"target '{target}'", str(error.name), engine.extra) from None
-    return getattr(importlib.import_module(module), name)
+    return ENGINES[target].imported(target)
