@@ -90,6 +90,7 @@ class Calibration(_Strict):
     text_sha256: Sha256
     pairs: PositiveInt
     scheme: str = Field(description="what is quantised; milder than the first choice if that failed the gate")
+    float_linears: tuple[str, ...] = Field(strict=False, description="linear layers that stayed in floating point")
 
 
 class FileEntry(_Strict):
@@ -125,7 +126,12 @@ class Manifest(_Strict):
     def to_bytes(self) -> bytes:
         """The file's content: the fields, and `manifest_sha256` over them."""
         fields = self.model_dump(mode="json")
-        return (json.dumps({**fields, "manifest_sha256": _digest(fields)}, indent=1) + "\n").encode()
+        return (json.dumps({**fields, "manifest_sha256": self.digest}, indent=1) + "\n").encode()
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the fields: names this very artifact."""
+        return _digest(self.model_dump(mode="json"))
 
     @classmethod
     def read(cls, folder: Path) -> Self:

@@ -1,4 +1,4 @@
-"""Retrieval sets in BEIR form: corpus.jsonl[.gz], queries.jsonl[.gz], qrels.tsv."""
+"""Retrieval sets in BEIR form: corpus.jsonl[.gz], queries.jsonl[.gz], qrels/test.tsv (or qrels.tsv beside them)."""
 
 import csv
 import gzip
@@ -32,20 +32,23 @@ def read_beir(folder: Path, split: str = "test") -> RetrievalSet:
     """Reads a set.
 
     Args:
-        folder: holds the three files; "train" is read from queries-train and qrels-train.
+        folder: holds the three files. Where there is no folder `qrels`, "test" is read from queries and qrels.tsv,
+            "train" from queries-train and qrels-train.tsv.
         split: "test" or "train".
 
     Raises:
         InputError: a file is missing or not in this form.
     """
-    ending = "" if split == "test" else f"-{split}"
+    standard = folder / "qrels" / f"{split}.tsv"
+    ending = "" if split == "test" or standard.exists() else f"-{split}"
+    judgements = standard if standard.exists() else folder / f"qrels{ending}.tsv"
     try:
         documents = {
             row["_id"]: f"{row.get('title', '')} {row['text']}".strip() for row in _rows(folder, "corpus.jsonl")
         }
         queries = {row["_id"]: row["text"] for row in _rows(folder, f"queries{ending}.jsonl")}
         qrels: dict[str, dict[str, float]] = {}
-        with (folder / f"qrels{ending}.tsv").open(encoding="utf-8", newline="") as lines:
+        with judgements.open(encoding="utf-8", newline="") as lines:
             table = csv.reader(lines, delimiter="\t")
             next(table)
             for query, document, score in table:

@@ -1,23 +1,27 @@
 """`ettin-bench`: measures artifacts on this machine."""
 
+import functools
 import json
-import random
 import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any, NoReturn
 
 import click
 
-from ettin.artifacts.errors import MissingDependency
+from ettin.artifacts.errors import MissingDependency, UsageError
+from ettin.artifacts.manifest import Manifest
 from ettin.artifacts.metrics import score_error
-from ettin.bench.beir import RetrievalSet, read_beir
-from ettin.bench.cpu import ISAS, NOTES, compare, contestants, result
+from ettin.bench.beir import read_beir
+from ettin.bench.cpu import ISAS, NOTES, PEERS, compare, contestants, result
 from ettin.bench.machine import machine
-from ettin.bench.quality import first_stage_ndcg, rerank_quality
+from ettin.bench.texts import pairs_to_score
 from ettin.bench.throughput import pairs_per_s
 from ettin.runtimes import Runtime, console, load
+from ettin.runtimes.batch import Batch
+from ettin.runtimes.cpu import isa_limit
 
 _SCHEMA = 1
 
@@ -33,15 +37,16 @@ def command() -> None:
 @click.option("--pairs", "count", default=400, show_default=True, help="Pairs in a pass.")
 @click.option("--passes", default=3, show_default=True, help="Timed passes; the median is reported.")
 @click.option("--max-length", default=512, show_default=True, help="Tokens that pairs are truncated to.")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: all]")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: one a core]")
+@click.option("--streams", type=click.IntRange(1), help="Batches at a time.  [default: one a thread]")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the result there, too.")
 def throughput(
     artifact: Path, data: Path | None, count: int, passes: int, max_length: int, threads: int | None,
-    json_path: Path | None,
+    streams: int | None, json_path: Path | None,
 ) -> None:  # fmt: skip
     """Pairs per second, tokenising included: median of several passes over the same pairs."""
-    pairs = _pairs(data, count)
-    with load(artifact, threads=threads) as runtime:
+    pairs = pairs_to_score(data, count)
+    with load(artifact, threads=threads, streams=streams) as runtime:
         speeds = pairs_per_s(runtime, pairs, min(max_length, runtime.max_length), passes)
         text = f"{median(speeds):.1f} pairs/s (median of {passes}, best {max(speeds):.1f}; {len(pairs)} pairs)"
         click.echo(f"{runtime.description}: {text}")
@@ -54,7 +59,7 @@ def throughput(
 @command.command(
     epilog=console.example_epilog("ettin-bench quality ettin-reranker-17m-v1/openvino-int8 --data scifact")
 )
-@click.argument("artifact", type=click.Path(path_type=Path))
+@click.argument("artifacts", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="Retrieval set in BEIR form.")
 @click.option("--split", default="test", show_default=True, help="test or train.")
 @click.option("--candidates", "count", default=100, show_default=True, help="Reranked documents a query, by BM25.")
@@ -63,40 +68,103 @@ def throughput(
 @click.option("--reference", type=click.Path(path_type=Path), help="The checkpoint's folder: compare with gold.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the result there, too.")
 def quality(
-    artifact: Path, data: Path, split: str, count: int, queries: int | None, max_length: int, reference: Path | None,
-    json_path: Path | None,
+    artifacts: tuple[Path, ...], data: Path, split: str, count: int, queries: int | None, max_length: int,
+    reference: Path | None, json_path: Path | None,
 ) -> None:  # fmt: skip
-    """NDCG@10 of reranking BM25's candidates; with --reference beside PyTorch's, pair by pair."""
+    """NDCG@10 of reranking BM25's candidates; with --reference beside PyTorch's in fp32, pair by pair.
+
+    The change of nDCG@10 comes with its 95% interval, a paired bootstrap over queries.
+    """
     try:
         from ettin.bench.first_stage import bm25_candidates
+        from ettin.bench.quality import Quality, change, first_stage_ndcg, rerank_quality
     except ModuleNotFoundError as error:
         raise MissingDependency("ettin-bench quality", str(error.name), "bench") from None
     rows = read_beir(data, split)
     with console.step("find candidates"):
         candidates = bm25_candidates(rows, count, queries)
-    result: dict[str, Any] = {"data": rows.name, "queries": len(candidates), "candidates": count}
-    result["first_stage_ndcg10"] = first_stage_ndcg(rows, candidates)
-    with load(artifact) as runtime, console.step("rerank"):
-        ours = rerank_quality(
-            rows, candidates, lambda pairs: runtime.predict(pairs, max_length=max_length, activation_fn="identity")
-        )
-        result |= _artifact(runtime)
-    result |= {"max_length": max_length, "ndcg10": ours.ndcg10, "seconds": ours.seconds}
-    line = f"{result['runtime']}: nDCG@10 {ours.ndcg10:.4f} (first stage {result['first_stage_ndcg10']:.4f})"
+    first_stage = first_stage_ndcg(rows, candidates)
+    results: list[dict[str, Any]] = []
+    gold: Quality | None = None
     if reference:
         with console.step("rerank with the reference"):
             gold = rerank_quality(rows, candidates, _reference(reference, max_length))
-        delta = score_error(ours.scores, gold.scores)
-        result |= {
-            "reference_ndcg10": gold.ndcg10,
-            "reference_seconds": gold.seconds,
-            "max_abs_error": delta.max_abs,
-            "mean_abs_error": delta.mean_abs,
-            "spearman": delta.spearman,
-        }
-        line += f", reference {gold.ndcg10:.4f}; max |Δ| {delta.max_abs:.2e} over {len(gold.scores)} pairs"
-    click.echo(line)
-    _write(json_path, "quality", result)
+        results.append({"artifact": "reference, fp32", "ndcg10": gold.ndcg10, "seconds": gold.seconds})
+    for path in artifacts:
+        with load(path) as runtime, console.step(f"rerank with {path}"):
+            predict = functools.partial(runtime.predict, max_length=max_length, activation_fn="identity")
+            found = rerank_quality(rows, candidates, predict)
+            results.append({**_artifact(runtime), "ndcg10": found.ndcg10, "seconds": found.seconds})
+        if gold:
+            delta = score_error(found.scores, gold.scores)
+            moved, low, high = change(found, gold)
+            results[-1] |= {
+                "ndcg10_change": moved,
+                "ndcg10_change_95": [low, high],
+                "max_abs_error": delta.max_abs,
+                "mean_abs_error": delta.mean_abs,
+                "spearman": delta.spearman,
+            }
+    console.table(
+        [
+            [
+                each["artifact"],
+                f"{each['ndcg10']:.4f}",
+                *(
+                    [
+                        f"{each['ndcg10_change']:+.4f}",
+                        "{:+.4f} … {:+.4f}".format(*each["ndcg10_change_95"]),
+                        f"{each['max_abs_error']:.1e}",
+                        f"{each['spearman']:.6f}",
+                    ]
+                    if "ndcg10_change" in each
+                    else ["–"] * 4
+                ),
+            ]
+            for each in results
+        ],
+        [f"{rows.name}, {len(candidates)} queries", "nDCG@10", "change", "95% interval", "max |Δ| score", "Spearman"],
+    )
+    settings = {"data": rows.name, "queries": len(candidates), "candidates": count, "max_length": max_length}
+    _write(json_path, "quality", {**settings, "first_stage_ndcg10": first_stage, "rows": results})
+
+
+@command.command(epilog=console.example_epilog("ettin-bench profile ettin-reranker-17m-v1/openvino-int8"))
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--pairs", "count", default=6, show_default=True, help="Pairs in the batch.")
+@click.option("--tokens", default=176, show_default=True, help="Tokens of each.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the result there, too.")
+def profile(artifact: Path, count: int, tokens: int, json_path: Path | None) -> None:
+    """Where an openvino artifact spends its time, and its linear layers against this machine's measured peak.
+
+    One batch on one thread. ONEDNN_MAX_CPU_ISA limits the instruction set.
+    """
+    with load(artifact, threads=1) as runtime:
+        if runtime.manifest.target != "openvino":
+            raise UsageError(f"{artifact}: a profile of '{runtime.manifest.target}' is not made, only of 'openvino'")
+        from ettin.bench.profile import peak_gops, profiled
+
+        texts = pairs_to_score(None, count, tokens)
+        batch = Batch.of(runtime.tokenizer.pairs(texts, tokens), runtime.manifest.tokenizer.pad_token_id)
+        hint, about = runtime.arithmetic, _artifact(runtime)
+        parts = profiled(artifact / runtime.manifest.entry, batch, hint, runtime.limits.length_multiple)
+    peaks = {"int8 linear": peak_gops(hint, int8=True), "float linear": peak_gops(hint, int8=False)}
+    total = sum(part.milliseconds for part in parts.values())
+    rows, figures, rest = [], [], 0.0
+    for name, part in parts.items():
+        gops = part.operations / part.milliseconds / 1e6
+        of_peak = gops / peaks[name] if gops else None
+        speed = [f"{gops:.0f}", f"{of_peak:.0%}"] if of_peak else ["–", "–"]
+        if part.milliseconds < total / 100:
+            rest += part.milliseconds
+        else:
+            rows.append([name, str(part.nodes), f"{part.milliseconds:.2f}", f"{part.milliseconds / total:.1%}", *speed])
+        figures.append({"part": name, **asdict(part), "gops": gops, "share_of_peak": of_peak})
+    rows.append(["anything else", "", f"{rest:.2f}", f"{rest / total:.1%}", "–", "–"])
+    console.table(rows, ["part", "nodes", "ms", "share", "10⁹ op/s", "of peak"])
+    click.echo(f"{count} × {tokens} tokens, one thread, {about['runtime']}: {total:.1f} ms")
+    settings = {"pairs": count, "tokens": tokens, "isa_limit": isa_limit(), "peak_gops": peaks}
+    _write(json_path, "profile", {**about, **settings, "milliseconds": total, "parts": figures})
 
 
 @command.command(
@@ -106,43 +174,72 @@ def quality(
 )
 @click.argument("artifacts", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="What the artifacts were made from, for the peers.")
-@click.option("--peer", "peers", multiple=True, help="st-fp32, st-bf16, traced or traced-int8; may be repeated.")
+@click.option("--peer", "peers", multiple=True, help=f"{', '.join(PEERS)}; may be repeated.")
 @click.option("--data", type=click.Path(path_type=Path), help="Retrieval set in BEIR form.  [default: own passages]")
 @click.option("--pairs", "count", default=400, show_default=True, help="Pairs in a pass.")
 @click.option("--rounds", default=5, show_default=True, help="Interleaved passes of each contestant.")
 @click.option("--max-length", default=512, show_default=True, help="Tokens that pairs are truncated to.")
+@click.option("--fill", is_flag=True, help="Join documents until each pair has --max-length tokens.")
+@click.option("--streams", type=click.IntRange(1), help="Batches at a time, for artifacts.  [default: one a thread]")
+@click.option("--cache-dir", type=click.Path(path_type=Path), help="Load artifacts with a filled model cache.")
 @click.option("--isa", type=click.Choice(list(ISAS)), default="all", show_default=True, help="Limit for everybody.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the result there, too.")
 def cpu(
     artifacts: tuple[Path, ...], checkpoint: Path | None, peers: tuple[str, ...], data: Path | None, count: int,
-    rounds: int, max_length: int, isa: str, json_path: Path | None,
+    rounds: int, max_length: int, fill: bool, streams: int | None, cache_dir: Path | None, isa: str,
+    json_path: Path | None,
 ) -> None:  # fmt: skip
     """Artifacts against what a user would run instead: same pairs, interleaved rounds, a process each."""
-    entries = contestants(artifacts, checkpoint, peers)
-    pairs = _pairs(data, count)
+    random_weights = any(Manifest.read(path).source.weights == "random" for path in artifacts)
+    chosen = {"streams": streams, "cache_dir": str(cache_dir) if cache_dir else None}
+    entries = contestants(artifacts, {key: value for key, value in chosen.items() if value}, checkpoint, peers)
+    pairs = pairs_to_score(data, count, max_length if fill else None)
+    candidates = min(100, len(pairs))
     with console.step(f"{rounds} rounds of {len(pairs)} pairs"):
-        compare(entries, pairs, max_length=max_length, rounds=rounds, isa=isa)
-    results = [result(entry, len(pairs)) for entry in entries]
+        compare(
+            entries, pairs, candidates=candidates, max_length=max_length, rounds=rounds, isa=isa, warm=bool(cache_dir)
+        )
+    reference = next((entry for entry in entries if entry.name.startswith("st-fp32")), None)
+    results = [result(entry, len(pairs), reference) for entry in entries]
     speeds = {each["name"]: each["pairs_per_s"] for each in results if "pairs_per_s" in each}
     rows = []
     for each in results:
         if "pairs_per_s" not in each:
-            rows.append([each["name"], "–", "–", "–", "–", "–", each["problem"]])
+            rows.append([each["name"], *["–"] * 6, each["problem"]])
             continue
-        ratio = f"{each['pairs_per_s'] / speeds['st-fp32']:.2f}" if "st-fp32" in speeds else "–"
-        note = f"{each['nan']} scores are NaN" if each["nan"] else each["description"]
+        base = speeds.get(reference.name) if reference else None
+        if each["nan"]:
+            accuracy = f"{each['nan']} NaN"
+        else:
+            accuracy = f"{each['max_abs_error']:.1e}" if "max_abs_error" in each else "–"
         rows.append([
-            each["name"], f"{each['pairs_per_s']:.1f}", ratio, f"{each['latency_100_p50_ms']:.0f}",
-            f"{each['peak_rss_mib']:.0f}", f"{each['load_s']:.2f}", note,
+            each["name"], f"{each['pairs_per_s']:.4g}", f"{each['pairs_per_s'] / base:.2f}" if base else "–",
+            f"{each['latency_p50_ms']:.0f}", f"{each['peak_rss_mib']:.0f}", f"{each['load_s']:.2f}", accuracy,
+            each["description"],
         ])  # fmt: skip
+    versus = f"× {reference.name}" if reference else "×"
     console.table(
-        rows, ["contestant", "pairs/s", "× st-fp32", "100 candidates p50 ms", "peak MiB", "load s", "what ran"]
+        rows,
+        [
+            "contestant",
+            "pairs/s",
+            versus,
+            f"{candidates} candidates p50 ms",
+            "peak MiB",
+            "load s",
+            "max |Δ|",
+            "what ran",
+        ],
     )
     settings = {
         "data": data.name if data else "passages",
         "pairs": len(pairs),
+        "candidates": candidates,
         "rounds": rounds,
         "max_length": max_length,
+        "filled": fill,
+        "model_cache": bool(cache_dir),
+        "weights": "random" if random_weights else "checkpoint",
     }
     _write(json_path, "cpu", {**settings, "isa": isa, "isa_note": NOTES[isa], "contestants": results})
 
@@ -156,20 +253,7 @@ def _reference(folder: Path, max_length: int) -> Any:
 
     model = load_gold(read_checkpoint(folder))
     model.max_seq_length = max_length
-    return lambda pairs: model.predict([list(pair) for pair in pairs], activation_fn=torch.nn.Identity())
-
-
-def _pairs(data: Path | None, count: int) -> list[tuple[str, str]]:
-    """Judged pairs of the set in a fixed random order, or the project's own passages, as often as it takes."""
-    if data is None:
-        from ettin.export.proof_pairs import natural_pairs
-
-        found = [(pair.query, pair.document) for pair in natural_pairs()]
-    else:
-        rows: RetrievalSet = read_beir(data)
-        found = [(rows.queries[query], rows.documents[each]) for query, judged in rows.qrels.items() for each in judged]
-        random.Random(0).shuffle(found)  # noqa: S311
-    return (found * (-(-count // len(found))))[:count]
+    return lambda pairs: model.predict([list(pair) for pair in pairs], batch_size=8, activation_fn=torch.nn.Identity())
 
 
 def _artifact(runtime: Runtime) -> dict[str, Any]:

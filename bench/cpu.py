@@ -11,12 +11,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ettin.artifacts.errors import EttinError, UsageError
+from ettin.artifacts.metrics import score_error
 
 # Variables that limit each library to an instruction set. MLAS (OpenVINO's f32 GEMM, all of ONNX Runtime) obeys none of
 # them, and torch's ATen knows no VNNI: see the notes of the result.
 ISAS: dict[str, dict[str, str]] = {
     "all": {},
+    "amx": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_AMX"},
     "avx512_vnni": {
         "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI",
         "ATEN_CPU_CAPABILITY": "avx512",
@@ -30,6 +34,7 @@ ISAS: dict[str, dict[str, str]] = {
 }
 NOTES = {
     "all": "no limit",
+    "amx": "oneDNN alone is limited, to bf16 and int8 tiles",
     "avx512_vnni": "OpenVINO's f32 GEMM (MLAS) and ONNX Runtime do not obey the limit",
     "avx2_vnni": "OpenVINO's f32 GEMM (MLAS) and ONNX Runtime do not obey the limit; torch is limited to AVX2",
 }
@@ -50,50 +55,80 @@ class Contestant:
     arguments: list[str]
     passes_s: list[float] = field(default_factory=list)
     latencies_s: list[float] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
     problem: str | None = None
 
 
-def contestants(artifacts: Sequence[Path], checkpoint: Path | None, peers: Sequence[str]) -> list[Contestant]:
+# What a user would run instead: kind and arguments, after the checkpoint's folder.
+PEERS: dict[str, tuple[str, ...]] = {
+    "st-fp32": ("cross-encoder", "float32", "32"),
+    "st-fp32-tuned": ("cross-encoder", "float32", "best"),
+    "st-bf16": ("cross-encoder", "bfloat16", "32"),
+    "traced": ("traced", "default"),
+    "traced-f32": ("traced", "f32"),
+    "traced-int8": ("traced", "int8"),
+}
+
+
+def contestants(
+    artifacts: Sequence[Path], settings: Mapping[str, Any], checkpoint: Path | None, peers: Sequence[str]
+) -> list[Contestant]:
     """Our artifacts, and the peers that were asked for.
+
+    Args:
+        artifacts: their folders.
+        settings: for `load`.
+        checkpoint: what the peers are made from.
+        peers: see `PEERS`.
 
     Raises:
         UsageError: an unknown peer, or peers without a checkpoint.
     """
-    known = {
-        "st-fp32": ("cross-encoder", "float32"),
-        "st-bf16": ("cross-encoder", "bfloat16"),
-        "traced": ("traced", "default"),
-        "traced-int8": ("traced", "int8"),
-    }
-    unknown = [peer for peer in peers if peer not in known]
+    unknown = [peer for peer in peers if peer not in PEERS]
     if unknown:
-        raise UsageError(f"unknown peer '{unknown[0]}', expected some of: {', '.join(known)}")
+        raise UsageError(f"unknown peer '{unknown[0]}', expected some of: {', '.join(PEERS)}")
     if peers and checkpoint is None:
         raise UsageError("peers are made from the checkpoint: name it with --checkpoint DIR")
-    ours = [Contestant(f"{path.parent.name}/{path.name}", "artifact", [str(path)]) for path in artifacts]
-    return ours + [Contestant(peer, known[peer][0], [str(checkpoint), known[peer][1]]) for peer in peers]
+    ours = [
+        Contestant(f"{path.parent.name}/{path.name}", "artifact", [str(path), json.dumps(dict(settings))])
+        for path in artifacts
+    ]
+    return ours + [Contestant(peer, PEERS[peer][0], [str(checkpoint), *PEERS[peer][1:]]) for peer in peers]
 
 
 def compare(
-    entries: Sequence[Contestant], pairs: Sequence[tuple[str, str]], *, max_length: int, rounds: int, isa: str
+    entries: Sequence[Contestant],
+    pairs: Sequence[tuple[str, str]],
+    *,
+    candidates: int,
+    max_length: int,
+    rounds: int,
+    isa: str,
+    warm: bool = False,
 ) -> None:
     """Runs the rounds and fills the entries; one that fails says why and takes no further part.
 
     Args:
         entries: the contestants.
-        pairs: what a pass scores; the first 100 documents with the first query are the latency request.
+        pairs: what a pass scores.
+        candidates: documents of the latency request: the first ones, with the first query.
         max_length: tokens that pairs are truncated to.
         rounds: passes of each, interleaved, after one that is not counted.
         isa: see `ISAS`.
+        warm: load our artifacts once before, so that they find their cache filled.
     """
+    settings = {"pairs": list(pairs), "candidates": candidates, "max_length": max_length}
     with ExitStack() as stack:
         running = []
         for entry in entries:
-            order = {"kind": entry.kind, "arguments": entry.arguments, "pairs": list(pairs), "candidates": 100}
+            order = {"kind": entry.kind, "arguments": entry.arguments, **settings}
             try:
+                if warm and entry.kind == "artifact":
+                    with _child(ISAS[isa]) as first:
+                        _ask(first, order)
                 child = stack.enter_context(_child(ISAS[isa]))
-                entry.facts = _ask(child, {**order, "max_length": max_length})
+                entry.facts = _ask(child, order)
                 running.append((entry, child))
             except EttinError as error:
                 entry.problem = str(error)
@@ -109,7 +144,8 @@ def _turn(entry: Contestant, child: subprocess.Popen[str], counted: bool) -> Non
     except EttinError as error:
         entry.problem = str(error)
         return
-    entry.facts |= {"peak_rss_mib": latency["peak_rss_mib"], "nan": passed["nan"]}
+    entry.facts["peak_rss_mib"] = latency["peak_rss_mib"]
+    entry.scores = passed["scores"]
     if counted:
         entry.passes_s.append(passed["seconds"])
         entry.latencies_s.append(latency["seconds"])
@@ -145,17 +181,22 @@ def _ask(child: subprocess.Popen[str], order: dict[str, Any]) -> dict[str, Any]:
     raise EttinError(f"died with signal {-code}" if code < 0 else reason)
 
 
-def result(entry: Contestant, pairs: int) -> dict[str, Any]:
-    """The figures of one contestant."""
+def result(entry: Contestant, pairs: int, reference: Contestant | None) -> dict[str, Any]:
+    """The figures of one contestant; its scores are compared with the reference's, if that ran."""
     if entry.problem is not None or not entry.passes_s:
         return {"name": entry.name, "problem": entry.problem}
     latencies = sorted(entry.latencies_s)
-    return {
+    figures: dict[str, Any] = {
         "name": entry.name,
         **entry.facts,
         "pairs_per_s": pairs / statistics.median(entry.passes_s),
         "pairs_per_s_best": pairs / min(entry.passes_s),
         "passes_s": entry.passes_s,
-        "latency_100_p50_ms": 1000 * statistics.median(latencies),
-        "latency_100_p95_ms": 1000 * latencies[min(len(latencies) - 1, int(0.95 * len(latencies)))],
+        "latency_p50_ms": 1000 * statistics.median(latencies),
+        "latency_p95_ms": 1000 * latencies[min(len(latencies) - 1, int(0.95 * len(latencies)))],
+        "nan": int(np.isnan(entry.scores).sum()),
     }
+    if reference and reference.scores and not figures["nan"]:
+        delta = score_error(entry.scores, reference.scores)
+        figures |= {"max_abs_error": delta.max_abs, "mean_abs_error": delta.mean_abs, "spearman": delta.spearman}
+    return figures

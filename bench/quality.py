@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import bootstrap
 
 from ettin.artifacts.metrics import ndcg
 from ettin.bench.beir import RetrievalSet
@@ -47,3 +48,18 @@ def rerank_quality(data: RetrievalSet, candidates: Mapping[str, list[str]], scor
 def first_stage_ndcg(data: RetrievalSet, candidates: Mapping[str, list[str]]) -> float:
     """Mean nDCG@10 of the candidates as they are."""
     return float(np.mean([ndcg(found, data.qrels[query]) for query, found in candidates.items()]))
+
+
+def change(found: Quality, reference: Quality) -> tuple[float, float, float]:
+    """Change of the mean nDCG@10 against a reference, and its paired bootstrap interval over queries (95%).
+
+    Returns:
+        The change and both ends of the interval: percentiles of 10,000 resamples, seed 0.
+    """
+    differences = np.array([found.by_query[query] - value for query, value in reference.by_query.items()])
+    if np.ptp(differences) == 0:
+        return (float(differences[0]),) * 3
+    interval = bootstrap(
+        (differences,), np.mean, n_resamples=10_000, method="percentile", rng=np.random.default_rng(0)
+    ).confidence_interval
+    return float(differences.mean()), float(interval.low), float(interval.high)

@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from ettin.export.calibration import calibration_text
 from ettin.export.checkpoint import read_checkpoint
 from ettin.export.gold import load_gold
-from ettin.runtimes.batch import Batch
+from ettin.runtimes.batch import Batch, cut
 from ettin.runtimes.tokenizer import PairTokenizer
 
 _BATCH = 32  # CrossEncoder's default
+_BATCH_TOKENS = 16384  # where 32 pairs would take more memory than there is
 
 
 class _Whole(torch.nn.Module):
@@ -35,7 +36,7 @@ def traced_predict(folder: Path, how: str) -> tuple[Callable[[Sequence[tuple[str
 
     Args:
         folder: the checkpoint.
-        how: "default": OpenVINO's own choice of precision; "int8": NNCF with its transformer preset.
+        how: "default": OpenVINO's own choice of precision; "f32"; "int8": NNCF with its transformer preset.
     """
     checkpoint = read_checkpoint(folder)
     example = torch.randint(5, 200, (2, 40)), torch.ones(2, 40, dtype=torch.long)
@@ -45,15 +46,13 @@ def traced_predict(folder: Path, how: str) -> tuple[Callable[[Sequence[tuple[str
     pad = checkpoint.shape.pad_token_id
     if how == "int8":
         model = _quantised(model, [list(Batch.of([ids], pad).padded()) for ids in _calibration(tokenizer)])
-    compiled = ov.Core().compile_model(model, "CPU")
+    compiled = ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"} if how == "f32" else {})
     request = compiled.create_infer_request()
 
     def predict(pairs: Sequence[tuple[str, str]], max_length: int) -> NDArray[np.float32]:
         sequences = tokenizer.pairs(pairs, max_length)
-        order = sorted(range(len(pairs)), key=lambda at: -len(sequences[at]))
         scores = np.empty(len(pairs), np.float32)
-        for start in range(0, len(order), _BATCH):
-            chosen = order[start : start + _BATCH]
+        for chosen in cut([len(each) for each in sequences], _BATCH_TOKENS, max_pairs=_BATCH):
             inputs = Batch.of([sequences[at] for at in chosen], pad).padded()
             scores[chosen] = request.infer(list(inputs))[0][:, 0]
         return scores

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ettin.artifacts.manifest import Interface, Needs, TensorSpec
 from ettin.export.checkpoint import Checkpoint
-from ettin.export.quantise import Quantised
+from ettin.export.quantise import Quantised, linear_layers
 from ettin.export.weights import Weights, read_weights
 from ettin.export.writers import lowering
 from ettin.runtimes.graph.fold import inference_weights
@@ -26,12 +26,14 @@ class Lowered:
         interface: its inputs and outputs.
         needs: what a machine must have.
         graph: speed choices, for the manifest.
+        float_linears: int8: linear layers that stayed in floating point.
     """
 
     entry: str
     interface: Interface
     needs: Needs
     graph: dict[str, int | bool] = field(default_factory=dict)
+    float_linears: tuple[str, ...] = ()
 
 
 PADDED = Interface(
@@ -62,6 +64,11 @@ class Material:
         folded = inference_weights(self.weights.encoder, self.weights.head, self.checkpoint.shape)
         return {name: tensor.numpy() for name, tensor in folded.items()}
 
+    def float_linears(self) -> tuple[str, ...]:
+        """Linear layers of the encoder that int8 leaves alone."""
+        assert self.quantised is not None  # noqa: S101 (int8 only)
+        return tuple(name for name in linear_layers(self.checkpoint.shape) if name not in self.quantised.input_max)
+
 
 # Instruction sets that a precision needs on a CPU.
 ISA: dict[str, tuple[str, ...]] = {"int8": ("vnni",)}
@@ -89,4 +96,5 @@ def lower(
     if quantise is not None:
         folded = inference_weights(weights.encoder, weights.head, checkpoint.shape)
         material = Material(checkpoint, weights, quantise(folded))
+        return replace(write(material, precision, folder), float_linears=material.float_linears())
     return write(material, precision, folder)

@@ -187,16 +187,13 @@ class Export:
 
     def _publish(self, job: Job, scheme: Scheme | None, proven: bool) -> Verification | None:
         assert self._gold is not None  # noqa: S101 (set by prepare)
-        quantise, record = None, None
-        if scheme is not None:
-            text = self._calibration
-            quantise = functools.partial(self._quantise, scheme)
-            record = Calibration(text=text.name, text_sha256=text.sha256, pairs=len(text.pairs), scheme=scheme.name)
+        quantise = functools.partial(self._quantise, scheme) if scheme else None
         with staged(job.output, self.options.force) as stage:
             with self.step(f"write {job.target} {job.precision}"):
                 lowered = lower(self.checkpoint, job.target, job.precision, stage, quantise)
                 gc.collect()  # a 1b's weights, several times over, before a child loads them again
                 write_parity(stage, self._gold.cases)
+                record = self._calibration_record(scheme, lowered) if scheme else None
                 self._write_manifest(stage, job, lowered, unverified(), record)
             if not proven:
                 return None
@@ -212,6 +209,13 @@ class Export:
         tokenizer = PairTokenizer(self.checkpoint.folder / "tokenizer.json")
         sequences = self._calibration.sequences(tokenizer, min(self.max_length, _CALIBRATION_TOKENS))
         return quantised(folded, self.checkpoint.shape, sequences, scheme)
+
+    def _calibration_record(self, scheme: Scheme, lowered: Lowered) -> Calibration:
+        text = self._calibration
+        return Calibration(
+            text=text.name, text_sha256=text.sha256, pairs=len(text.pairs), scheme=scheme.name,
+            float_linears=lowered.float_linears,
+        )  # fmt: skip
 
     def _prove_fp32(self, job: Job) -> None:
         """A reduced precision is made only from a lowered graph that passed in fp32."""

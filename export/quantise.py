@@ -9,7 +9,8 @@ linear in its gate, so those of `down` go into the rows of `gate`. The graph get
 read a norm, which bounds their inputs.
 """
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,11 @@ from ettin.runtimes.graph.torch_graph import TorchOps
 
 SMOOTHING = 0.5  # share of the difficulty that moves from activations to weights
 _SMOOTHED = (("o", "v"), ("down", "gate"))
-_LINEARS = ("q", "k", "v", "o", "up", "gate", "down")
+_SENSITIVITY_PAIRS = 16
+
+
+# Linear layers that read the same input, or the same intermediate result, are left out together.
+_GROUPS = (("q", "k", "v"), ("o",), ("up", "gate"), ("down",))
 
 
 @dataclass(frozen=True)
@@ -30,18 +35,20 @@ class Scheme:
 
     Args:
         name: for the manifest.
-        float_linears: linear layers that stay in floating point.
+        float_share: share of the groups of linear layers that stay in floating point: those that change the scores
+            most when they alone are quantised (`group_errors`).
         activations: False: weights only.
     """
 
     name: str
-    float_linears: tuple[str, ...] = ()
+    float_share: float = 0.0
     activations: bool = True
 
 
 LADDER = (
     Scheme("all linear layers"),
-    Scheme("all linear layers but the MLP's down projection", ("down",)),
+    Scheme("all linear layers but the most sensitive eighth", 1 / 8),
+    Scheme("all linear layers but the most sensitive third", 1 / 3),
     Scheme("weights only", activations=False),
 )
 
@@ -77,7 +84,7 @@ class _RangeOps(TorchOps):
 
 @torch.inference_mode()
 def quantised(
-    weights: Mapping[str, Tensor], shape: ModelShape, sequences: Iterable[Ids], scheme: Scheme = LADDER[0]
+    weights: Mapping[str, Tensor], shape: ModelShape, sequences: Sequence[Ids], scheme: Scheme = LADDER[0]
 ) -> Quantised:
     """Calibrates and smooths.
 
@@ -96,11 +103,73 @@ def quantised(
     for layer in range(shape.num_layers):
         for name, source in _SMOOTHED:
             _smooth(smoothed, channel_max, f"layers.{layer}.{name}", f"layers.{layer}.{source}")
-    chosen = [
-        f"layers.{layer}.{name}" for layer in range(shape.num_layers) for name in _LINEARS
-        if name not in scheme.float_linears
-    ]  # fmt: skip
-    return Quantised(smoothed, {name: float(channel_max[name].max()) for name in chosen}, scheme)
+    input_max = {name: float(channel_max[name].max()) for name in linear_layers(shape)}
+    if scheme.float_share:
+        errors = group_errors(smoothed, input_max, shape, _sample(sequences))
+        worst = sorted(errors, key=lambda group: errors[group], reverse=True)
+        for group in worst[: math.ceil(scheme.float_share * len(worst))]:
+            for name in group:
+                del input_max[name]
+    return Quantised(smoothed, input_max, scheme)
+
+
+def linear_layers(shape: ModelShape) -> list[str]:
+    """The encoder's linear layers."""
+    return [name for group in _groups(shape) for name in group]
+
+
+def _groups(shape: ModelShape) -> list[tuple[str, ...]]:
+    return [tuple(f"layers.{at}.{name}" for name in group) for at in range(shape.num_layers) for group in _GROUPS]
+
+
+def _sample(sequences: Sequence[Ids]) -> list[Ids]:
+    """A few of all lengths: sensitivity takes a pass of them for each group."""
+    by_length = sorted(sequences, key=len)
+    return by_length[:: max(1, len(by_length) // _SENSITIVITY_PAIRS)]
+
+
+class _RoundingOps(TorchOps):
+    """Executes the graph with some linear layers as int8 products would compute them."""
+
+    def __init__(self, weights: Mapping[str, Tensor], input_max: Mapping[str, float]) -> None:
+        rounded = {name: rows * scales for name in input_max for rows, scales in [int8_rows(weights[name])]}
+        super().__init__({**weights, **rounded})
+        self._input_max = input_max
+
+    def linear(self, x: Tensor, name: str, bias: str | None = None) -> Tensor:
+        if name in self._input_max:
+            step = self._input_max[name] / 128
+            x = (x / step).round().clamp(-128, 127) * step
+        return super().linear(x, name, bias)
+
+
+@torch.inference_mode()
+def group_errors(
+    weights: Mapping[str, Tensor], input_max: Mapping[str, float], shape: ModelShape, sequences: Sequence[Ids]
+) -> dict[tuple[str, ...], float]:
+    """What quantising one group of linear layers alone does to the scores.
+
+    Args:
+        weights: smoothed weights, float32.
+        input_max: by linear layer, the largest |input|.
+        shape: the model's shape.
+        sequences: token ids of pairs.
+
+    Returns:
+        Root mean square change of the logits by group.
+    """
+
+    def logits(ops: TorchOps) -> Tensor:
+        rows = (torch.from_numpy(ids).long()[None] for ids in sequences)
+        return torch.cat([Scorer(ops, shape, GraphForm()).logits(row, torch.ones_like(row)) for row in rows])
+
+    before = logits(TorchOps(weights))
+    return {
+        group: float(
+            (logits(_RoundingOps(weights, {name: input_max[name] for name in group})) - before).square().mean().sqrt()
+        )
+        for group in _groups(shape)
+    }
 
 
 def _smooth(weights: dict[str, Tensor], channel_max: dict[str, Tensor], name: str, source: str) -> None:

@@ -21,7 +21,7 @@ from ettin.export.calibration import calibration_text
 from ettin.export.checkpoint import Checkpoint
 from ettin.export.pipeline import Export, Job, Options
 from ettin.export.proof_pairs import proof_pairs
-from ettin.export.quantise import LADDER, Quantised, int8_rows, quantised
+from ettin.export.quantise import LADDER, Quantised, group_errors, int8_rows, quantised
 from ettin.export.weights import read_weights
 from ettin.runtimes import cpu, load
 from ettin.runtimes.graph.fold import inference_weights
@@ -83,7 +83,21 @@ def test_ranges_cover_every_linear_layer_and_nothing_else(calibrated: Quantised)
 def test_ladder_gets_milder(demo: Checkpoint, folded: dict[str, torch.Tensor]) -> None:
     sequences = [np.arange(40, dtype=np.int32)]
     counts = [len(quantised(folded, demo.shape, sequences, scheme).input_max) for scheme in LADDER]
-    assert counts == [49, 42, 49] and [scheme.activations for scheme in LADDER] == [True, True, False]
+    assert counts[0] > counts[1] > counts[2] > len(LINEARS) / 2 and counts[3] == len(LINEARS)
+    assert [scheme.activations for scheme in LADDER] == [True, True, True, False]
+
+
+def test_the_most_sensitive_layers_stay_in_floating_point(
+    demo: Checkpoint, folded: dict[str, torch.Tensor], calibrated: Quantised
+) -> None:
+    sequences = [np.arange(start, start + 50, dtype=np.int32) for start in range(10, 400, 50)]
+    bad = {**calibrated.input_max, "layers.4.o": calibrated.input_max["layers.4.o"] / 50}  # clips nearly all
+    errors = group_errors(calibrated.weights, bad, demo.shape, sequences)
+    assert len(errors) == 4 * demo.shape.num_layers and max(errors, key=lambda group: errors[group]) == ("layers.4.o",)
+    mild = quantised(folded, demo.shape, sequences, LADDER[1])
+    errors = group_errors(mild.weights, quantised(folded, demo.shape, sequences).input_max, demo.shape, sequences)
+    kept = {name for group in sorted(errors, key=lambda group: errors[group])[-4:] for name in group}
+    assert LINEARS - set(mild.input_max) == kept
 
 
 def test_rows_are_rounded_to_the_nearest_of_255_steps() -> None:
@@ -171,6 +185,7 @@ def test_ladder_is_climbed_and_recorded(proven_export: Export, monkeypatch: pyte
     assert proven_export.run(Job("openvino", "int8", tmp_path / "artifact"))
     manifest = json.loads((tmp_path / "artifact" / "manifest.json").read_text())
     assert manifest["calibration"]["scheme"] == LADDER[1].name
+    assert manifest["calibration"]["float_linears"]
 
 
 def test_nothing_is_published_below_the_limit(

@@ -37,23 +37,54 @@ class Limits:
     length_multiple: int = 1
 
 
+@dataclass(frozen=True)
+class Settings:
+    """What a user chooses at load.
+
+    Args:
+        device: "cpu" or "cuda".
+        threads: CPU threads; None: `cpu.available_cpus`.
+        streams: batches scored at the same time, among which threads are divided; None: the backend's best for many
+            pairs.
+        cache_dir: where the engine may keep its compiled form; None: nowhere.
+        max_length: tokens that pairs are truncated to; None: the artifact's.
+    """
+
+    device: str = "cpu"
+    threads: int | None = None
+    streams: int | None = None
+    cache_dir: Path | None = None
+    max_length: int | None = None
+
+    def refuse(self, target: str, *names: str) -> None:
+        """For a backend that has no use for some settings.
+
+        Raises:
+            UsageError: one of `names` was set.
+        """
+        for name in names:
+            if getattr(self, name) is not None:
+                where = f"target '{target}' on device '{self.device}'"
+                raise UsageError(f"{name}: {where} has no such setting. Leave it out")
+
+
 class Runtime(ABC):
     """A loaded artifact. Safe to use from several threads; close it or use it as a context manager.
 
     Args:
         folder: the artifact.
         manifest: its manifest, checked.
+        settings: the user's.
         limits: how the backend wants to be fed.
-        max_length: tokens that pairs are truncated to; None: the artifact's.
 
     Raises:
         UsageError: max_length is not between the special tokens and what the artifact was made for.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, limits: Limits, max_length: int | None) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, settings: Settings, limits: Limits) -> None:
         self.folder, self.manifest, self.limits = folder, manifest, limits
         self.tokenizer = PairTokenizer(folder / "tokenizer.json")
-        self.max_length = self._checked_length(max_length)
+        self.max_length = self._checked_length(settings.max_length)
         self._workers = ThreadPoolExecutor(limits.concurrency, thread_name_prefix="ettin-score")
         self._closed = False
 

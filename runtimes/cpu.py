@@ -3,7 +3,10 @@
 import functools
 import math
 import os
+from dataclasses import dataclass
 from pathlib import Path
+
+from ettin.artifacts.errors import UsageError
 
 # oneDNN's names (ONEDNN_MAX_CPU_ISA) in ascending order, as far as they matter here, and the first of them
 # that has bf16 arithmetic. Source: oneDNN documentation, "CPU Dispatcher Control".
@@ -65,18 +68,78 @@ def _limit_reaches(first: int) -> bool:
     return limit not in _ISA_ORDER or _ISA_ORDER.index(limit) >= first
 
 
-def available_cpus() -> int:
-    """Processors that this process may use: its affinity, and a container's CPU limit (cgroup v2 or v1)."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def available_cpus(system: Path = Path("/sys")) -> int:
+    """Threads that pay: one for each core that this process may use, within a container's CPU limit.
+
+    On a hybrid processor these are its performance cores. A second thread on a core (hyperthreading) is not
+    counted: both would share the units that matrix products wait for.
+
+    Args:
+        system: where sysfs is mounted.
+    """
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    allowed = allowed & _cpu_list(system / "devices/cpu_core/cpus") or allowed
+    siblings = (_cpu_list(system / f"devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") for cpu in allowed)
+    cores = {min(shared, default=cpu) for cpu, shared in zip(allowed, siblings, strict=True)}
+    return max(1, min(len(cores), _quota(system) or len(cores)))
+
+
+def is_hybrid(system: Path = Path("/sys")) -> bool:
+    """Whether the processor has performance and efficiency cores."""
+    return bool(_cpu_list(system / "devices/cpu_core/cpus")) and bool(_cpu_list(system / "devices/cpu_atom/cpus"))
+
+
+def _cpu_list(path: Path) -> set[int]:
+    """The kernel's list format, "0-3,8"; empty where there is no such file."""
     try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
+        ranges = [part.split("-") for part in path.read_text(encoding="ascii").strip().split(",") if part]
+    except OSError:
+        return set()
+    return {cpu for each in ranges for cpu in range(int(each[0]), int(each[-1]) + 1)}
+
+
+def _quota(system: Path) -> int | None:
+    """Processors that a cgroup (v2 or v1) allows, rounded up; None: no limit."""
+    group = system / "fs/cgroup"
+    try:
+        quota, period = (group / "cpu.max").read_text(encoding="ascii").split()
     except (OSError, ValueError):
         try:
-            base = Path("/sys/fs/cgroup/cpu")
-            quota = (base / "cpu.cfs_quota_us").read_text(encoding="utf-8").strip()
-            period = (base / "cpu.cfs_period_us").read_text(encoding="utf-8").strip()
+            quota, period = (
+                (group / "cpu" / name).read_text(encoding="ascii").strip()
+                for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+            )
         except OSError:
-            return count
-    if not quota.isdigit() or not period.isdigit() or int(quota) <= 0:
-        return count
-    return max(1, min(count, math.ceil(int(quota) / int(period))))
+            return None
+    return math.ceil(int(quota) / int(period)) if quota.isdigit() and int(quota) > 0 else None
+
+
+@dataclass(frozen=True)
+class CpuPlan:
+    """How CPU threads are divided.
+
+    Args:
+        streams: batches that are scored at the same time.
+        threads_per_stream: threads that share one batch.
+    """
+
+    streams: int
+    threads_per_stream: int
+
+    @classmethod
+    def of(cls, threads: int | None, streams: int | None) -> "CpuPlan":
+        """A plan for this machine.
+
+        Args:
+            threads: None: `available_cpus`.
+            streams: None: one for each thread, which gives the most pairs a second. One stream gives a single
+                pair its score soonest.
+
+        Raises:
+            UsageError: more streams than threads.
+        """
+        threads = threads or available_cpus()
+        streams = streams or threads
+        if streams > threads:
+            raise UsageError(f"streams is {streams}, expected at most the number of threads, {threads}")
+        return cls(streams, threads // streams)

@@ -1,6 +1,8 @@
 """Runs `openvino` artifacts on CPUs."""
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -8,16 +10,17 @@ import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 
-from ettin.artifacts.errors import HardwareError
+from ettin.artifacts.errors import HardwareError, OutputError
+from ettin.artifacts.files import file_sha256
 from ettin.artifacts.manifest import Manifest
-from ettin.runtimes.base import Limits, Runtime
+from ettin.runtimes.base import Limits, Runtime, Settings
 from ettin.runtimes.batch import Batch
-from ettin.runtimes.cpu import available_cpus, has_bf16
+from ettin.runtimes.cpu import CpuPlan, has_bf16, is_hybrid
 
 # Kernels are made for each shape: fewer lengths, more reuse. Measured with the 17m shape in int8 on two cores, SQuAD
 # pairs: 663 pairs/s with 16 and 1024, 567 with 1 and 2048, 607 with 8 and 2048.
 _LENGTH_MULTIPLE = 16
-_BATCH_TOKENS = 1024
+_TOKENS_PER_THREAD = 1024
 
 _FIRST_INFERENCE = threading.Lock()
 
@@ -32,40 +35,35 @@ class OpenVinoRuntime(Runtime):
     Args:
         folder: the artifact.
         manifest: its manifest.
-        device: must be "cpu".
-        threads: CPU threads; None: all available.
-        max_length: see `Runtime`.
+        settings: all but device "cuda".
 
     Raises:
         HardwareError: another device was asked for.
+        OutputError: the cache folder can't be made.
     """
 
-    def __init__(
-        self, folder: Path, manifest: Manifest, *, device: str, threads: int | None, max_length: int | None
-    ) -> None:
-        if device != "cpu":
+    def __init__(self, folder: Path, manifest: Manifest, settings: Settings) -> None:
+        if settings.device != "cpu":
             raise HardwareError(
-                f"target 'openvino' runs on the CPU, not on '{device}'. Export another target: --target onnx"
+                f"target 'openvino' runs on the CPU, not on '{settings.device}'. Export another target: --target onnx"
             )
-        threads = threads or available_cpus()
+        plan = CpuPlan.of(settings.threads, settings.streams)
         self._hint = _arithmetic(manifest)
-        core = ov.Core()
-        model = core.read_model(folder / manifest.entry)
-        self._compiled = core.compile_model(
-            model,
-            "CPU",
-            {"INFERENCE_PRECISION_HINT": self._hint, "NUM_STREAMS": threads, "INFERENCE_NUM_THREADS": threads},
-        )
+        options = {
+            "INFERENCE_PRECISION_HINT": self._hint,
+            "NUM_STREAMS": plan.streams,
+            "INFERENCE_NUM_THREADS": plan.streams * plan.threads_per_stream,
+        }
+        if is_hybrid() and settings.threads is None:
+            options["SCHEDULING_CORE_TYPE"] = "PCORE_ONLY"
+        with _cache(settings.cache_dir, manifest) as cached:
+            self._compiled = ov.Core().compile_model(folder / manifest.entry, "CPU", options | cached)
         self._requests: SimpleQueue[ov.InferRequest] = SimpleQueue()
-        for _ in range(threads):
+        for _ in range(plan.streams):
             self._requests.put(self._compiled.create_infer_request())
         self._first_inference()
-        super().__init__(
-            folder,
-            manifest,
-            Limits(concurrency=threads, batch_tokens=_BATCH_TOKENS, length_multiple=_LENGTH_MULTIPLE),
-            max_length,
-        )
+        tokens = _TOKENS_PER_THREAD * plan.threads_per_stream
+        super().__init__(folder, manifest, settings, Limits(plan.streams, tokens, _LENGTH_MULTIPLE))
 
     @property
     def description(self) -> str:
@@ -105,3 +103,39 @@ def _arithmetic(manifest: Manifest) -> str:
     if manifest.precision == "fp32" or not has_bf16():
         return "f32"
     return "bf16" if manifest.parity.status == "unverified" or "bf16" in manifest.parity.arithmetic else "f32"
+
+
+@contextmanager
+def _cache(cache_dir: Path | None, manifest: Manifest) -> Iterator[dict[str, str]]:
+    """Options that make OpenVINO keep what it compiles within, or take it from there.
+
+    A folder for each artifact: one that replaces another is never taken for it. OpenVINO notices a truncated file but
+    not changed bytes (2026.4.1), so each has its checksum beside it and is dropped if it does not match.
+    """
+    if cache_dir is None:
+        yield {}
+        return
+    folder = cache_dir / f"{manifest.name}-{manifest.precision}-{manifest.digest[:16]}"
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for blob, checksum in _cached(folder):
+            if not checksum.exists() or checksum.read_text(encoding="ascii") != file_sha256(blob):
+                blob.unlink()
+                checksum.unlink(missing_ok=True)
+    yield {"CACHE_DIR": str(folder)}
+    with _writing(folder):
+        for blob, checksum in _cached(folder):
+            if not checksum.exists() or checksum.stat().st_mtime_ns < blob.stat().st_mtime_ns:
+                checksum.write_text(file_sha256(blob), encoding="ascii")
+
+
+def _cached(folder: Path) -> list[tuple[Path, Path]]:
+    return [(blob, blob.with_suffix(".sha256")) for blob in folder.glob("*.blob")]
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{folder}: can't be written ({error.strerror}). Choose another cache_dir") from None

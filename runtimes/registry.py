@@ -9,7 +9,7 @@ from ettin.artifacts.errors import HardwareError, MissingDependency, UnverifiedA
 from ettin.artifacts.files import check_files
 from ettin.artifacts.manifest import Manifest
 from ettin.artifacts.targets import target_named
-from ettin.runtimes.base import Runtime
+from ettin.runtimes.base import Runtime, Settings
 from ettin.runtimes.cpu import lacks_vnni, model_name
 
 
@@ -56,6 +56,8 @@ def load(
     *,
     device: str = "cpu",
     threads: int | None = None,
+    streams: int | None = None,
+    cache_dir: str | Path | None = None,
     max_length: int | None = None,
     checksums: bool = True,
     allow_unverified: bool = False,
@@ -65,7 +67,12 @@ def load(
     Args:
         path: its folder.
         device: "cpu", or "cuda" for ONNX Runtime's CUDA provider and torch. Never replaced by another.
-        threads: CPU threads to use; None: all that this process may use.
+        threads: CPU threads to use; None: one for each core that this process may use (on a hybrid processor: each
+            performance core).
+        streams: batches scored at the same time, among which the threads are divided. None: as many as threads, which
+            gives the most pairs a second; 1: all threads on one batch, which gives a single pair its score soonest.
+        cache_dir: folder where OpenVINO may keep the compiled model, so that the next load is faster; it takes about
+            the artifact's own size. None: nothing is kept.
         max_length: tokens that pairs are truncated to; None: the artifact's.
         checksums: compare every file with the manifest; False: names and sizes only.
         allow_unverified: load an artifact whose scores nobody has proven yet.
@@ -87,13 +94,13 @@ def load(
             f"{folder}: int8 sums overflow on {model_name()}, which has no VNNI. Export another precision: "
             f"{manifest.command} --precision fp32"
         )
-    if threads is not None and threads < 1:
-        raise UsageError(f"threads is {threads}, expected 1 or more")
+    for name, count in (("threads", threads), ("streams", streams)):
+        if count is not None and count < 1:
+            raise UsageError(f"{name} is {count}, expected 1 or more")
     if device not in ("cpu", "cuda"):
         raise UsageError(f"unknown device '{device}', expected one of: cpu, cuda")
-    runtime: Runtime = runtime_class(target.name)(
-        folder, manifest, device=device, threads=threads, max_length=max_length
-    )
+    settings = Settings(device, threads, streams, Path(cache_dir) if cache_dir else None, max_length)
+    runtime: Runtime = runtime_class(target.name)(folder, manifest, settings)
     return runtime
 
 

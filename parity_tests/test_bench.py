@@ -1,0 +1,144 @@
+"""What `ettin-bench` measures with."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ettin.artifacts.errors import InputError, UsageError
+from ettin.bench.beir import read_beir
+from ettin.bench.cpu import ISAS, NOTES, PEERS, Contestant, compare, contestants, result
+from ettin.bench.profile import peak_gops, profiled
+from ettin.bench.quality import Quality, change
+from ettin.bench.texts import pairs_to_score
+from ettin.export.sizes import DEMO_FOLDER
+from ettin.runtimes import load
+from ettin.runtimes.batch import Batch
+from ettin.runtimes.tokenizer import PairTokenizer
+
+
+def bench(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [Path(sys.executable).parent / "ettin-bench", *arguments]
+    return subprocess.run([str(each) for each in command], cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def test_natural_pairs_repeat_and_filled_pairs_are_full() -> None:
+    assert len(pairs_to_score(None, 500)) == 500
+    filled = pairs_to_score(None, 3, fill_tokens=1000)
+    tokenizer = PairTokenizer(DEMO_FOLDER / "tokenizer.json")
+    assert [len(ids) for ids in tokenizer.pairs(filled, 1000)] == [1000] * 3
+    assert len({document for _, document in filled}) == 3
+
+
+def quality_of(*values: float) -> Quality:
+    by_query = {f"q{at}": value for at, value in enumerate(values)}
+    return Quality(float(np.mean(values)), by_query, np.zeros(len(values), np.float32), 1.0)
+
+
+def test_bootstrap_interval_is_paired() -> None:
+    spread = np.random.default_rng(1).uniform(0, 1, 200)
+    moved, low, high = change(quality_of(*(spread - 0.01)), quality_of(*spread))
+    assert moved == pytest.approx(-0.01) and low == pytest.approx(-0.01) and high == pytest.approx(-0.01)
+    noise = np.random.default_rng(2).normal(0, 0.05, 200)
+    moved, low, high = change(quality_of(*(spread + noise)), quality_of(*spread))
+    assert moved == pytest.approx(noise.mean()) and low < moved < high
+    assert high - low == pytest.approx(2 * 1.96 * noise.std() / 200**0.5, rel=0.1)
+    assert change(quality_of(0.5, 1.0), quality_of(0.5, 1.0)) == (0.0, 0.0, 0.0)
+
+
+def test_peers_need_a_name_and_a_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"unknown peer 'st', expected some of: st-fp32, "):
+        contestants([], {}, tmp_path, ["st"])
+    with pytest.raises(UsageError, match="--checkpoint DIR"):
+        contestants([], {}, None, ["st-fp32"])
+    assert set(ISAS) == set(NOTES) and all(len(peer) > 1 for peer in PEERS.values())
+
+
+def test_figures_of_a_contestant() -> None:
+    reference = Contestant("st-fp32", "cross-encoder", [], scores=[1.0, 2.0, 4.0])
+    entry = Contestant(
+        "ours", "artifact", [], passes_s=[2.0, 1.0, 4.0], latencies_s=[0.2, 0.1, 0.3], scores=[1.0, 2.5, 4.0]
+    )
+    figures = result(entry, 100, reference)
+    assert figures["pairs_per_s"] == 50 and figures["pairs_per_s_best"] == 100 and figures["latency_p50_ms"] == 200
+    assert figures["max_abs_error"] == 0.5 and figures["spearman"] == 1 and figures["nan"] == 0
+    entry.scores[0] = float("nan")
+    figures = result(entry, 100, reference)
+    assert figures["nan"] == 1 and "max_abs_error" not in figures
+    entry.problem = "died with signal 8"
+    assert result(entry, 100, reference) == {"name": "ours", "problem": "died with signal 8"}
+
+
+def test_comparison_in_child_processes(demo_artifacts: dict[tuple[str, str], Path], tmp_path: Path) -> None:
+    artifact = demo_artifacts["openvino", "fp32"]
+    settings = {"streams": 1, "cache_dir": str(tmp_path / "cache")}
+    entries = contestants([artifact, tmp_path / "missing"], settings, DEMO_FOLDER, ["st-fp32"])
+    pairs = pairs_to_score(None, 6)
+    compare(entries, pairs, candidates=3, max_length=64, rounds=2, isa="avx2_vnni", warm=True)
+    ours, missing, peer = (result(entry, len(pairs), entries[2]) for entry in entries)
+    assert len(ours["passes_s"]) == 2 and ours["max_abs_error"] < 1e-4 and "1 at a time" in ours["description"]
+    assert list((tmp_path / "cache").rglob("*.blob"))
+    assert "no manifest.json" in missing["problem"] and peer["description"].endswith("SDPA, batch 32")
+
+
+def test_profile_counts_the_linear_layers(demo_artifacts: dict[tuple[str, str], Path]) -> None:
+    with load(demo_artifacts["openvino", "int8"]) as runtime:
+        shape = runtime.manifest
+        batch = Batch.of([np.arange(5, 53, dtype=np.int32)] * 2, 0)
+    xml = demo_artifacts["openvino", "int8"] / shape.entry
+    parts = profiled(xml, batch, "f32", 16)
+    # 7 layers of 7 linear layers: H 128, I 192; six for 96 tokens, the last for k and v, and for CLS the rest.
+    weights = {"q": 1, "k": 1, "v": 1, "o": 1, "up": 1.5, "gate": 1.5, "down": 1.5}
+    tokens, pairs = 96, 2
+    expected = sum(2 * 128 * 128 * each * 6 * tokens for each in weights.values())
+    expected += 2 * 128 * 128 * (2 * tokens + (1 + 1 + 4.5) * pairs)
+    assert parts["int8 linear"].operations == pytest.approx(expected)
+    assert parts["int8 linear"].nodes == 49 and parts["float linear"].nodes == 2 and "attention" in parts
+    assert peak_gops("f32", int8=True) > 1 and peak_gops("f32", int8=False) > 1
+
+
+def test_profile_command(demo_artifacts: dict[tuple[str, str], Path], tmp_path: Path) -> None:
+    done = bench("profile", demo_artifacts["openvino", "int8"], "--pairs", "2", "--json", "p.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "of peak" in done.stdout and "one thread" in done.stdout
+    assert json.loads((tmp_path / "p.json").read_text())["result"]["peak_gops"]["int8 linear"] > 0
+    refused = bench("profile", demo_artifacts["onnx", "fp32"], cwd=tmp_path)
+    assert refused.returncode == 2 and "only of 'openvino'" in refused.stderr
+
+
+def write_set(folder: Path) -> None:
+    topics = ["bees make honey and wax", "mars is the red planet", "water boils at a hundred degrees"]
+    folder.mkdir()
+    documents = [{"_id": f"d{at}", "title": "", "text": f"{topics[at % 3]} number {at}"} for at in range(30)]
+    queries = [{"_id": f"q{at}", "text": text} for at, text in enumerate(topics)]
+    for name, rows in (("corpus", documents), ("queries", queries)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "qrels").mkdir()
+    judged = "".join(f"q{at % 3}\td{at}\t1\n" for at in range(30))
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + judged)
+
+
+def test_quality_command_compares_with_the_reference(
+    demo_artifacts: dict[tuple[str, str], Path], tmp_path: Path
+) -> None:
+    write_set(tmp_path / "set")
+    artifacts = [demo_artifacts["openvino", precision] for precision in ("fp32", "int8")]
+    done = bench("quality", *artifacts, "--data", "set", "--candidates", "10", "--reference", DEMO_FOLDER,
+                 "--json", "q.json", cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "95% interval" in done.stdout and "reference, fp32" in done.stdout
+    reference, fp32, int8 = json.loads((tmp_path / "q.json").read_text())["result"]["rows"]
+    assert fp32["ndcg10"] == reference["ndcg10"] and fp32["max_abs_error"] < 1e-4
+    assert int8["ndcg10_change_95"][0] <= int8["ndcg10_change"] <= int8["ndcg10_change_95"][1]
+
+
+def test_both_layouts_of_a_set(tmp_path: Path) -> None:
+    write_set(tmp_path / "set")
+    standard = read_beir(tmp_path / "set")
+    (tmp_path / "set" / "qrels" / "test.tsv").rename(tmp_path / "set" / "qrels.tsv")
+    assert read_beir(tmp_path / "set") == standard and len(standard.qrels) == 3
+    with pytest.raises(InputError, match="split 'train'"):
+        read_beir(tmp_path / "set", "train")

@@ -1,0 +1,128 @@
+"""How CPU threads are counted and divided, and the model cache."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ettin.artifacts.errors import OutputError, UsageError
+from ettin.runtimes import load
+from ettin.runtimes.cpu import CpuPlan, available_cpus, is_hybrid
+
+PAIRS = [("which planet is red", "Mars is the red planet."), ("what do bees make", "Bees make honey and wax.")] * 20
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+@pytest.fixture
+def hybrid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """sysfs of a processor with 4 performance cores of two threads and 4 efficiency cores."""
+    for cpu in range(12):
+        siblings = f"{cpu // 2 * 2}-{cpu // 2 * 2 + 1}" if cpu < 8 else str(cpu)
+        write(tmp_path / f"devices/system/cpu/cpu{cpu}/topology/thread_siblings_list", f"{siblings}\n")
+    write(tmp_path / "devices/cpu_core/cpus", "0-7\n")
+    write(tmp_path / "devices/cpu_atom/cpus", "8-11\n")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)), raising=False)
+    return tmp_path
+
+
+def test_performance_cores_are_counted_once(hybrid: Path) -> None:
+    assert is_hybrid(hybrid)
+    assert available_cpus(hybrid) == 4
+
+
+def test_affinity_is_respected(hybrid: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 9})
+    assert available_cpus(hybrid) == 2
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {9, 10, 11})  # efficiency cores alone
+    assert available_cpus(hybrid) == 3
+
+
+@pytest.mark.parametrize(("content", "expected"), [("150000 100000", 2), ("50000 100000", 1), ("max 100000", 4)])
+def test_container_limit(hybrid: Path, content: str, expected: int) -> None:
+    write(hybrid / "fs/cgroup/cpu.max", f"{content}\n")
+    assert available_cpus(hybrid) == expected
+
+
+def test_container_limit_of_cgroup_v1(hybrid: Path) -> None:
+    write(hybrid / "fs/cgroup/cpu/cpu.cfs_quota_us", "300000\n")
+    write(hybrid / "fs/cgroup/cpu/cpu.cfs_period_us", "100000\n")
+    assert available_cpus(hybrid) == 3
+    write(hybrid / "fs/cgroup/cpu/cpu.cfs_quota_us", "-1\n")
+    assert available_cpus(hybrid) == 4
+
+
+def test_without_sysfs_every_processor_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2}, raising=False)
+    assert available_cpus(tmp_path) == 3 and not is_hybrid(tmp_path)
+
+
+def test_threads_are_divided_among_streams() -> None:
+    assert CpuPlan.of(8, None) == CpuPlan(streams=8, threads_per_stream=1)
+    assert CpuPlan.of(8, 1) == CpuPlan(streams=1, threads_per_stream=8)
+    assert CpuPlan.of(8, 3) == CpuPlan(streams=3, threads_per_stream=2)
+    with pytest.raises(UsageError, match="streams is 3, expected at most the number of threads, 2"):
+        CpuPlan.of(2, 3)
+
+
+@pytest.mark.parametrize("target", ["openvino", "onnx"])
+def test_streams_change_no_score(demo_artifacts: dict[tuple[str, str], Path], target: str) -> None:
+    scores = []
+    for streams in (1, 2):
+        with load(demo_artifacts[target, "fp32"], threads=2, streams=streams) as runtime:
+            assert runtime.limits.concurrency == streams
+            scores.append(runtime.predict(PAIRS))
+    np.testing.assert_allclose(scores[0], scores[1], atol=1e-5)
+
+
+def test_settings_without_use_are_refused(demo_artifacts: dict[tuple[str, str], Path]) -> None:
+    with pytest.raises(UsageError, match="streams: target 'transformers' on device 'cpu' has no such setting"):
+        load(demo_artifacts["transformers", "fp32"], streams=1)
+    with pytest.raises(UsageError, match="cache_dir: target 'onnx'"):
+        load(demo_artifacts["onnx", "fp32"], cache_dir="somewhere")
+    with pytest.raises(UsageError, match="streams is 0"):
+        load(demo_artifacts["onnx", "fp32"], streams=0)
+
+
+def scores(artifact: Path, cache: Path) -> list[float]:
+    with load(artifact, cache_dir=cache) as runtime:
+        return list(runtime.predict(PAIRS).tolist())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_cached_model_gives_the_same_scores(
+    demo_artifacts: dict[tuple[str, str], Path], precision: str, tmp_path: Path
+) -> None:
+    artifact = demo_artifacts["openvino", precision]
+    first = scores(artifact, tmp_path / "cache")
+    (blob,) = (tmp_path / "cache").rglob("*.blob")
+    written = blob.stat().st_mtime_ns
+    assert scores(artifact, tmp_path / "cache") == first
+    assert blob.stat().st_mtime_ns == written  # taken, not made again
+
+
+def test_damaged_cache_is_made_again(demo_artifacts: dict[tuple[str, str], Path], tmp_path: Path) -> None:
+    artifact = demo_artifacts["openvino", "fp32"]
+    first = scores(artifact, tmp_path)
+    (blob,) = tmp_path.rglob("*.blob")
+    content = bytearray(blob.read_bytes())
+    content[len(content) // 4 :: 64] = b"\x7f" * len(content[len(content) // 4 :: 64])
+    blob.chmod(0o600)
+    blob.write_bytes(content)
+    assert scores(artifact, tmp_path) == first
+
+
+def test_artifacts_do_not_share_a_cache_entry(demo_artifacts: dict[tuple[str, str], Path], tmp_path: Path) -> None:
+    for precision in ("fp32", "bf16"):
+        scores(demo_artifacts["openvino", precision], tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_cache_that_cant_be_written(demo_artifacts: dict[tuple[str, str], Path], tmp_path: Path) -> None:
+    write(tmp_path / "file", "")
+    with pytest.raises(OutputError, match=r"can't be written \(Not a directory\)\. Choose another cache_dir"):
+        load(demo_artifacts["openvino", "fp32"], cache_dir=tmp_path / "file")
