@@ -11,12 +11,13 @@ from typing import Any, NoReturn
 
 import click
 
-from ettin.artifacts.errors import MissingDependency, UsageError
+from ettin.artifacts.errors import InputError, MissingDependency, UsageError
 from ettin.artifacts.manifest import Manifest
 from ettin.artifacts.metrics import score_error
 from ettin.bench.beir import read_beir
 from ettin.bench.cpu import ISAS, NOTES, PEERS, compare, contestants, result
 from ettin.bench.machine import machine
+from ettin.bench.tables import TABLES, filled
 from ettin.bench.texts import pairs_to_score
 from ettin.bench.throughput import pairs_per_s
 from ettin.runtimes import Runtime, console, load
@@ -105,28 +106,8 @@ def quality(
                 "mean_abs_error": delta.mean_abs,
                 "spearman": delta.spearman,
             }
-    console.table(
-        [
-            [
-                each["artifact"],
-                f"{each['ndcg10']:.4f}",
-                *(
-                    [
-                        f"{each['ndcg10_change']:+.4f}",
-                        "{:+.4f} … {:+.4f}".format(*each["ndcg10_change_95"]),
-                        f"{each['max_abs_error']:.1e}",
-                        f"{each['spearman']:.6f}",
-                    ]
-                    if "ndcg10_change" in each
-                    else ["–"] * 4
-                ),
-            ]
-            for each in results
-        ],
-        [f"{rows.name}, {len(candidates)} queries", "nDCG@10", "change", "95% interval", "max |Δ| score", "Spearman"],
-    )
     settings = {"data": rows.name, "queries": len(candidates), "candidates": count, "max_length": max_length}
-    _write(json_path, "quality", {**settings, "first_stage_ndcg10": first_stage, "rows": results})
+    _report(json_path, "quality", {**settings, "first_stage_ndcg10": first_stage, "rows": results})
 
 
 @command.command(epilog=console.example_epilog("ettin-bench profile ettin-reranker-17m-v1/openvino-int8"))
@@ -150,21 +131,14 @@ def profile(artifact: Path, count: int, tokens: int, json_path: Path | None) -> 
         parts = profiled(artifact / runtime.manifest.entry, batch, hint, runtime.limits.length_multiple)
     peaks = {"int8 linear": peak_gops(hint, int8=True), "float linear": peak_gops(hint, int8=False)}
     total = sum(part.milliseconds for part in parts.values())
-    rows, figures, rest = [], [], 0.0
+    figures = []
     for name, part in parts.items():
         gops = part.operations / part.milliseconds / 1e6
-        of_peak = gops / peaks[name] if gops else None
-        speed = [f"{gops:.0f}", f"{of_peak:.0%}"] if of_peak else ["–", "–"]
-        if part.milliseconds < total / 100:
-            rest += part.milliseconds
-        else:
-            rows.append([name, str(part.nodes), f"{part.milliseconds:.2f}", f"{part.milliseconds / total:.1%}", *speed])
-        figures.append({"part": name, **asdict(part), "gops": gops, "share_of_peak": of_peak})
-    rows.append(["anything else", "", f"{rest:.2f}", f"{rest / total:.1%}", "–", "–"])
-    console.table(rows, ["part", "nodes", "ms", "share", "10⁹ op/s", "of peak"])
+        share = gops / peaks[name] if gops else None
+        figures.append({"part": name, **asdict(part), "gops": gops, "share_of_peak": share})
     click.echo(f"{count} × {tokens} tokens, one thread, {about['runtime']}: {total:.1f} ms")
     settings = {"pairs": count, "tokens": tokens, "isa_limit": isa_limit(), "peak_gops": peaks}
-    _write(json_path, "profile", {**about, **settings, "milliseconds": total, "parts": figures})
+    _report(json_path, "profile", {**about, **settings, "milliseconds": total, "parts": figures})
 
 
 @command.command(
@@ -201,36 +175,8 @@ def cpu(
         )
     reference = next((entry for entry in entries if entry.name.startswith("st-fp32")), None)
     results = [result(entry, len(pairs), reference) for entry in entries]
-    speeds = {each["name"]: each["pairs_per_s"] for each in results if "pairs_per_s" in each}
-    rows = []
     for each in results:
-        if "pairs_per_s" not in each:
-            rows.append([each["name"], *["–"] * 6, each["problem"]])
-            continue
-        base = speeds.get(reference.name) if reference else None
-        if each["nan"]:
-            accuracy = f"{each['nan']} NaN"
-        else:
-            accuracy = f"{each['max_abs_error']:.1e}" if "max_abs_error" in each else "–"
-        rows.append([
-            each["name"], f"{each['pairs_per_s']:.4g}", f"{each['pairs_per_s'] / base:.2f}" if base else "–",
-            f"{each['latency_p50_ms']:.0f}", f"{each['peak_rss_mib']:.0f}", f"{each['load_s']:.2f}", accuracy,
-            each["description"],
-        ])  # fmt: skip
-    versus = f"× {reference.name}" if reference else "×"
-    console.table(
-        rows,
-        [
-            "contestant",
-            "pairs/s",
-            versus,
-            f"{candidates} candidates p50 ms",
-            "peak MiB",
-            "load s",
-            "max |Δ|",
-            "what ran",
-        ],
-    )
+        click.echo(f"{each['name']}: {each.get('description') or each['problem']}")
     settings = {
         "data": data.name if data else "passages",
         "pairs": len(pairs),
@@ -241,7 +187,20 @@ def cpu(
         "model_cache": bool(cache_dir),
         "weights": "random" if random_weights else "checkpoint",
     }
-    _write(json_path, "cpu", {**settings, "isa": isa, "isa_note": NOTES[isa], "contestants": results})
+    _report(json_path, "cpu", {**settings, "isa": isa, "isa_note": NOTES[isa], "contestants": results})
+
+
+@command.command(epilog=console.example_epilog("ettin-bench tables README.md"))
+@click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.option("--check", is_flag=True, help="Change nothing; fail if a table is stale.")
+def tables(file: Path, check: bool) -> None:
+    """Make the marked tables of a Markdown file again from the results that they name."""
+    before = file.read_text(encoding="utf-8")
+    after = filled(before, file.parent)
+    if check and after != before:
+        raise InputError(f"{file}: a table is not what its results say. Run: ettin-bench tables {file}")
+    if after != before:
+        file.write_text(after, encoding="utf-8")
 
 
 def _reference(folder: Path, max_length: int) -> Any:
@@ -264,6 +223,13 @@ def _artifact(runtime: Runtime) -> dict[str, Any]:
         "weights_sha256": made.source.weights_sha256,
         "runtime": runtime.description,
     }
+
+
+def _report(path: Path | None, kind: str, result: dict[str, Any]) -> None:
+    """Shows a result as the table that a README would have, and writes it."""
+    head, *rows = TABLES[kind]([result])
+    console.table(rows, head)
+    _write(path, kind, result)
 
 
 def _write(path: Path | None, kind: str, result: dict[str, Any]) -> None:

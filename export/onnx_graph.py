@@ -98,6 +98,11 @@ class OnnxOps:
         chosen, zero = (self.constant(np.array(value, self._compute)) for value in (bias, 0.0))
         return self.node("Where", [self.node("Greater", [a, b], "bool"), chosen, zero], self._compute)
 
+    def count_at_most(self, boundaries: Value, values: Value) -> Value:
+        columns, rows = self.reshape(boundaries, [1, -1]), self.reshape(values, [-1, 1])
+        found = self.node("Cast", [self.node("LessOrEqual", [columns, rows], "bool")], "int64", to=_ELEMENT["int64"])
+        return self.node("ReduceSum", [found, self._integers([1])], keepdims=0)
+
     def _dims(self, dims: Sequence[int | Value]) -> Value:
         if all(isinstance(size, int) for size in dims):
             return self._integers([size for size in dims if isinstance(size, int)])
@@ -118,6 +123,9 @@ class OnnxOps:
 
     def gather(self, x: Value, index: Value, axis: int) -> Value:
         return self.node("Gather", [x, index], axis=axis)
+
+    def same_when_short(self, x: Value) -> Value:
+        return x
 
     def first(self, x: Value, count: Value, axis: int) -> Value:
         end = self.node("Unsqueeze", [count, self._integers([0])])

@@ -7,7 +7,7 @@ import openvino as ov
 from numpy.typing import NDArray
 from openvino import opset15 as op
 
-from ettin.runtimes.graph.ops import Kind
+from ettin.runtimes.graph.ops import SAME_WHEN_SHORT, Kind
 
 Weights = Mapping[str, NDArray[np.float32]]
 StoreWeight = Callable[[NDArray[np.float32]], ov.Node]
@@ -24,6 +24,7 @@ class OpenVinoOps:
     def __init__(self, weights: Weights, store: StoreWeight) -> None:
         self._weights, self._store = weights, store
         self._stored: dict[str, ov.Node] = {}
+        self._marked: list[ov.Node] = []
 
     def weight(self, name: str) -> ov.Node:
         if name not in self._stored:
@@ -68,6 +69,9 @@ class OpenVinoOps:
     def bias_where(self, a: ov.Node, b: ov.Node, bias: float) -> ov.Node:
         return op.select(op.greater(a, b), op.constant(np.float32(bias)), op.constant(np.float32(0)))
 
+    def count_at_most(self, boundaries: ov.Node, values: ov.Node) -> ov.Node:
+        return op.search_sorted(boundaries, values, right_mode=True)
+
     def _dims(self, dims: Sequence[int | ov.Node]) -> ov.Node:
         if all(isinstance(size, int) for size in dims):
             return op.constant(np.array(dims, np.int64))
@@ -85,6 +89,11 @@ class OpenVinoOps:
 
     def gather(self, x: ov.Node, index: ov.Node, axis: int) -> ov.Node:
         return op.gather(x, index, self.integer(axis))
+
+    def same_when_short(self, x: ov.Node) -> ov.Node:
+        x.set_friendly_name(f"{SAME_WHEN_SHORT}{len(self._marked)}")
+        self._marked.append(x)
+        return x
 
     def first(self, x: ov.Node, count: ov.Node, axis: int) -> ov.Node:
         zero, one = op.constant(np.array([0], np.int64)), op.constant(np.array([1], np.int64))

@@ -10,8 +10,11 @@ _PASSAGES = Path(__file__).parent / "passages.jsonl"
 _OTHERS = (0, 1, 7, 13, 22)  # a question meets its own passage and four others
 _CANDIDATES = tuple(range(20))  # … and for ranking quality nineteen
 
-# Around every edge: the window (64), the block span (192), the block threshold (256), blocks of 64; and one long input.
-GRID_TOKENS = (8, 63, 64, 65, 66, 127, 128, 129, 130, 191, 192, 193, 255, 256, 257, 319, 320, 321, 512, 700, 2048)
+# Around every edge: the window (64), the block span (192), the block thresholds (256, 512), blocks of 64; and one long
+# input.
+GRID_TOKENS = (
+    8, 63, 64, 65, 66, 127, 128, 129, 130, 191, 192, 193, 255, 256, 257, 320, 321, 511, 512, 513, 577, 700, 2048,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,9 @@ from ettin.runtimes.graph import GraphForm, Scorer
 
 # Both GeGLU halves in one product: as two, OpenVINO 2026.4.1 fuses them into an LLMMLP node in bf16, which dies with
 # SIGFPE on one thread per stream and is no faster elsewhere.
-FORM = GraphForm(split_geglu=False)
+# Local layers pay for blocks from about 500 tokens on (17m shape, AMX; from 250 on with AVX2-VNNI): up to there the
+# runtime leaves out all that serves them.
+FORM = GraphForm(block_threshold_tokens=512, split_geglu=False)
 
 
 def openvino_from_checkpoint(material: Material, precision: str, folder: Path, *, form: GraphForm = FORM) -> Lowered:

@@ -1,16 +1,21 @@
-"""How CPU threads are counted and divided, and the model cache."""
+"""How CPU threads are counted and divided, the model cache, and OpenVINO's two forms of a graph."""
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
+import openvino as ov
 import pytest
 
 from ettin.artifacts.errors import OutputError, UsageError
 from ettin.runtimes import load
+from ettin.runtimes.batch import Batch
 from ettin.runtimes.cpu import CpuPlan, available_cpus, is_hybrid
+from ettin.runtimes.on_openvino import OpenVinoRuntime, _short_form
 
 PAIRS = [("which planet is red", "Mars is the red planet."), ("what do bees make", "Bees make honey and wax.")] * 20
+SHORT = [[1], [8, 3], [66, 65, 64, 63], [130, 129, 128], [193, 192], [257, 256, 255], [512, 100]]
 
 
 def write(path: Path, text: str) -> None:
@@ -126,3 +131,43 @@ def test_cache_that_cant_be_written(demo_artifacts: dict[tuple[str, str], Path],
     write(tmp_path / "file", "")
     with pytest.raises(OutputError, match=r"can't be written \(Not a directory\)\. Choose another cache_dir"):
         load(demo_artifacts["openvino", "fp32"], cache_dir=tmp_path / "file")
+
+
+def one_batch(lengths: list[int]) -> Batch:
+    generator = np.random.default_rng(sum(lengths))
+    return Batch.of([generator.integers(5, 8000, length).astype(np.int32) for length in lengths], 8189)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_short_form_scores_as_the_whole_graph(
+    demo_artifacts: dict[tuple[str, str], Path], precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with load(demo_artifacts["openvino", precision]) as runtime:
+        assert isinstance(runtime, OpenVinoRuntime) and runtime.manifest.graph["block_threshold_tokens"] == 512
+        short = [runtime.score(batch) for batch in map(one_batch, SHORT)]
+        assert len(runtime._forms) == 1  # nothing long yet: nothing compiled for it
+        monkeypatch.setattr(runtime, "_threshold_tokens", 0)
+        whole = [runtime.score(batch) for batch in map(one_batch, SHORT)]
+        assert len(runtime._forms) == 2
+        for ours, expected in zip(short, whole, strict=True):
+            np.testing.assert_allclose(ours, expected, atol=1e-5 if precision == "fp32" else 2e-2)
+
+
+def test_short_form_has_less_to_do(demo_artifacts: dict[tuple[str, str], Path]) -> None:
+    model = ov.Core().read_model(demo_artifacts["openvino", "fp32"] / "openvino" / "openvino_model.xml")
+    gathers = [
+        sum(node.get_type_name() == "Gather" for node in each.get_ordered_ops()) for each in (model, _short_form(model))
+    ]
+    local_layers = 4
+    assert gathers[0] - gathers[1] >= 2 * local_layers
+
+
+def test_an_artifact_that_is_gone_still_scores_long_inputs(
+    demo_artifacts: dict[tuple[str, str], Path], tmp_path: Path
+) -> None:
+    """The long form is compiled when it is first needed: from what was loaded, not from what is there by then."""
+    shutil.copytree(demo_artifacts["openvino", "fp32"], tmp_path / "artifact")
+    long = [("red planet", "Mars and Venus " * 300)]
+    with load(tmp_path / "artifact") as runtime, load(demo_artifacts["openvino", "fp32"]) as other:
+        shutil.rmtree(tmp_path / "artifact")
+        np.testing.assert_allclose(runtime.predict(long), other.predict(long), atol=1e-6)

@@ -16,6 +16,7 @@ from ettin.artifacts.manifest import Manifest
 from ettin.runtimes.base import Limits, Runtime, Settings
 from ettin.runtimes.batch import Batch
 from ettin.runtimes.cpu import CpuPlan, has_bf16, is_hybrid
+from ettin.runtimes.graph.ops import SAME_WHEN_SHORT
 
 # Kernels are made for each shape: fewer lengths, more reuse. Measured with the 17m shape in int8 on two cores, SQuAD
 # pairs: 663 pairs/s with 16 and 1024, 567 with 1 and 2048, 607 with 8 and 2048.
@@ -56,11 +57,12 @@ class OpenVinoRuntime(Runtime):
         }
         if is_hybrid() and settings.threads is None:
             options["SCHEDULING_CORE_TYPE"] = "PCORE_ONLY"
-        with _cache(settings.cache_dir, manifest) as cached:
-            self._compiled = ov.Core().compile_model(folder / manifest.entry, "CPU", options | cached)
-        self._requests: SimpleQueue[ov.InferRequest] = SimpleQueue()
-        for _ in range(plan.streams):
-            self._requests.put(self._compiled.create_infer_request())
+        self._options, self._settings, self._plan = options, settings, plan
+        # Read now, mapped into memory: who replaces the artifact meanwhile does not change what is compiled later.
+        self._model, self.manifest = ov.Core().read_model(folder / manifest.entry), manifest
+        self._threshold_tokens = int(manifest.graph["block_threshold_tokens"])
+        self._forms: dict[bool, _Form] = {}
+        self._making = threading.Lock()
         self._first_inference()
         tokens = _TOKENS_PER_THREAD * plan.threads_per_stream
         super().__init__(folder, manifest, settings, Limits(plan.streams, tokens, _LENGTH_MULTIPLE))
@@ -76,12 +78,9 @@ class OpenVinoRuntime(Runtime):
 
     def score(self, batch: Batch) -> NDArray[np.float32]:
         input_ids, attention_mask = batch.padded(self.limits.length_multiple)
-        request = self._requests.get()
-        try:
+        with self._form(input_ids.shape[1]).request() as request:
             results = request.infer([input_ids, attention_mask], share_inputs=True, share_outputs=False)
             return np.array(results[0][:, 0], np.float32)
-        finally:
-            self._requests.put(request)
 
     def _first_inference(self) -> None:
         """One inference on one thread, before any other thread may run one.
@@ -90,13 +89,53 @@ class OpenVinoRuntime(Runtime):
         given, under a C++ guard and the interpreter lock: two threads that do so at once wait for each other for ever.
         """
         one = np.ones((1, _LENGTH_MULTIPLE), np.int64)
-        with _FIRST_INFERENCE:
-            request = self._requests.get()
+        with _FIRST_INFERENCE, self._form(_LENGTH_MULTIPLE).request() as request:
             request.infer([one, one], share_inputs=True)
-            self._requests.put(request)
+
+    def _form(self, tokens: int) -> "_Form":
+        """The compiled model for inputs of this length; each of the two is compiled when it is first needed."""
+        is_short = tokens <= self._threshold_tokens
+        with self._making:
+            if is_short not in self._forms:
+                model = _short_form(self._model) if is_short else self._model
+                with _cache(self._settings.cache_dir, self.manifest) as cached:
+                    compiled = ov.Core().compile_model(model, "CPU", self._options | cached)
+                self._forms[is_short] = _Form(compiled, self._plan.streams)
+            return self._forms[is_short]
 
     def _release(self) -> None:
-        del self._compiled, self._requests
+        self._forms.clear()
+        del self._model
+
+
+class _Form:
+    """A compiled model with a request for each stream."""
+
+    def __init__(self, compiled: ov.CompiledModel, streams: int) -> None:
+        self._requests: SimpleQueue[ov.InferRequest] = SimpleQueue()
+        for _ in range(streams):
+            self._requests.put(compiled.create_infer_request())
+
+    @contextmanager
+    def request(self) -> Iterator[ov.InferRequest]:
+        request = self._requests.get()
+        try:
+            yield request
+        finally:
+            self._requests.put(request)
+
+
+def _short_form(model: ov.Model) -> ov.Model:
+    """The graph without what serves blocks: gathers, reshapes and tables that change nothing in one block.
+
+    Measured with the 17m shape in int8 on two cores with AMX: 5 to 8 % more SQuAD pairs/s, 3 to 6 % more of SciFact.
+    """
+    model = model.clone()
+    for node in model.get_ordered_ops():
+        if node.get_friendly_name().startswith(SAME_WHEN_SHORT):
+            node.output(0).replace(node.input_value(0))
+    model.validate_nodes_and_infer_types()
+    return model
 
 
 def _arithmetic(manifest: Manifest) -> str:

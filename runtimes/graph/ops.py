@@ -7,6 +7,8 @@ T = TypeVar("T")
 
 Kind = Literal["int", "compute", "float32"]
 
+SAME_WHEN_SHORT = "same-when-short-"  # names of nodes that `Ops.same_when_short` marked begin with it
+
 
 class Ops(Protocol[T]):
     """What an engine must offer to run or store the scorer.
@@ -68,6 +70,10 @@ class Ops(Protocol[T]):
         """`bias` where integer a > b, 0 elsewhere; broadcasting, in the compute type."""
         ...
 
+    def count_at_most(self, boundaries: T, values: T) -> T:
+        """How many of the ascending `boundaries` are ≤ each of `values`: int64 [m], [n] → [n]."""
+        ...
+
     def reshape(self, x: T, dims: Sequence[int | T]) -> T:
         """The same elements in another shape; −1 stands for what remains, 0 for the dimension at that place."""
         ...
@@ -78,6 +84,13 @@ class Ops(Protocol[T]):
 
     def gather(self, x: T, index: T, axis: int) -> T:
         """Rows `index` (int64, one axis) of x along `axis`."""
+        ...
+
+    def same_when_short(self, x: T) -> T:
+        """Marks a value that equals the first input of its operation (or broadcasts like it) in inputs of one block.
+
+        Runtimes that can change a graph at load may then leave the operation out.
+        """
         ...
 
     def first(self, x: T, count: T, axis: int) -> T:
@@ -113,7 +126,10 @@ class Ops(Protocol[T]):
         ...
 
     def rotate(self, x: T, cos: T, sin: T) -> T:
-        """Rotary embedding of x [rows, heads, tokens, d] by cos, sin [rows or 1, 1, tokens, d]."""
+        """Rotary embedding of x [rows, heads, tokens, d] by cos, sin [rows or 1, 1, tokens, d].
+
+        Or of x [rows, tokens, heads, d] by cos, sin [rows or 1, tokens, 1, d].
+        """
         ...
 
     def attention(self, q: T, k: T, v: T, bias: T, reader: str) -> T:

@@ -28,8 +28,8 @@ class GraphForm:
     """Choices that change the speed of a graph and not its result.
 
     Args:
-        block_threshold_tokens: longest input whose local layers are computed densely. Measured with the 17m shape on
-            two cores, SciFact pairs: 256 gives 2 % (OpenVINO, AMX) to 13 % (ONNX Runtime) more than 512; 192 less.
+        block_threshold_tokens: longest input whose local layers are computed densely. Measured with the 17m shape in
+            ONNX Runtime on two cores, SciFact pairs: 256 gives 13 % more pairs/s than 512; 192 less.
         block_tokens: queries in a block of the block-local form; divides 256 (`ModelShape.rope_rows`).
         split_geglu: two products for the GeGLU halves instead of one.
     """
@@ -99,13 +99,14 @@ class Scorer(Generic[T]):
         over = ops.floor_divide(length, ops.integer(form.block_threshold_tokens + 1))
         is_long = ops.minimum(over, one)
         whole = ops.floor_divide(ops.add(length, ops.integer(form.block_tokens - 1)), block)
-        blocks = ops.add(one, ops.multiply(is_long, ops.subtract(whole, one)))
+        same = ops.same_when_short
+        blocks = same(ops.add(one, ops.multiply(is_long, ops.subtract(whole, one))))
         missing = ops.multiply(is_long, ops.subtract(ops.multiply(whole, block), length))
-        input_ids = ops.pad_end(input_ids, missing, self.shape.pad_token_id)
-        attention_mask = ops.pad_end(attention_mask, missing, 0)
-        tokens = ops.add(length, missing)
-        queries = ops.floor_divide(tokens, blocks)
-        keys = ops.minimum(tokens, ops.add(queries, ops.integer(2 * window)))
+        input_ids = same(ops.pad_end(input_ids, missing, self.shape.pad_token_id))
+        attention_mask = same(ops.pad_end(attention_mask, missing, 0))
+        tokens = same(ops.add(length, missing))
+        queries = same(ops.floor_divide(tokens, blocks))
+        keys = same(ops.minimum(tokens, ops.add(queries, ops.integer(2 * window))))
 
         # A block's keys start `window` before its queries; at both ends the span is shifted inwards, so it
         # never leaves the input and the distance test below stays right.
@@ -120,7 +121,7 @@ class Scorer(Generic[T]):
         flat_index = ops.reshape(key_index, [-1])
 
         padding = ops.bias_where(one, attention_mask, MASK_BIAS)
-        key_padding = ops.reshape(ops.gather(padding, flat_index, 1), [rows, blocks, 1, keys])
+        key_padding = ops.reshape(same(ops.gather(padding, flat_index, 1)), [rows, blocks, 1, keys])
         outside = ops.bias_where(distance, ops.integer(window), MASK_BIAS)
 
         rope = self._rope(True, tokens)
@@ -129,15 +130,16 @@ class Scorer(Generic[T]):
         head_dim = self.shape.head_dim
 
         def in_blocks(table: T, length: T) -> T:
-            by_block = ops.expand(ops.reshape(table, [1, blocks, length, head_dim]), [rows, blocks, length, head_dim])
-            return ops.reshape(by_block, [-1, 1, length, head_dim])
+            by_block = same(ops.reshape(table, [1, blocks, length, head_dim]))
+            by_block = same(ops.expand(by_block, [rows, blocks, length, head_dim]))
+            return same(ops.reshape(by_block, [-1, 1, length, head_dim]))
 
         nearby = _View(
             bias=ops.reshape(ops.minimum(outside, key_padding), [-1, 1, queries, keys]),
             query_rope=(in_blocks(cos, queries), in_blocks(sin, queries)),
             key_rope=(
-                in_blocks(ops.gather(cos, flat_index, 2), keys),
-                in_blocks(ops.gather(sin, flat_index, 2), keys),
+                in_blocks(same(ops.gather(cos, flat_index, 2)), keys),
+                in_blocks(same(ops.gather(sin, flat_index, 2)), keys),
             ),
             key_index=flat_index,
         )
@@ -166,9 +168,9 @@ class Scorer(Generic[T]):
         q, k, v = (self._heads(x, f"layers.{layer}.{name}") for name in "qkv")
         if view.key_index is not None:
             in_blocks: list[int | T] = [layout.block_rows, -1, shape.num_heads, shape.head_dim]
-            q = ops.reshape(q, in_blocks)
-            k = ops.reshape(ops.gather(k, view.key_index, 1), in_blocks)
-            v = ops.reshape(ops.gather(v, view.key_index, 1), in_blocks)
+            same = ops.same_when_short
+            q = same(ops.reshape(q, in_blocks))
+            k, v = (same(ops.reshape(same(ops.gather(each, view.key_index, 1)), in_blocks)) for each in (k, v))
         q, k, v = (ops.transpose(each, [0, 2, 1, 3]) for each in (q, k, v))
         q, k = ops.rotate(q, *view.query_rope), ops.rotate(k, *view.key_rope)
         mixed = ops.transpose(ops.attention(q, k, v, view.bias, f"layers.{layer}.o"), [0, 2, 1, 3])

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (its usual name)
 
 from ettin.runtimes.graph.ops import Kind
+from ettin.runtimes.graph.packed import PackedScorer
 from ettin.runtimes.graph.scorer import GraphForm, Scorer
 from ettin.runtimes.graph.shape import ModelShape
 
@@ -60,6 +61,9 @@ class TorchOps:
     def bias_where(self, a: Tensor, b: Tensor, bias: float) -> Tensor:
         return (a > b).to(self._types["compute"]) * bias
 
+    def count_at_most(self, boundaries: Tensor, values: Tensor) -> Tensor:
+        return torch.searchsorted(boundaries, values, right=True)
+
     def reshape(self, x: Tensor, dims: Sequence[int | Tensor]) -> Tensor:
         return x.reshape([x.shape[at] if size == 0 else size for at, size in enumerate(int(d) for d in dims)])
 
@@ -68,6 +72,9 @@ class TorchOps:
 
     def gather(self, x: Tensor, index: Tensor, axis: int) -> Tensor:
         return x.index_select(axis, index)
+
+    def same_when_short(self, x: Tensor) -> Tensor:
+        return x
 
     def first(self, x: Tensor, count: Tensor, axis: int) -> Tensor:
         return x.narrow(axis, 0, int(count))
@@ -101,8 +108,8 @@ class TorchOps:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
 
 
-class InferenceGraph(nn.Module):
-    """The rewritten scorer as a torch module.
+class _Graph(nn.Module):
+    """Holds the weights of a rewritten scorer.
 
     Args:
         weights: what `fold.inference_weights` returns; their dtype is the compute type.
@@ -117,6 +124,13 @@ class InferenceGraph(nn.Module):
         self._names = list(weights)
         self.shape, self.form = shape, form or GraphForm()
 
+    def _ops(self) -> TorchOps:
+        return TorchOps({name: self.get_buffer(_buffer(name)) for name in self._names})
+
+
+class InferenceGraph(_Graph):
+    """The rewritten scorer as a torch module; see `_Graph` for its arguments."""
+
     @torch.inference_mode()
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Raw logits [rows, 1] in float32 (float64 where the weights are).
@@ -125,8 +139,16 @@ class InferenceGraph(nn.Module):
             input_ids: int64 [rows, tokens].
             attention_mask: int64 [rows, tokens], 1 for real tokens, 0 for padding at the end of a row.
         """
-        weights = {name: self.get_buffer(_buffer(name)) for name in self._names}
-        return Scorer(TorchOps(weights), self.shape, self.form).logits(input_ids, attention_mask)
+        return Scorer(self._ops(), self.shape, self.form).logits(input_ids, attention_mask)
+
+
+class PackedGraph(_Graph):
+    """The same scorer over sequences laid end to end; see `_Graph` for its arguments."""
+
+    @torch.inference_mode()
+    def forward(self, input_ids: Tensor, cu_seqlens: Tensor, longest: Tensor) -> Tensor:
+        """Raw logits [pairs, 1]; see `PackedScorer.packed_logits` for the arguments, all int64."""
+        return PackedScorer(self._ops(), self.shape, self.form).packed_logits(input_ids, cu_seqlens, longest)
 
 
 def _buffer(name: str) -> str:

@@ -1,0 +1,147 @@
+"""Tables of a Markdown file, made from results: a marker names kind and files, `ettin-bench tables` fills it in."""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from ettin.artifacts.errors import InputError
+
+_MARKED = re.compile(r"(<!-- table: (\w+) ([^>]+?) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+_NAMES = {
+    "st-fp32": "sentence-transformers fp32, its default batch of 32",
+    "st-fp32-tuned": "sentence-transformers fp32, its best batch size",
+    "st-bf16": "sentence-transformers bf16",
+    "traced": "the model traced into OpenVINO as it is, bf16",
+    "traced-f32": "the same, f32",
+    "traced-int8": "the same, int8 by stock NNCF",
+}
+
+Result = dict[str, Any]
+
+
+def filled(text: str, root: Path) -> str:
+    """The text with every marked table made again.
+
+    Args:
+        text: Markdown with `<!-- table: KIND FILE… -->` and `<!-- end of table -->`.
+        root: what the files' paths are relative to.
+
+    Raises:
+        InputError: an unknown kind, or a result that is missing or of another kind.
+    """
+
+    def table(match: re.Match[str]) -> str:
+        start, kind, names, end = match.groups()
+        if kind not in TABLES:
+            raise InputError(f"unknown table '{kind}', expected one of: {', '.join(TABLES)}")
+        rows = TABLES[kind]([_read(root / name) for name in names.split()])
+        return f"{start}\n{tabulate(rows, headers='firstrow', tablefmt='github', disable_numparse=True)}\n\n{end}"
+
+    return _MARKED.sub(table, text)
+
+
+def _read(path: Path) -> Result:
+    try:
+        result: Result = json.loads(path.read_text(encoding="utf-8"))["result"]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path}: not a result of ettin-bench ({error})") from None
+    return result
+
+
+def _label(name: str) -> str:
+    if name in _NAMES:
+        return _NAMES[name]
+    target, _, precision = name.rsplit("/", 1)[-1].partition("-")
+    return f"`{target}` {precision}"
+
+
+def _by_name(result: Result) -> dict[str, Result]:
+    return {each["name"]: each for each in result["contestants"]}
+
+
+def _error(row: Result) -> str:
+    if row["nan"]:
+        return f"{row['nan']} scores are NaN"
+    return f"{row['max_abs_error']:.0e}" if row.get("max_abs_error") else ""
+
+
+def _cpu(results: Sequence[Result]) -> list[list[str]]:
+    """Every contestant of one run."""
+    (result,) = results
+    base = _by_name(result).get("st-fp32")
+    count = result["candidates"]
+    rows = [["what runs", "pairs/s", "×", f"one query, {count} documents", "load", "peak memory", "largest error"]]
+    for row in result["contestants"]:
+        if "pairs_per_s" not in row:
+            rows.append([_label(row["name"]), *["–"] * 5, str(row["problem"])[:80]])
+            continue
+        times = f"{row['pairs_per_s'] / base['pairs_per_s']:.1f}" if base else ""
+        rows.append([
+            _label(row["name"]), f"{row['pairs_per_s']:.3g}", times, f"{row['latency_p50_ms']:.0f} ms",
+            f"{row['load_s']:.1f} s", f"{row['peak_rss_mib']:.0f} MiB", _error(row),
+        ])  # fmt: skip
+    return rows
+
+
+def _shapes(results: Sequence[Result]) -> list[list[str]]:
+    """One line for each run: int8 against sentence-transformers."""
+    rows = [["shape, weights", "instructions", "`openvino` int8", "fp32, batch 32", "×", "fp32, best batch", "×"]]
+    for result in results:
+        entries = _by_name(result)
+        ours = next(row for name, row in entries.items() if name.endswith("openvino-int8"))
+        shape = ours["name"].split("/")[0]
+        speeds = [entries[peer]["pairs_per_s"] for peer in ("st-fp32", "st-fp32-tuned")]
+        peers = [text for speed in speeds for text in (f"{speed:.3g}", f"{ours['pairs_per_s'] / speed:.1f}")]
+        kind = "random" if result["weights"] == "random" else "trained"
+        limit = "all" if result["isa"] == "all" else result["isa"].upper().replace("_", "-")
+        where = f"{result['data'].split('-')[0]}, {result['pairs']} pairs"
+        rows.append([f"{shape}, {kind} ({where})", limit, f"{ours['pairs_per_s']:.3g}", *peers])
+    return rows
+
+
+def _quality(results: Sequence[Result]) -> list[list[str]]:
+    """One line for each artifact, a group of columns for each set."""
+    rows = [["what ranks"]]
+    for result in results:
+        name = result["data"].replace("/", ", ")
+        rows[0] += [f"{name}: nDCG@10", "change (95 %)", "largest error", "Spearman"]
+        for at, row in enumerate(result["rows"], 1):
+            if len(rows) <= at:
+                rows.append([row["artifact"].split("/")[-1].replace("openvino-", "`openvino` ")])
+            rows[at].append(f"{row['ndcg10']:.4f}")
+            if "ndcg10_change" in row:
+                low, high = row["ndcg10_change_95"]
+                change = f"{row['ndcg10_change']:+.4f} ({low:+.4f} … {high:+.4f})"
+                rows[at] += [change, f"{row['max_abs_error']:.0e}", f"{row['spearman']:.5f}"]
+            else:
+                rows[at] += ["", "", ""]
+    return rows
+
+
+def _profile(results: Sequence[Result]) -> list[list[str]]:
+    """Where the time goes, a group of columns for each run."""
+    rows = [["part"]]
+    least = results[0]["milliseconds"] / 50
+    rows += [[part["part"]] for part in results[0]["parts"] if part["milliseconds"] > least]
+    for result in results:
+        limit = (result["isa_limit"] or "all").replace("_", "-")
+        rows[0] += [f"{limit}: share", "of peak"]
+        parts = {part["part"]: part for part in result["parts"]}
+        for row in rows[1:]:
+            part = parts[row[0]]
+            of_peak = f"{part['share_of_peak']:.0%}" if part["share_of_peak"] else ""
+            row += [f"{part['milliseconds'] / result['milliseconds']:.0%}", of_peak]
+    return rows
+
+
+TABLES: dict[str, Callable[[Sequence[Result]], list[list[str]]]] = {
+    "cpu": _cpu,
+    "shapes": _shapes,
+    "quality": _quality,
+    "profile": _profile,
+}

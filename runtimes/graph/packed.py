@@ -1,0 +1,173 @@
+"""The scorer over tokens laid end to end, without padding: for GPUs and for Triton's ragged batches.
+
+The same layers as `scorer`, on [1, tokens] instead of [rows, tokens]:
+
+- Linear layers see real tokens only.
+- A local layer attends in blocks of the packed tokens; a mask keeps sequences apart.
+- A global layer gathers its queries, keys and values to [pairs, longest], attends, and scatters back.
+
+No shape depends on data: the longest length comes in as the shape of an input whose values are not read.
+"""
+
+from dataclasses import dataclass
+from typing import Generic
+
+from ettin.runtimes.graph.ops import T
+from ettin.runtimes.graph.scorer import MASK_BIAS, Scorer
+
+
+@dataclass(frozen=True)
+class _Slots(Generic[T]):
+    """Where the first tokens of each sequence lie, as a rectangle."""
+
+    index: T  # int64 [pairs · count]: a slot past the end of a sequence repeats its last token
+    bias: T  # [pairs, 1, 1, count]
+    count: T
+
+
+@dataclass(frozen=True)
+class _Packing(Generic[T]):
+    """What depends on the lengths alone."""
+
+    pairs: T
+    blocks: T
+    starts: T  # int64 [pairs]
+    longest: _Slots[T]
+    back: T  # int64 [tokens]: the slot of each token
+    key_index: T  # int64 [blocks · keys]
+    block_bias: T  # [blocks, 1, queries, keys]
+    rope: dict[bool, tuple[T, T]]  # cos, sin [1, tokens, 1, d] by "is global"
+
+
+class PackedScorer(Scorer[T]):
+    """Describes the packed form of the scorer; arguments as for `Scorer`.
+
+    `form.block_threshold_tokens` has no meaning here: local layers always attend in blocks.
+    """
+
+    def packed_logits(self, input_ids: T, cu_seqlens: T, longest: T) -> T:
+        """Raw logits.
+
+        Args:
+            input_ids: int64 [tokens], the sequences one after the other.
+            cu_seqlens: int64 [pairs + 1], where each begins and the last ends; no sequence is empty.
+            longest: int64 [tokens of the longest sequence, or more]; only its shape is used.
+
+        Returns:
+            float32 [pairs, 1].
+        """
+        ops = self.ops
+        ids, packing = self._packing(input_ids, cu_seqlens, ops.dim(longest, 0))
+        x = ops.embedding(ids, "embedding")
+        last = self.shape.num_layers - 1
+        for layer in range(last):
+            x = ops.add(x, self._packed_attention(layer, self._attention_input(layer, x), packing))
+            x = ops.add(x, self._mlp(layer, x))
+        return self._head(self._packed_cls_layer(last, x, packing))
+
+    def _packing(self, input_ids: T, cu_seqlens: T, longest: T) -> tuple[T, _Packing[T]]:
+        ops, window = self.ops, self.shape.window_tokens
+        one, block = ops.integer(1), ops.integer(self.form.block_tokens)
+        total = ops.dim(input_ids, 0)
+        pairs = ops.subtract(ops.dim(cu_seqlens, 0), one)
+        starts = ops.first(cu_seqlens, pairs, 0)
+        ends = ops.gather(cu_seqlens, ops.add(ops.arange(pairs), one), 0)
+
+        # Whole blocks: the tokens that fill the last one belong to no sequence but to themselves.
+        blocks = ops.floor_divide(ops.add(total, ops.subtract(block, one)), block)
+        tokens = ops.multiply(blocks, block)
+        ids = ops.pad_end(ops.reshape(input_ids, [1, -1]), ops.subtract(tokens, total), self.shape.pad_token_id)
+        token = ops.arange(tokens)
+        sequence = ops.count_at_most(ends, token)
+        position = ops.subtract(token, ops.gather(cu_seqlens, sequence, 0))
+
+        keys = ops.minimum(tokens, ops.integer(self.form.block_tokens + 2 * window))
+        block_start = ops.multiply(ops.arange(blocks), block)
+        key_start = ops.maximum(ops.subtract(block_start, ops.integer(window)), ops.integer(0))
+        key_start = ops.minimum(key_start, ops.subtract(tokens, keys))
+        key_index = ops.reshape(ops.add(ops.reshape(key_start, [-1, 1]), ops.arange(keys)), [-1])
+
+        def apart(values: T) -> T:
+            """|query's value − key's value| [blocks, 1, queries, keys]."""
+            of_queries = ops.reshape(values, [blocks, 1, block, 1])
+            return ops.absolute(
+                ops.subtract(of_queries, ops.reshape(ops.gather(values, key_index, 0), [blocks, 1, 1, keys]))
+            )
+
+        outside = ops.bias_where(apart(token), ops.integer(window), MASK_BIAS)
+        foreign = ops.bias_where(apart(sequence), ops.integer(0), MASK_BIAS)
+
+        slots = self._slots(starts, ends, longest)
+        last_pair, last_slot = ops.subtract(pairs, one), ops.subtract(longest, one)
+        row = ops.multiply(ops.minimum(sequence, last_pair), longest)
+        rope = {kind: self._packed_rope(kind, position) for kind in (True, False)}
+        return ids, _Packing(
+            pairs=pairs,
+            blocks=blocks,
+            starts=starts,
+            longest=slots,
+            back=ops.add(row, ops.minimum(position, last_slot)),
+            key_index=key_index,
+            block_bias=ops.minimum(outside, foreign),
+            rope=rope,
+        )
+
+    def _slots(self, starts: T, ends: T, count: T) -> _Slots[T]:
+        ops = self.ops
+        slot = ops.reshape(ops.arange(count), [1, -1])
+        first, last = ops.reshape(starts, [-1, 1]), ops.subtract(ops.reshape(ends, [-1, 1]), ops.integer(1))
+        bias = ops.bias_where(slot, ops.subtract(last, first), MASK_BIAS)
+        return _Slots(
+            index=ops.reshape(ops.minimum(ops.add(first, slot), last), [-1]),
+            bias=ops.reshape(bias, [-1, 1, 1, count]),
+            count=count,
+        )
+
+    def _packed_rope(self, is_global: bool, position: T) -> tuple[T, T]:
+        ops = self.ops
+        kind = "global" if is_global else "local"
+        tables = (ops.gather(ops.weight(f"rope.{kind}.{part}"), position, 0) for part in ("cos", "sin"))
+        cos, sin = (ops.reshape(table, [1, -1, 1, self.shape.head_dim]) for table in tables)
+        return cos, sin
+
+    def _rows(self, x: T, index: T, rows: T) -> T:
+        """Tokens `index` of x [1, tokens, heads, d] as [rows, heads, tokens of a row, d]."""
+        ops, shape = self.ops, self.shape
+        chosen = ops.reshape(ops.gather(x, index, 1), [rows, -1, shape.num_heads, shape.head_dim])
+        return ops.transpose(chosen, [0, 2, 1, 3])
+
+    def _packed_attention(self, layer: int, x: T, packing: _Packing[T]) -> T:
+        ops, shape = self.ops, self.shape
+        is_global = shape.global_layers[layer]
+        q, k, v = (self._heads(x, f"layers.{layer}.{name}") for name in "qkv")
+        q, k = (ops.rotate(each, *packing.rope[is_global]) for each in (q, k))
+        reader = f"layers.{layer}.o"
+        if is_global:
+            q, k, v = (self._rows(each, packing.longest.index, packing.pairs) for each in (q, k, v))
+            mixed = ops.transpose(ops.attention(q, k, v, packing.longest.bias, reader), [0, 2, 1, 3])
+            mixed = ops.gather(ops.reshape(mixed, [-1, shape.hidden_size]), packing.back, 0)
+        else:
+            q = ops.reshape(q, [packing.blocks, -1, shape.num_heads, shape.head_dim])
+            k, v = (self._rows(each, packing.key_index, packing.blocks) for each in (k, v))
+            mixed = ops.attention(ops.transpose(q, [0, 2, 1, 3]), k, v, packing.block_bias, reader)
+            mixed = ops.transpose(mixed, [0, 2, 1, 3])
+        return ops.linear(ops.reshape(mixed, [1, -1, shape.hidden_size]), reader)
+
+    def _packed_cls_layer(self, layer: int, x: T, packing: _Packing[T]) -> T:
+        """The last layer for each sequence's first token alone: [pairs, 1, H]."""
+        ops, shape = self.ops, self.shape
+        is_global = shape.global_layers[layer]
+        normed = self._attention_input(layer, x)
+        k, v = (self._heads(normed, f"layers.{layer}.{name}") for name in "kv")
+        k = ops.rotate(k, *packing.rope[is_global])
+        k, v = (self._rows(each, packing.longest.index, packing.pairs) for each in (k, v))
+        bias = packing.longest.bias
+        if not is_global:  # CLS sees the first tokens only
+            seen = ops.minimum(packing.longest.count, ops.integer(shape.window_tokens + 1))
+            k, v, bias = ops.first(k, seen, 2), ops.first(v, seen, 2), ops.first(bias, seen, 3)
+        # Position 0 is rotated by the angle 0, so the query needs no rotation.
+        q = ops.transpose(self._heads(ops.gather(normed, packing.starts, 1), f"layers.{layer}.q"), [1, 2, 0, 3])
+        mixed = ops.reshape(ops.attention(q, k, v, bias, f"layers.{layer}.o"), [-1, 1, shape.hidden_size])
+        cls = ops.reshape(ops.gather(x, packing.starts, 1), [-1, 1, shape.hidden_size])
+        cls = ops.add(cls, ops.linear(mixed, f"layers.{layer}.o"))
+        return ops.add(cls, self._mlp(layer, cls))
