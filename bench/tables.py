@@ -39,7 +39,10 @@ def filled(text: str, root: Path) -> str:
         start, kind, names, end = match.groups()
         if kind not in TABLES:
             raise InputError(f"unknown table '{kind}', expected one of: {', '.join(TABLES)}")
-        rows = TABLES[kind]([_read(root / name) for name in names.split()])
+        try:
+            rows = TABLES[kind]([_read(root / name) for name in names.split()])
+        except KeyError as error:
+            raise InputError(f"table '{kind}': its results lack {error}. Name results of ettin-bench {kind}") from None
         return f"{start}\n{tabulate(rows, headers='firstrow', tablefmt='github', disable_numparse=True)}\n\n{end}"
 
     return _MARKED.sub(table, text)

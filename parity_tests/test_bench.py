@@ -130,7 +130,7 @@ def test_quality_command_compares_with_the_reference(
     done = bench("quality", *artifacts, "--data", "set", "--candidates", "10", "--reference", DEMO_FOLDER,
                  "--json", "q.json", cwd=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "95% interval" in done.stdout and "reference, fp32" in done.stdout
+    assert "change (95 %)" in done.stdout and "reference, fp32" in done.stdout
     reference, fp32, int8 = json.loads((tmp_path / "q.json").read_text())["result"]["rows"]
     assert fp32["ndcg10"] == reference["ndcg10"] and fp32["max_abs_error"] < 1e-4
     assert int8["ndcg10_change_95"][0] <= int8["ndcg10_change"] <= int8["ndcg10_change_95"][1]
@@ -151,7 +151,14 @@ def test_tables_of_the_readme_are_what_the_results_say() -> None:
 
 
 def test_tables_command(tmp_path: Path) -> None:
-    row = {"name": "st-fp32", "pairs_per_s": 100.0, "latency_p50_ms": 10.0, "peak_rss_mib": 5.0, "nan": 0}
+    row = {
+        "name": "st-fp32",
+        "pairs_per_s": 100.0,
+        "latency_p50_ms": 10.0,
+        "peak_rss_mib": 5.0,
+        "load_s": 1.0,
+        "nan": 0,
+    }
     ours = {**row, "name": "17m/openvino-int8", "pairs_per_s": 650.0, "max_abs_error": 0.12}
     result = {"candidates": 7, "contestants": [ours, row, {"name": "traced", "problem": "no kernel"}]}
     (tmp_path / "r.json").write_text(json.dumps({"result": result}))
@@ -166,5 +173,7 @@ def test_tables_command(tmp_path: Path) -> None:
     assert bench("tables", "page.md", "--check", cwd=tmp_path).returncode == 0
     with pytest.raises(InputError, match="unknown table 'plot'"):
         filled("<!-- table: plot r.json -->\n<!-- end of table -->", tmp_path)
+    with pytest.raises(InputError, match="table 'quality': its results lack 'data'"):
+        filled("<!-- table: quality r.json -->\n<!-- end of table -->", tmp_path)
     with pytest.raises(InputError, match=r"missing\.json: not a result"):
         filled("<!-- table: cpu missing.json -->\n<!-- end of table -->", tmp_path)
