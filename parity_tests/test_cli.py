@@ -32,7 +32,7 @@ def test_export_rerank_verify(tmp_path: Path) -> None:
     assert exported.stdout == "ettin-reranker-demo/openvino-int8\n"
     for step in (
         "read the checkpoint",
-        "score 903 pairs",
+        "score 907 pairs",
         "write openvino fp32",
         "write openvino int8",
         "verify int8",
