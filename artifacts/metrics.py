@@ -23,6 +23,10 @@ class ScoreError:
     spearman: float | None
     worst: int
 
+    def figures(self) -> dict[str, float | None]:
+        """What a result says of it."""
+        return {"max_abs_error": self.max_abs, "mean_abs_error": self.mean_abs, "spearman": self.spearman}
+
 
 def score_error(scores: ArrayLike, reference: ArrayLike) -> ScoreError:
     """Compares scores [pairs] with a reference [pairs]. A NaN counts as an infinite error."""

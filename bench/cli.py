@@ -99,13 +99,7 @@ def quality(
         if gold:
             delta = score_error(found.scores, gold.scores)
             moved, low, high = change(found, gold)
-            results[-1] |= {
-                "ndcg10_change": moved,
-                "ndcg10_change_95": [low, high],
-                "max_abs_error": delta.max_abs,
-                "mean_abs_error": delta.mean_abs,
-                "spearman": delta.spearman,
-            }
+            results[-1] |= {"ndcg10_change": moved, "ndcg10_change_95": [low, high], **delta.figures()}
     settings = {"data": rows.name, "queries": len(candidates), "candidates": count, "max_length": max_length}
     _report(json_path, "quality", {**settings, "first_stage_ndcg10": first_stage, "rows": results})
 
@@ -124,11 +118,13 @@ def profile(artifact: Path, count: int, tokens: int, json_path: Path | None) -> 
         if runtime.manifest.target != "openvino":
             raise UsageError(f"{artifact}: a profile of '{runtime.manifest.target}' is not made, only of 'openvino'")
         from ettin.bench.profile import peak_gops, profiled
+        from ettin.runtimes.on_openvino import OpenVinoRuntime
 
+        assert isinstance(runtime, OpenVinoRuntime)  # noqa: S101 (the target says so)
         texts = pairs_to_score(None, count, tokens)
         batch = Batch.of(runtime.tokenizer.pairs(texts, tokens), runtime.manifest.tokenizer.pad_token_id)
         hint, about = runtime.arithmetic, _artifact(runtime)
-        parts = profiled(artifact / runtime.manifest.entry, batch, hint, runtime.limits.length_multiple)
+        parts = profiled(runtime, batch)
     peaks = {"int8 linear": peak_gops(hint, int8=True), "float linear": peak_gops(hint, int8=False)}
     total = sum(part.milliseconds for part in parts.values())
     figures = []

@@ -197,6 +197,5 @@ def result(entry: Contestant, pairs: int, reference: Contestant | None) -> dict[
         "nan": int(np.isnan(entry.scores).sum()),
     }
     if reference and reference.scores and not figures["nan"]:
-        delta = score_error(entry.scores, reference.scores)
-        figures |= {"max_abs_error": delta.max_abs, "mean_abs_error": delta.mean_abs, "spearman": delta.spearman}
+        figures |= score_error(entry.scores, reference.scores).figures()
     return figures

@@ -3,7 +3,6 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,9 +11,11 @@ from numpy.typing import NDArray
 from openvino import opset15 as op
 
 from ettin.runtimes.batch import Batch
+from ettin.runtimes.on_openvino import OpenVinoRuntime
 
 _RUNS = 20
 _PEAK_SIZES = (512, 1024, 2048)
+_WEIGHTS = ("Constant", "Convert", "Multiply")  # what the second input of a linear layer's product comes from
 
 
 @dataclass
@@ -32,22 +33,19 @@ class Part:
     operations: float = 0.0
 
 
-def profiled(xml: Path, batch: Batch, hint: str, multiple: int) -> dict[str, Part]:
+def profiled(runtime: OpenVinoRuntime, batch: Batch) -> dict[str, Part]:
     """The fastest of several inferences on one thread, by kind of work.
 
     Args:
-        xml: the model.
+        runtime: whose graph and precision are taken.
         batch: what is scored.
-        hint: OpenVINO's precision hint, as the runtime gives it.
-        multiple: width of the batch, as the runtime pads it.
 
     Returns:
         By name, longest first: "int8 linear", "float linear", "attention", or OpenVINO's name of the node.
     """
-    core = ov.Core()
-    model = core.read_model(xml)
-    inputs = list(batch.padded(multiple))
-    parts = _best(_compiled(core, model, hint), inputs)
+    inputs = list(batch.padded(runtime.limits.length_multiple))
+    model = runtime.model_for(inputs[0].shape[1])
+    parts = _best(_compiled(model, runtime.arithmetic), inputs)
     model.reshape({each.any_name: list(inputs[0].shape) for each in model.inputs})
     for node in model.get_ops():
         if node.get_type_name() == "MatMul" and node.input_value(1).get_node().get_type_name() in _WEIGHTS:
@@ -57,11 +55,8 @@ def profiled(xml: Path, batch: Batch, hint: str, multiple: int) -> dict[str, Par
     return dict(sorted(parts.items(), key=lambda item: -item[1].milliseconds))
 
 
-_WEIGHTS = ("Constant", "Convert", "Multiply")
-
-
 def _is_int8(matmul: ov.Node) -> bool:
-    """Both sides: weights stored in 8 bits, and an input that is rounded to 8 bits."""
+    """Whether its input is rounded to 8 bits."""
     node = matmul.input_value(0).get_node()
     while node.get_type_name() in ("Transpose", "Reshape", "StridedSlice", "Slice"):
         node = node.input_value(0).get_node()
@@ -74,9 +69,9 @@ def _kind(entry: Any) -> str:
     return "attention" if entry.node_type == "Subgraph" else str(entry.node_type)
 
 
-def _compiled(core: ov.Core, model: ov.Model, hint: str) -> ov.InferRequest:
+def _compiled(model: ov.Model, hint: str) -> ov.InferRequest:
     options = {"INFERENCE_PRECISION_HINT": hint, "NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": 1, "PERF_COUNT": True}
-    return core.compile_model(model, "CPU", options).create_infer_request()
+    return ov.Core().compile_model(model, "CPU", options).create_infer_request()
 
 
 def _best(request: ov.InferRequest, inputs: Sequence[NDArray[Any]]) -> dict[str, Part]:
@@ -119,5 +114,5 @@ def _product_gops(size: int, hint: str, int8: bool) -> float:
         rows = op.constant(rng.integers(-127, 128, (size, size)).astype(np.int8))
         weight = op.multiply(op.convert(rows, "f32"), op.constant(np.full((size, 1), 0.01, np.float32)))
     model = ov.Model([op.matmul(inner, weight, False, True)], [x])
-    parts = _best(_compiled(ov.Core(), model, hint), [rng.standard_normal((size, size)).astype(np.float32)])
+    parts = _best(_compiled(model, hint), [rng.standard_normal((size, size)).astype(np.float32)])
     return 2.0 * size**3 / parts["int8 linear" if int8 else "float linear"].milliseconds / 1e6

@@ -24,7 +24,6 @@ class OpenVinoOps:
     def __init__(self, weights: Weights, store: StoreWeight) -> None:
         self._weights, self._store = weights, store
         self._stored: dict[str, ov.Node] = {}
-        self._marked: list[ov.Node] = []
 
     def weight(self, name: str) -> ov.Node:
         if name not in self._stored:
@@ -91,8 +90,7 @@ class OpenVinoOps:
         return op.gather(x, index, self.integer(axis))
 
     def same_when_short(self, x: ov.Node) -> ov.Node:
-        x.set_friendly_name(f"{SAME_WHEN_SHORT}{len(self._marked)}")
-        self._marked.append(x)
+        x.set_friendly_name(f"{SAME_WHEN_SHORT}{x.get_friendly_name()}")
         return x
 
     def first(self, x: ov.Node, count: ov.Node, axis: int) -> ov.Node:

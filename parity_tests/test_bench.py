@@ -18,6 +18,7 @@ from ettin.bench.texts import pairs_to_score
 from ettin.export.sizes import DEMO_FOLDER
 from ettin.runtimes import load
 from ettin.runtimes.batch import Batch
+from ettin.runtimes.on_openvino import OpenVinoRuntime
 from ettin.runtimes.tokenizer import PairTokenizer
 
 
@@ -87,10 +88,8 @@ def test_comparison_in_child_processes(demo_artifacts: dict[tuple[str, str], Pat
 
 def test_profile_counts_the_linear_layers(demo_artifacts: dict[tuple[str, str], Path]) -> None:
     with load(demo_artifacts["openvino", "int8"]) as runtime:
-        shape = runtime.manifest
-        batch = Batch.of([np.arange(5, 53, dtype=np.int32)] * 2, 0)
-    xml = demo_artifacts["openvino", "int8"] / shape.entry
-    parts = profiled(xml, batch, "f32", 16)
+        assert isinstance(runtime, OpenVinoRuntime)
+        parts = profiled(runtime, Batch.of([np.arange(5, 53, dtype=np.int32)] * 2, 0))
     # 7 layers of 7 linear layers: H 128, I 192; six for 96 tokens, the last for k and v, and for CLS the rest.
     weights = {"q": 1, "k": 1, "v": 1, "o": 1, "up": 1.5, "gate": 1.5, "down": 1.5}
     tokens, pairs = 96, 2

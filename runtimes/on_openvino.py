@@ -57,15 +57,15 @@ class OpenVinoRuntime(Runtime):
         }
         if is_hybrid() and settings.threads is None:
             options["SCHEDULING_CORE_TYPE"] = "PCORE_ONLY"
-        self._options, self._settings, self._plan = options, settings, plan
+        tokens = _TOKENS_PER_THREAD * plan.threads_per_stream
+        super().__init__(folder, manifest, settings, Limits(plan.streams, tokens, _LENGTH_MULTIPLE))
+        self._options, self._cache_dir = options, settings.cache_dir
         # Read now, mapped into memory: who replaces the artifact meanwhile does not change what is compiled later.
-        self._model, self.manifest = ov.Core().read_model(folder / manifest.entry), manifest
+        self._model = ov.Core().read_model(folder / manifest.entry)
         self._threshold_tokens = int(manifest.graph["block_threshold_tokens"])
         self._forms: dict[bool, _Form] = {}
         self._making = threading.Lock()
         self._first_inference()
-        tokens = _TOKENS_PER_THREAD * plan.threads_per_stream
-        super().__init__(folder, manifest, settings, Limits(plan.streams, tokens, _LENGTH_MULTIPLE))
 
     @property
     def description(self) -> str:
@@ -94,14 +94,20 @@ class OpenVinoRuntime(Runtime):
 
     def _form(self, tokens: int) -> "_Form":
         """The compiled model for inputs of this length; each of the two is compiled when it is first needed."""
-        is_short = tokens <= self._threshold_tokens
+        is_short = self._is_short(tokens)
         with self._making:
             if is_short not in self._forms:
-                model = _short_form(self._model) if is_short else self._model
-                with _cache(self._settings.cache_dir, self.manifest) as cached:
-                    compiled = ov.Core().compile_model(model, "CPU", self._options | cached)
-                self._forms[is_short] = _Form(compiled, self._plan.streams)
+                with _cache(self._cache_dir, self.manifest, "short" if is_short else "long") as cached:
+                    compiled = ov.Core().compile_model(self.model_for(tokens), "CPU", self._options | cached)
+                self._forms[is_short] = _Form(compiled, self.limits.concurrency)
             return self._forms[is_short]
+
+    def _is_short(self, tokens: int) -> bool:
+        return tokens <= self._threshold_tokens
+
+    def model_for(self, tokens: int) -> ov.Model:
+        """The graph that scores inputs padded to this many tokens, a copy."""
+        return _short_form(self._model) if self._is_short(tokens) else self._model.clone()
 
     def _release(self) -> None:
         self._forms.clear()
@@ -145,16 +151,17 @@ def _arithmetic(manifest: Manifest) -> str:
 
 
 @contextmanager
-def _cache(cache_dir: Path | None, manifest: Manifest) -> Iterator[dict[str, str]]:
+def _cache(cache_dir: Path | None, manifest: Manifest, form: str) -> Iterator[dict[str, str]]:
     """Options that make OpenVINO keep what it compiles within, or take it from there.
 
-    A folder for each artifact: one that replaces another is never taken for it. OpenVINO notices a truncated file but
-    not changed bytes (2026.4.1), so each has its checksum beside it and is dropped if it does not match.
+    A folder for each form of each artifact: one that replaces another is never taken for it. OpenVINO notices a
+    truncated file but not changed bytes (2026.4.1), so each has its checksum beside it and is dropped if it does not
+    match.
     """
     if cache_dir is None:
         yield {}
         return
-    folder = cache_dir / f"{manifest.name}-{manifest.precision}-{manifest.digest[:16]}"
+    folder = cache_dir / f"{manifest.name}-{manifest.precision}-{manifest.digest[:16]}-{form}"
     with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for blob, checksum in _cached(folder):

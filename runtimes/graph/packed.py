@@ -10,6 +10,7 @@ No shape depends on data: the longest length comes in as the shape of an input w
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Generic
 
 from ettin.runtimes.graph.ops import T
@@ -56,14 +57,10 @@ class PackedScorer(Scorer[T]):
         Returns:
             float32 [pairs, 1].
         """
-        ops = self.ops
-        ids, packing = self._packing(input_ids, cu_seqlens, ops.dim(longest, 0))
-        x = ops.embedding(ids, "embedding")
-        last = self.shape.num_layers - 1
-        for layer in range(last):
-            x = ops.add(x, self._packed_attention(layer, self._attention_input(layer, x), packing))
-            x = ops.add(x, self._mlp(layer, x))
-        return self._head(self._packed_cls_layer(last, x, packing))
+        ids, packing = self._packing(input_ids, cu_seqlens, self.ops.dim(longest, 0))
+        return self._scored(
+            ids, partial(self._packed_attention, packing=packing), partial(self._packed_cls_layer, packing=packing)
+        )
 
     def _packing(self, input_ids: T, cu_seqlens: T, longest: T) -> tuple[T, _Packing[T]]:
         ops, window = self.ops, self.shape.window_tokens
@@ -83,9 +80,7 @@ class PackedScorer(Scorer[T]):
 
         keys = ops.minimum(tokens, ops.integer(self.form.block_tokens + 2 * window))
         block_start = ops.multiply(ops.arange(blocks), block)
-        key_start = ops.maximum(ops.subtract(block_start, ops.integer(window)), ops.integer(0))
-        key_start = ops.minimum(key_start, ops.subtract(tokens, keys))
-        key_index = ops.reshape(ops.add(ops.reshape(key_start, [-1, 1]), ops.arange(keys)), [-1])
+        key_index = ops.reshape(self._block_keys(block_start, keys, tokens), [-1])
 
         def apart(values: T) -> T:
             """|query's value − key's value| [blocks, 1, queries, keys]."""
@@ -169,5 +164,4 @@ class PackedScorer(Scorer[T]):
         q = ops.transpose(self._heads(ops.gather(normed, packing.starts, 1), f"layers.{layer}.q"), [1, 2, 0, 3])
         mixed = ops.reshape(ops.attention(q, k, v, bias, f"layers.{layer}.o"), [-1, 1, shape.hidden_size])
         cls = ops.reshape(ops.gather(x, packing.starts, 1), [-1, 1, shape.hidden_size])
-        cls = ops.add(cls, ops.linear(mixed, f"layers.{layer}.o"))
-        return ops.add(cls, self._mlp(layer, cls))
+        return self._cls_output(layer, cls, mixed)

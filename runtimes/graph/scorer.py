@@ -12,7 +12,9 @@ All rewritings are exact (up to rounding):
   nodes then compute the dense form, and one graph serves every length.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Generic
 
 from ettin.runtimes.graph.ops import Ops, T
@@ -81,14 +83,18 @@ class Scorer(Generic[T]):
 
     def logits(self, input_ids: T, attention_mask: T) -> T:
         """Raw logits, float32 [rows, 1], of input_ids and attention_mask, int64 [rows, tokens]."""
-        ops = self.ops
         input_ids, layout = self._layout(input_ids, attention_mask)
+        return self._scored(input_ids, partial(self._attention, layout=layout), partial(self._cls_layer, layout=layout))
+
+    def _scored(self, input_ids: T, attention: Callable[[int, T], T], cls_layer: Callable[[int, T], T]) -> T:
+        """Embedding, layers and head, whatever the tokens' layout: attention and last layer know it."""
+        ops = self.ops
         x = ops.embedding(input_ids, "embedding")
         last = self.shape.num_layers - 1
         for layer in range(last):
-            x = ops.add(x, self._attention(layer, self._attention_input(layer, x), layout))
+            x = ops.add(x, attention(layer, self._attention_input(layer, x)))
             x = ops.add(x, self._mlp(layer, x))
-        return self._head(self._cls_layer(last, x, layout))
+        return self._head(cls_layer(last, x))
 
     def _layout(self, input_ids: T, attention_mask: T) -> tuple[T, _Layout[T]]:
         ops, form, window = self.ops, self.form, self.shape.window_tokens
@@ -108,12 +114,8 @@ class Scorer(Generic[T]):
         queries = same(ops.floor_divide(tokens, blocks))
         keys = same(ops.minimum(tokens, ops.add(queries, ops.integer(2 * window))))
 
-        # A block's keys start `window` before its queries; at both ends the span is shifted inwards, so it
-        # never leaves the input and the distance test below stays right.
         block_start = ops.multiply(ops.arange(blocks), queries)
-        key_start = ops.maximum(ops.subtract(block_start, ops.integer(window)), ops.integer(0))
-        key_start = ops.minimum(key_start, ops.subtract(tokens, keys))
-        key_index = ops.add(ops.reshape(key_start, [-1, 1]), ops.arange(keys))
+        key_index = self._block_keys(block_start, keys, tokens)
         query_index = ops.add(ops.reshape(block_start, [-1, 1]), ops.arange(queries))
         distance = ops.absolute(
             ops.subtract(ops.reshape(query_index, [blocks, queries, 1]), ops.reshape(key_index, [blocks, 1, keys]))
@@ -145,6 +147,17 @@ class Scorer(Generic[T]):
         )
         views = {True: everywhere, False: nearby}
         return input_ids, _Layout(rows, tokens, ops.multiply(rows, blocks), views)
+
+    def _block_keys(self, block_start: T, keys: T, tokens: T) -> T:
+        """Which keys each block sees: int64 [blocks, keys].
+
+        They start `window` before its queries; at both ends the span is shifted inwards, so it never leaves the input
+        and a test of the distance stays right.
+        """
+        ops = self.ops
+        key_start = ops.maximum(ops.subtract(block_start, ops.integer(self.shape.window_tokens)), ops.integer(0))
+        key_start = ops.minimum(key_start, ops.subtract(tokens, keys))
+        return ops.add(ops.reshape(key_start, [-1, 1]), ops.arange(keys))
 
     def _rope(self, is_global: bool, tokens: T) -> tuple[T, T]:
         """Cos and sin [1, 1, tokens, d]."""
@@ -200,8 +213,12 @@ class Scorer(Generic[T]):
         # Position 0 is rotated by the angle 0, so the query needs no rotation.
         mixed = ops.attention(q, ops.rotate(k, cos, sin), v, bias, f"layers.{layer}.o")
         mixed = ops.reshape(mixed, [layout.rows, 1, shape.hidden_size])
-        cls = ops.add(cls, ops.linear(mixed, f"layers.{layer}.o"))
-        return ops.add(cls, self._mlp(layer, cls))
+        return self._cls_output(layer, cls, mixed)
+
+    def _cls_output(self, layer: int, cls: T, mixed: T) -> T:
+        """The rest of a layer after attention, for cls and mixed [rows, 1, H]."""
+        cls = self.ops.add(cls, self.ops.linear(mixed, f"layers.{layer}.o"))
+        return self.ops.add(cls, self._mlp(layer, cls))
 
     def _head(self, cls: T) -> T:
         """Dense, GELU, LayerNorm, Dense in float32: [rows, 1, H] → [rows, 1]."""
