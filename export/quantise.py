@@ -6,7 +6,8 @@ layer. Activations get one symmetric scale per layer, weights one per output cha
 Outlier channels (SmoothQuant, Xiao et al. 2023) are smoothed only where the factors fold into weights that are there
 anyway: attention mixes values channel by channel, so the factors of `o` go into the rows of `v`; the gated product is
 linear in its gate, so those of `down` go into the rows of `gate`. The graph gets no extra node. The other linear layers
-read a norm, which bounds their inputs.
+read a norm, which bounds their inputs. In the same way queries and keys are brought to one size, for each two channels
+that RoPE turns into each other: their product stays what it was, and both round well.
 """
 
 import math
@@ -38,15 +39,17 @@ class Scheme:
         float_share: share of the groups of linear layers that stay in floating point: those that change the scores
             most when they alone are quantised (`group_errors`).
         activations: False: weights only.
+        scores: whether queries and keys are rounded, too, so that attention scores can be int8 products.
     """
 
     name: str
     float_share: float = 0.0
     activations: bool = True
+    scores: bool = False
 
 
 LADDER = (
-    Scheme("all linear layers"),
+    Scheme("all linear layers, and attention scores where the engine gains by it", scores=True),
     Scheme("all linear layers but the most sensitive eighth", 1 / 8),
     Scheme("all linear layers but the most sensitive third", 1 / 3),
     Scheme("weights only", activations=False),
@@ -60,26 +63,51 @@ class Quantised:
     Args:
         weights: folded weights, float32, smoothed.
         input_max: by linear layer, the largest |input|; layers that are not in it stay in floating point.
+        attention_max: by the linear layer that reads an attention's result, the largest |query| and |key|; attention
+            that is not in it stays in floating point.
         scheme: what is quantised.
     """
 
     weights: dict[str, Tensor]
     input_max: dict[str, float]
+    attention_max: dict[str, tuple[float, float]]
     scheme: Scheme
 
 
 class _RangeOps(TorchOps):
-    """Executes the graph and keeps the largest |input| of each channel of each linear layer."""
+    """Executes the graph and keeps the largest |value| of each channel of what is rounded.
+
+    Args:
+        weights: float32.
+        channel_max: filled, by linear layer: its input [in]; by `_queries` and `_keys` of the layer that reads an
+            attention: what that attention multiplies [H].
+    """
 
     def __init__(self, weights: Mapping[str, Tensor], channel_max: dict[str, Tensor]) -> None:
         super().__init__(weights)
         self._channel_max = channel_max
 
     def linear(self, x: Tensor, name: str, bias: str | None = None) -> Tensor:
+        self._seen(x, name)
+        return super().linear(x, name, bias)
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, reader: str) -> Tensor:
+        for x, name in ((q, _queries(reader)), (k, _keys(reader))):
+            self._seen(x.transpose(1, 2).flatten(2), name)
+        return super().attention(q, k, v, bias, reader)
+
+    def _seen(self, x: Tensor, name: str) -> None:
         seen = x.abs().reshape(-1, x.shape[-1]).amax(0)
         before = self._channel_max.get(name)
         self._channel_max[name] = seen if before is None else torch.maximum(before, seen)
-        return super().linear(x, name, bias)
+
+
+def _queries(reader: str) -> str:
+    return f"{reader}.queries"
+
+
+def _keys(reader: str) -> str:
+    return f"{reader}.keys"
 
 
 @torch.inference_mode()
@@ -103,6 +131,13 @@ def quantised(
     for layer in range(shape.num_layers):
         for name, source in _SMOOTHED:
             _smooth(smoothed, channel_max, f"layers.{layer}.{name}", f"layers.{layer}.{source}")
+    readers = [f"layers.{layer}.o" for layer in range(shape.num_layers - 1)] if scheme.scores else []
+    for reader in readers:
+        _balance(smoothed, channel_max, reader, shape)
+    attention_max = {
+        reader: (float(channel_max[_queries(reader)].max()), float(channel_max[_keys(reader)].max()))
+        for reader in readers
+    }
     input_max = {name: float(channel_max[name].max()) for name in linear_layers(shape)}
     if scheme.float_share:
         errors = group_errors(smoothed, input_max, shape, _sample(sequences))
@@ -110,7 +145,7 @@ def quantised(
         for group in worst[: math.ceil(scheme.float_share * len(worst))]:
             for name in group:
                 del input_max[name]
-    return Quantised(smoothed, input_max, scheme)
+    return Quantised(smoothed, input_max, attention_max, scheme)
 
 
 def linear_layers(shape: ModelShape) -> list[str]:
@@ -181,6 +216,23 @@ def _smooth(weights: dict[str, Tensor], channel_max: dict[str, Tensor], name: st
     weights[name] = weights[name] * factors
     weights[source] = weights[source] / factors[:, None]
     channel_max[name] = channel_max[name] / factors
+
+
+def _balance(weights: dict[str, Tensor], channel_max: dict[str, Tensor], reader: str, shape: ModelShape) -> None:
+    """Brings queries and keys to one size, through the rows of both.
+
+    One factor for the two channels that RoPE turns into each other: it then passes through the rotation.
+    """
+
+    def per_pair(name: str) -> Tensor:
+        halves = channel_max[name].reshape(shape.num_heads, 2, -1)
+        return halves.amax(1, keepdim=True).expand_as(halves).reshape(-1).clamp(min=1e-5)
+
+    layer = reader.rpartition(".")[0]
+    factors = (per_pair(_keys(reader)) / per_pair(_queries(reader))).sqrt()
+    for name, seen, factor in ((f"{layer}.q", _queries(reader), factors), (f"{layer}.k", _keys(reader), 1 / factors)):
+        weights[name] = weights[name] * factor[:, None]
+        channel_max[seen] = channel_max[seen] * factor
 
 
 def int8_rows(weight: Tensor) -> tuple[Tensor, Tensor]:

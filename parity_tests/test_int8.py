@@ -23,8 +23,9 @@ from ettin.export.pipeline import Export, Job, Options
 from ettin.export.proof_pairs import proof_pairs
 from ettin.export.quantise import LADDER, Quantised, group_errors, int8_rows, quantised
 from ettin.export.weights import read_weights
-from ettin.runtimes import cpu, load
+from ettin.runtimes import cpu, load, on_openvino
 from ettin.runtimes.graph.fold import inference_weights
+from ettin.runtimes.graph.ops import ONLY_IN_F32
 from ettin.runtimes.graph.torch_graph import InferenceGraph
 from ettin.runtimes.tokenizer import PairTokenizer
 
@@ -80,11 +81,30 @@ def test_ranges_cover_every_linear_layer_and_nothing_else(calibrated: Quantised)
     assert all(0 < largest < 100 for largest in calibrated.input_max.values())
 
 
+def test_queries_and_keys_are_of_one_size(calibrated: Quantised) -> None:
+    assert set(calibrated.attention_max) == {f"layers.{layer}.o" for layer in range(6)}  # the last one is for CLS only
+    for queries, keys in calibrated.attention_max.values():
+        assert queries == pytest.approx(keys, rel=1e-4)
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_queries_and_keys_are_rounded_only_in_f32(
+    demo_artifacts: dict[tuple[str, str], Path], bf16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(on_openvino, "has_bf16", lambda: bf16)
+    with load(demo_artifacts["openvino", "int8"]) as runtime:
+        assert isinstance(runtime, on_openvino.OpenVinoRuntime)
+        for tokens in (64, 600):
+            names = [node.get_friendly_name() for node in runtime.model_for(tokens).get_ops()]
+            assert sum(name.startswith(ONLY_IN_F32) for name in names) == (0 if bf16 else 12)
+
+
 def test_ladder_gets_milder(demo: Checkpoint, folded: dict[str, torch.Tensor]) -> None:
     sequences = [np.arange(40, dtype=np.int32)]
     counts = [len(quantised(folded, demo.shape, sequences, scheme).input_max) for scheme in LADDER]
     assert counts[0] > counts[1] > counts[2] > len(LINEARS) / 2 and counts[3] == len(LINEARS)
     assert [scheme.activations for scheme in LADDER] == [True, True, True, False]
+    assert [scheme.scores for scheme in LADDER] == [True, False, False, False]
 
 
 def test_the_most_sensitive_layers_stay_in_floating_point(

@@ -7,7 +7,10 @@ T = TypeVar("T")
 
 Kind = Literal["int", "compute", "float32"]
 
-SAME_WHEN_SHORT = "same-when-short-"  # names of nodes that `Ops.same_when_short` marked begin with it
+# Names of nodes that a runtime may leave out begin with these: what `Ops.same_when_short` marked, and the rounding of
+# queries and keys, which pays only where the rest is float32.
+SAME_WHEN_SHORT = "same-when-short-"
+ONLY_IN_F32 = "only-in-f32-"
 
 
 class Ops(Protocol[T]):
