@@ -1,16 +1,10 @@
 """The files of an artifact: listing them when it is written, checking them when it is read."""
 
-import hashlib
 from pathlib import Path
 
+from ettin.artifacts.checksum import file_sha256
 from ettin.artifacts.errors import DamagedArtifact, OutputError
 from ettin.artifacts.manifest import MANIFEST_NAME, FileEntry, Manifest
-
-
-def file_sha256(path: Path) -> str:
-    """Hex SHA-256 of a file, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def list_files(folder: Path) -> tuple[FileEntry, ...]:

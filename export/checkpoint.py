@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ettin.artifacts.checksum import file_sha256
 from ettin.artifacts.errors import CheckpointError, UnsupportedCheckpoint
-from ettin.artifacts.files import file_sha256
 from ettin.export.rope_config import rope_thetas
 from ettin.runtimes.graph import ModelShape
 from ettin.runtimes.tokenizer import PairTokenizer

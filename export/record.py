@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from ettin.artifacts.files import file_sha256, list_files
+from ettin.artifacts.checksum import file_sha256
+from ettin.artifacts.files import list_files
 from ettin.artifacts.manifest import MANIFEST_NAME, Calibration, Manifest, Parity, Source, Tokenizer
 from ettin.artifacts.versions import installed_versions
 from ettin.export.card import card
@@ -58,6 +59,7 @@ def write_manifest(
         needs=lowered.needs,
         entry=lowered.entry,
         calibration=calibration,
+        engine=lowered.engine,
         toolchain=toolchain(),
         command=about.command,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -79,6 +81,8 @@ def toolchain() -> dict[str, str]:
         "onnx",
         "onnxruntime",
         "openvino",
+        "tensorrt",
+        "tensorrt-rtx",
         "tokenizers",
     )
     machine = {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}

@@ -5,14 +5,13 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import openvino as ov
 import pytest
 
 from ettin.artifacts.errors import OutputError, UsageError
 from ettin.runtimes import load
 from ettin.runtimes.batch import Batch
 from ettin.runtimes.cpu import CpuPlan, available_cpus, is_hybrid
-from ettin.runtimes.on_openvino import OpenVinoRuntime, _short_form
+from ettin.runtimes.on_openvino import OpenVinoRuntime
 
 PAIRS = [("which planet is red", "Mars is the red planet."), ("what do bees make", "Bees make honey and wax.")] * 20
 SHORT = [[1], [8, 3], [66, 65, 64, 63], [130, 129, 128], [193, 192], [257, 256, 255], [512, 100]]
@@ -154,10 +153,10 @@ def test_short_form_scores_as_the_whole_graph(
 
 
 def test_short_form_has_less_to_do(demo_artifacts: dict[tuple[str, str], Path]) -> None:
-    model = ov.Core().read_model(demo_artifacts["openvino", "fp32"] / "openvino" / "openvino_model.xml")
-    gathers = [
-        sum(node.get_type_name() == "Gather" for node in each.get_ordered_ops()) for each in (model, _short_form(model))
-    ]
+    with load(demo_artifacts["openvino", "fp32"]) as runtime:
+        assert isinstance(runtime, OpenVinoRuntime)
+        models = [runtime.model_for(tokens) for tokens in (2048, 100)]
+    gathers = [sum(node.get_type_name() == "Gather" for node in each.get_ordered_ops()) for each in models]
     local_layers = 4
     assert gathers[0] - gathers[1] >= 2 * local_layers
 

@@ -1,8 +1,7 @@
-"""What every runtime shares: tokenising, sorting, batching by token budget, ordering, progress."""
+"""What every runtime shares: CrossEncoder's interface over an engine that scores batches."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -10,31 +9,14 @@ from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from ettin.artifacts.errors import EttinError, UsageError
 from ettin.artifacts.manifest import Manifest
 from ettin.runtimes.activation import resolved
-from ettin.runtimes.batch import Batch, Ids, cut
-from ettin.runtimes.inputs import Pair, documents_from_input, pairs_from_inputs, text
+from ettin.runtimes.batch import Batch
+from ettin.runtimes.feeding import Feeder, Limits
+from ettin.runtimes.inputs import documents_from_input, pairs_from_inputs, text
 from ettin.runtimes.tokenizer import PairTokenizer
-
-_WINDOW_PAIRS = 2048  # tokenised and sorted together, while the window before is scored
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How a backend wants to be fed.
-
-    Args:
-        concurrency: calls of `score` that make progress at the same time.
-        batch_tokens: token budget of a batch, padding included.
-        length_multiple: lengths are rounded up to this.
-    """
-
-    concurrency: int
-    batch_tokens: int
-    length_multiple: int = 1
 
 
 @dataclass(frozen=True)
@@ -85,7 +67,9 @@ class Runtime(ABC):
         self.folder, self.manifest, self.limits = folder, manifest, limits
         self.tokenizer = PairTokenizer(folder / "tokenizer.json")
         self.max_length = self._checked_length(settings.max_length)
-        self._workers = ThreadPoolExecutor(limits.concurrency, thread_name_prefix="ettin-score")
+        # `score` is looked up at each call: who wraps a runtime's method (to count, to trace) sees every batch.
+        score = lambda batch: self.score(batch)  # noqa: E731, PLW0108
+        self._feeder = Feeder(self.tokenizer, score, limits, manifest.tokenizer.pad_token_id)
         self._closed = False
 
     @abstractmethod
@@ -152,7 +136,9 @@ class Runtime(ABC):
         activation = resolved(activation_fn, self.manifest.activation)
         length = self.max_length if max_length is None else self._checked_length(max_length)
         pairs, single = pairs_from_inputs(inputs)
-        logits = self._logits(pairs, length, batch_size, bool(show_progress_bar))
+        if self._closed:
+            raise EttinError(f"{self.folder}: this runtime is closed. Load it again")
+        logits = self._feeder.logits(pairs, length, batch_size, bool(show_progress_bar))
         scores = activation(logits)
         if scores.shape != logits.shape:
             raise UsageError(f"activation_fn turned scores {logits.shape} into {scores.shape}, expected the same shape")
@@ -211,7 +197,7 @@ class Runtime(ABC):
         """Frees the engine. Using the runtime afterwards is an error; closing twice is not."""
         if not self._closed:
             self._closed = True
-            self._workers.shutdown(wait=True, cancel_futures=True)
+            self._feeder.close()
             self._release()
 
     def _release(self) -> None:  # noqa: B027 (nothing to free is fine)
@@ -238,57 +224,3 @@ class Runtime(ABC):
                 f"max_length is {max_length}, expected 3 to {most} tokens (what the artifact was made for)"
             )
         return max_length
-
-    def _logits(
-        self, pairs: Sequence[Pair], max_length: int, batch_size: int | None, progress: bool
-    ) -> NDArray[np.float32]:
-        if self._closed:
-            raise EttinError(f"{self.folder}: this runtime is closed. Load it again")
-        logits = np.empty(len(pairs), np.float32)
-        with tqdm(total=len(pairs), desc="Scoring pairs", unit="pairs", disable=not progress) as bar:
-            pending: list[Future[int]] = []
-            try:
-                for window in _windows(len(pairs)):
-                    tokenised = self.tokenizer.pairs(pairs[window.start : window.stop], max_length)
-                    _drain(pending)
-                    for batch in self._batches(tokenised, batch_size):
-                        future = self._workers.submit(self._score_into, logits, tokenised, batch, window.start)
-                        if progress:
-                            future.add_done_callback(lambda done: bar.update(_pairs_done(done)))
-                        pending.append(future)
-                _drain(pending)
-            finally:
-                for future in pending:
-                    future.cancel()
-        return logits
-
-    def _batches(self, tokenised: Sequence[Ids], batch_size: int | None) -> Iterator[list[int]]:
-        limits = self.limits
-        lengths = [len(ids) for ids in tokenised]
-        # No batch larger than a fair share of the work, or streams would idle.
-        share = -(-sum(lengths) // limits.concurrency)
-        budget = max(1, min(limits.batch_tokens, share))
-        return cut(lengths, budget, limits.length_multiple, batch_size)
-
-    def _score_into(self, logits: NDArray[np.float32], tokenised: Sequence[Ids], batch: list[int], offset: int) -> int:
-        sequences = [tokenised[at] for at in batch]
-        scores = self.score(Batch.of(sequences, self.manifest.tokenizer.pad_token_id))
-        logits[[offset + at for at in batch]] = scores
-        return len(batch)
-
-
-def _windows(count: int) -> Iterator[range]:
-    for start in range(0, count, _WINDOW_PAIRS):
-        yield range(start, min(start + _WINDOW_PAIRS, count))
-
-
-def _drain(pending: list[Future[int]]) -> None:
-    """Waits for all; the first error is raised at once."""
-    done, _ = wait(pending, return_when=FIRST_EXCEPTION)
-    for future in done:
-        future.result()
-    pending.clear()
-
-
-def _pairs_done(future: Future[int]) -> int:
-    return 0 if future.cancelled() or future.exception() else future.result()

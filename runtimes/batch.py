@@ -54,6 +54,19 @@ class Batch:
         input_ids[mask] = self.ids
         return input_ids, mask.astype(np.int64)
 
+    def packed(self) -> dict[str, NDArray[np.int64]]:
+        """The batch as the packed graph takes it.
+
+        Returns:
+            input_ids int64 [tokens], cu_seqlens int64 [pairs + 1], longest int64 [longest], whose values mean nothing.
+        """
+        longest = np.zeros(self.longest, np.int64)
+        return {
+            "input_ids": self.ids.astype(np.int64),
+            "cu_seqlens": self.cu_seqlens.astype(np.int64),
+            "longest": longest,
+        }
+
 
 def cut(
     lengths: Sequence[int], max_tokens: int, multiple: int = 1, max_pairs: int | None = None

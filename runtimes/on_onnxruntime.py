@@ -8,9 +8,10 @@ from numpy.typing import NDArray
 
 from ettin.artifacts.errors import HardwareError
 from ettin.artifacts.manifest import Manifest
-from ettin.runtimes.base import Limits, Runtime, Settings
+from ettin.runtimes.base import Runtime, Settings
 from ettin.runtimes.batch import Batch
 from ettin.runtimes.cpu import CpuPlan
+from ettin.runtimes.feeding import Limits
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -55,6 +56,7 @@ class OnnxRuntime(Runtime):
             )
         self._session: ort.InferenceSession | None = session
         self._provider = provider
+        self._packed = any(each.name == "cu_seqlens" for each in manifest.interface.inputs)
         tokens = _CPU_TOKENS_PER_THREAD * plan.threads_per_stream if device == "cpu" else 65536
         super().__init__(folder, manifest, settings, Limits(concurrency=plan.streams, batch_tokens=tokens))
 
@@ -67,9 +69,11 @@ class OnnxRuntime(Runtime):
         return {"fp32": "f32", "fp16": "f16", "int8": "f32"}[self.manifest.precision]
 
     def score(self, batch: Batch) -> NDArray[np.float32]:
-        input_ids, attention_mask = batch.padded()
         assert self._session is not None  # noqa: S101 (predict refuses a closed runtime)
-        feeds = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if self._packed:
+            feeds = batch.packed()
+        else:
+            feeds = dict(zip(("input_ids", "attention_mask"), batch.padded(), strict=True))
         logits = self._session.run(["logits"], feeds)[0]
         return np.asarray(logits[:, 0], np.float32)
 

@@ -10,12 +10,13 @@ import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 
+from ettin.artifacts.checksum import file_sha256
 from ettin.artifacts.errors import HardwareError, OutputError
-from ettin.artifacts.files import file_sha256
 from ettin.artifacts.manifest import Manifest
-from ettin.runtimes.base import Limits, Runtime, Settings
+from ettin.runtimes.base import Runtime, Settings
 from ettin.runtimes.batch import Batch
 from ettin.runtimes.cpu import CpuPlan, has_bf16, is_hybrid
+from ettin.runtimes.feeding import Limits
 from ettin.runtimes.graph.ops import ONLY_IN_F32, SAME_WHEN_SHORT
 
 # Kernels are made for each shape: fewer lengths, more reuse. Measured with the 17m shape in int8 on two cores, SQuAD
