@@ -14,6 +14,7 @@
     │   ├── NewerFormat           … written by a newer version of this project
     │   └── UnverifiedArtifact    … nobody has proven its scores yet
     ├── ShapeError            more pairs or tokens than an artifact was built for
+    ├── BuildError            an engine that could not be compiled
     ├── OutputError           a folder that can't be written
     └── ParityError           scores that differ from the reference
 
@@ -84,6 +85,10 @@ class UnverifiedArtifact(ArtifactError):
 
 class ShapeError(EttinError, ValueError):
     """More pairs or tokens than an artifact was built for."""
+
+
+class BuildError(EttinError):
+    """An engine that could not be compiled."""
 
 
 class OutputError(EttinError):

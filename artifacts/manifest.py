@@ -62,10 +62,26 @@ class Tokenizer(_Strict):
 class Needs(_Strict):
     """What a machine must have to run the artifact."""
 
-    device: Literal["cpu", "any"]
+    device: Literal["cpu", "cuda", "any"]
     isa: tuple[str, ...] = Field(strict=False, description="instruction sets; empty: any")
     package: str = Field(description="the Python package that runs it")
     version: str = Field(description="the version it was verified with")
+
+
+class ShapeRange(_Strict):
+    """Shapes of one input that an optimisation profile covers."""
+
+    min: tuple[PositiveInt, ...] = Field(strict=False)
+    opt: tuple[PositiveInt, ...] = Field(strict=False, description="the shape that kernels were chosen for")
+    max: tuple[PositiveInt, ...] = Field(strict=False)
+
+
+class Engine(_Strict):
+    """What a TensorRT engine was compiled for; no other GPU, and no other version of the builder, runs it."""
+
+    arch: str = Field(pattern=r"^sm_\d+$", description="compute capability of the GPU")
+    profiles: tuple[dict[str, ShapeRange], ...] = Field(strict=False, description="by profile, by input")
+    fused_attentions: NonNegativeInt | None = Field(description="attentions in one kernel, as the builder reported")
 
 
 class Parity(_Strict):
@@ -117,6 +133,7 @@ class Manifest(_Strict):
     needs: Needs
     entry: Annotated[str, AfterValidator(_stays_inside)] = Field(description="the file that the engine opens")
     calibration: Calibration | None
+    engine: Engine | None = None
     toolchain: dict[str, str]
     command: str
     created: str = Field(description="UTC, ISO 8601")

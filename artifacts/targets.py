@@ -13,11 +13,13 @@ class Target:
         name: the word users say.
         precisions: what it can be written in; the first is the default.
         runs_on: one line for lists.
+        gpu_only: whether it needs a GPU to run.
     """
 
     name: str
     precisions: tuple[str, ...]
     runs_on: str
+    gpu_only: bool = False
 
 
 TARGETS = {
@@ -25,6 +27,8 @@ TARGETS = {
     for target in (
         Target("onnx", ("fp32", "fp16", "int8"), "ONNX Runtime (CPU, CUDA), Optimum, transformers.js"),
         Target("openvino", ("int8", "bf16", "fp32"), "Intel and AMD CPUs"),
+        Target("trt", ("bf16",), "NVIDIA GPUs: TensorRT, Triton", gpu_only=True),
+        Target("trt-rtx", ("bf16",), "NVIDIA GPUs: TensorRT-RTX, built with or without one", gpu_only=True),
         Target("transformers", ("fp32", "bf16"), "PyTorch; servers that load ModernBertForSequenceClassification"),
     )
 }

@@ -4,6 +4,11 @@ import importlib.metadata
 from collections.abc import Iterable
 
 
+def installed_version(package: str) -> str:
+    """Version of a distribution, or that it is not installed."""
+    return installed_versions([package]).get(package, "not installed at export")
+
+
 def installed_versions(packages: Iterable[str]) -> dict[str, str]:
     """Version by distribution name, of those that are installed."""
     found = {}

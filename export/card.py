@@ -1,6 +1,7 @@
 """The artifact's README."""
 
 from ettin.artifacts.manifest import Manifest, TensorSpec
+from ettin.runtimes.registry import ENGINES
 
 _RANDOM = """> [!WARNING]
 > **Random weights.** This artifact has the shape of {id} and nothing else of it: its scores mean nothing. It is for
@@ -14,7 +15,7 @@ def card(manifest: Manifest) -> str:
     source, parity = manifest.source, manifest.parity
     revision = f" at revision `{source.revision}`" if source.revision else ""
     spearman = "–" if parity.spearman is None else f"{parity.spearman:.6f}"
-    extra = {"onnxruntime": "onnx", "openvino": "openvino", "torch": "torch"}[manifest.needs.package]
+    extra = ENGINES[manifest.target].extra
     if parity.status == "verified":
         proof = (
             f"Compared with {parity.reference} on {parity.pairs} pairs ({parity.rule}):\n\n"

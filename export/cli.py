@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from ettin.artifacts.errors import EttinError, MissingDependency, UsageError
+from ettin.artifacts.errors import EttinError, HardwareError, MissingDependency, UsageError
 from ettin.artifacts.targets import TARGETS, checked_precision, target_named
 from ettin.export import report
+from ettin.export.tensorrt_builder import FLAVOURS, BuildOptions
 from ettin.runtimes import console
 
 if TYPE_CHECKING:  # these import torch
@@ -45,6 +46,14 @@ EXAMPLES = (
 )
 @click.option("--force", is_flag=True, help="Replace an artifact that is already there.")
 @click.option("--allow-unverified", is_flag=True, help="Publish what can't be run here; it loads after ettin-verify.")
+@click.option("--arch", help="TensorRT: the GPU, such as sm_90 or sm_86.  [default: this machine's]")
+@click.option(
+    "--build-kit", is_flag=True, help="trt: write what builds the engine elsewhere (typed ONNX and a script)."
+)
+@click.option("--workspace", type=click.IntRange(1), help="TensorRT: MiB of scratch memory.  [default: all]")
+@click.option(
+    "--timing-cache", type=click.Path(path_type=Path, dir_okay=False), help="TensorRT: file that makes rebuilds faster."
+)
 @click.option("--random-weights", is_flag=True, help="The size's shape with random weights: for trying hardware.")
 @click.option("--seed", default=0, show_default=True, help="Of the random weights.")
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="Folder with a tokenizer for random weights.")
@@ -56,7 +65,8 @@ def command(
     size: str | None, checkpoint: str | None, revision: str | None, target: str, precision: str | None,
     everything: bool, output: Path | None, max_length: int | None, verify_pairs: Path | None,
     calibration: Path | None, force: bool,
-    allow_unverified: bool, random_weights: bool, seed: int, tokenizer: Path | None, dry_run: bool, list_: bool,
+    allow_unverified: bool, arch: str | None, build_kit: bool, workspace: int | None, timing_cache: Path | None,
+    random_weights: bool, seed: int, tokenizer: Path | None, dry_run: bool, list_: bool,
     doctor: bool,
 ) -> None:  # fmt: skip
     """Turn an Ettin reranker checkpoint into a fast artifact and prove that its scores are the reference's.
@@ -95,17 +105,34 @@ def command(
                     tokenizer=tokenizer,
                 )
             )
-        options = Options(max_length, verify_pairs, calibration, force, allow_unverified, _typed())
+        build = BuildOptions(arch, build_kit, workspace, timing_cache)
+        if not everything and target not in FLAVOURS and build != BuildOptions():
+            raise UsageError(
+                f"--arch, --build-kit, --workspace and --timing-cache are for {' and '.join(FLAVOURS)}, "
+                f"not for '{target}'"
+            )
+        options = Options(max_length, verify_pairs, calibration, force, allow_unverified, _typed(), build)
         export = Export(source, options, console.step)
         above = output if everything and output else Path(source.name)
         jobs = [
-            Job(name, kind, output if output and not everything else above / f"{name}-{kind}") for name, kind in wanted
+            Job(name, kind, output if output and not everything else above / _folder(name, kind, build))
+            for name, kind in wanted
         ]
         _announce(source)
+        if dry_run and everything:
+            buildable, rows, _ = _sorted(export, jobs)
+            report.show_plan(export, buildable)
+            return report.show_all(rows) if rows else None
         if dry_run:
             export.check(jobs)
             return report.show_plan(export, jobs)
         return _run_all(export, jobs) if everything else _run_one(export, jobs[0])
+
+
+def _folder(target: str, precision: str, build: BuildOptions) -> str:
+    """Engines for several GPUs lie side by side."""
+    named = target in FLAVOURS and build.arch not in (None, "native")
+    return f"{target}-{precision}-{build.arch}" if named else f"{target}-{precision}"
 
 
 def _announce(source: "Checkpoint") -> None:
@@ -119,9 +146,17 @@ def _run_one(export: "Export", job: "Job") -> None:
     export.check([job])
     export.prepare([job])
     verification = export.run(job)
-    if verification is None:
+    if export.options.build.kit:
         console.note(
-            f"  NOT VERIFIED: {job.target} can't run here. It loads after: ettin-verify {job.output}",
+            f"  A BUILD KIT: on a machine with TensorRT and a GPU of {export.options.build.arch}, run: "
+            f"sh {job.output}/engine/build.sh && ettin-verify {job.output}",
+            fg="yellow",
+            bold=True,
+        )
+    elif verification is None:
+        console.note(
+            f"  NOT VERIFIED: no score of this {job.target} artifact was computed here. It loads after, on the machine "
+            f"that runs it: ettin-verify {job.output}",
             fg="yellow",
             bold=True,
         )
@@ -132,13 +167,7 @@ def _run_one(export: "Export", job: "Job") -> None:
 
 def _run_all(export: "Export", jobs: "list[Job]") -> None:
     """Exports what can be built here; what can't is a row of the report with its reason."""
-    buildable, rows = [], []
-    for job in jobs:
-        try:
-            export.check([job])
-            buildable.append(job)
-        except EttinError as error:
-            rows.append(report.Row(job, None, str(error)))
+    buildable, rows, elsewhere = _sorted(export, jobs)
     if buildable:
         export.prepare(buildable)
     for job in buildable:
@@ -148,9 +177,24 @@ def _run_all(export: "Export", jobs: "list[Job]") -> None:
         except EttinError as error:
             rows.append(report.Row(job, None, str(error)))
     report.show_all(rows)
-    failed = sum(row.problem is not None for row in rows)
+    failed = sum(row.problem is not None for row in rows) - elsewhere
     if failed:
         raise EttinError(f"{failed} of {len(rows)} exports failed, see the report above")
+
+
+def _sorted(export: "Export", jobs: "list[Job]") -> "tuple[list[Job], list[report.Row], int]":
+    """What can be built here; what can't, and how much of that for want of a package or a device."""
+    buildable, rows, elsewhere = [], [], 0
+    for job in jobs:
+        try:
+            export.check([job])
+            buildable.append(job)
+        except (HardwareError, MissingDependency) as error:
+            rows.append(report.Row(job, None, f"not here: {error}"))
+            elsewhere += 1
+        except EttinError as error:
+            rows.append(report.Row(job, None, str(error)))
+    return buildable, rows, elsewhere
 
 
 def _typed() -> str:

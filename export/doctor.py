@@ -3,13 +3,14 @@
 import importlib.metadata
 import importlib.util
 import platform
-import shutil
-import subprocess
 from dataclasses import dataclass
 
+from ettin.artifacts.errors import HardwareError
 from ettin.artifacts.targets import TARGETS
+from ettin.export.tensorrt_builder import FLAVOURS
 from ettin.export.writers import WRITERS
 from ettin.runtimes import cpu
+from ettin.runtimes.gpu import gpus
 from ettin.runtimes.registry import ENGINES
 
 _PACKAGES = (
@@ -48,17 +49,17 @@ def _machine() -> list[Finding]:
     return [
         Finding("python", None, f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         Finding("cpu", None, f"{cpu.model_name()}, {cpu.available_cpus()} usable; {' '.join(known)}{limit}; {bf16}"),
-        Finding("gpu", None, _gpu()),
+        _gpu(),
     ]
 
 
-def _gpu() -> str:
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return "none found (no nvidia-smi)"
-    query = [program, "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"]
-    found = subprocess.run(query, capture_output=True, text=True, check=False, timeout=20)
-    return found.stdout.strip().replace("\n", "; ") or f"nvidia-smi failed: {found.stderr.strip()[:80]}"
+def _gpu() -> Finding:
+    try:
+        found = gpus()
+    except HardwareError as error:
+        return Finding("gpu", False, str(error))
+    names = "; ".join(f"{gpu.name}, {gpu.arch}, driver {gpu.driver}" for gpu in found)
+    return Finding("gpu", None, names or "none (no nvidia-smi)")
 
 
 def _has(module: str) -> bool:
@@ -81,6 +82,24 @@ def _packages() -> list[Finding]:
     return findings
 
 
+def _engine_detail(target: str, missing: list[str]) -> str:
+    """What this machine can do with a TensorRT target; exporting itself is possible."""
+    try:
+        found = gpus()
+    except HardwareError:
+        found = []
+    if FLAVOURS[target].module in missing:
+        kit = "; a build kit can be written (--build-kit)" if target == "trt" else ""
+        return f"neither build nor run: no {FLAVOURS[target].module}{kit}"
+    if not found:
+        here = (
+            "build kits only (--build-kit)" if target == "trt" else "build ahead of time (--arch, --allow-unverified)"
+        )
+        return f"{here}; to run, no GPU"
+    run = f"; to run, no {', '.join(missing)}" if missing else " and run"
+    return f"build{run}: {found[0].arch}"
+
+
 def _targets() -> list[Finding]:
     findings = []
     for name in TARGETS:
@@ -95,6 +114,8 @@ def _targets() -> list[Finding]:
             detail = f"run only: to export, no {', '.join(missing_write)}"
         elif missing_run:
             detail = f"export only with --allow-unverified: to run, no {', '.join(missing_run)}"
+        if TARGETS[name].gpu_only and not missing_write:
+            detail = _engine_detail(name, missing_run)
         fix = f'pip install "ettin-export[{",".join(dict.fromkeys(extras))}]"' if extras else ""
         findings.append(Finding(f"target {name}", not extras, detail, fix))
     return findings

@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ettin.artifacts.manifest import Interface, Needs, TensorSpec
+from ettin.artifacts.manifest import Engine, Interface, Needs, TensorSpec
 from ettin.export.checkpoint import Checkpoint
 from ettin.export.quantise import Quantised, linear_layers
+from ettin.export.tensorrt_builder import BuildOptions
 from ettin.export.weights import Weights, read_weights
 from ettin.export.writers import lowering
 from ettin.runtimes.graph.fold import inference_weights
@@ -27,6 +28,7 @@ class Lowered:
         needs: what a machine must have.
         graph: speed choices, for the manifest.
         float_linears: int8: linear layers that stayed in floating point.
+        engine: TensorRT: what it was compiled for.
     """
 
     entry: str
@@ -34,6 +36,7 @@ class Lowered:
     needs: Needs
     graph: dict[str, int | bool] = field(default_factory=dict)
     float_linears: tuple[str, ...] = ()
+    engine: Engine | None = None
 
 
 PADDED = Interface(
@@ -42,6 +45,15 @@ PADDED = Interface(
         TensorSpec(name="attention_mask", dtype="int64", shape=("batch", "tokens")),
     ),
     outputs=(TensorSpec(name="logits", dtype="float32", shape=("batch", 1)),),
+)
+
+PACKED = Interface(
+    inputs=(
+        TensorSpec(name="input_ids", dtype="int64", shape=("tokens",)),
+        TensorSpec(name="cu_seqlens", dtype="int64", shape=("pairs_and_one",)),
+        TensorSpec(name="longest", dtype="int64", shape=("longest",)),
+    ),
+    outputs=(TensorSpec(name="logits", dtype="float32", shape=("pairs", 1)),),
 )
 
 
@@ -53,11 +65,15 @@ class Material:
         checkpoint: the checked checkpoint.
         weights: its tensors.
         quantised: for int8, smoothed weights and input ranges.
+        max_length: tokens that the artifact will truncate to; None: the checkpoint's.
+        build: for TensorRT, what the user chose.
     """
 
     checkpoint: Checkpoint
     weights: Weights
     quantised: Quantised | None = None
+    max_length: int | None = None
+    build: BuildOptions = field(default_factory=BuildOptions)
 
     def folded(self) -> dict[str, NDArray[np.float32]]:
         """The inference graph's weights, float32."""
@@ -78,23 +94,31 @@ Quantise = Callable[[dict[str, Tensor]], Quantised]
 
 
 def lower(
-    checkpoint: Checkpoint, target: str, precision: str, folder: Path, quantise: Quantise | None = None
+    checkpoint: Checkpoint,
+    target: str,
+    precision: str,
+    folder: Path,
+    quantise: Quantise | None = None,
+    max_length: int | None = None,
+    build: BuildOptions | None = None,
 ) -> Lowered:
     """Writes one target into `folder`, with the tokenizer beside it.
 
     Args:
         checkpoint: what is lowered.
-        target: see `TARGETS`.
+        target: see `TARGETS`; or "packed", the graph of the TensorRT targets in fp32.
         precision: see `TARGETS`.
         folder: an empty folder.
         quantise: for int8, makes the quantised weights from the folded ones.
+        max_length: see `Material`.
+        build: see `Material`.
     """
     write = lowering(target)
     shutil.copyfile(checkpoint.folder / "tokenizer.json", folder / "tokenizer.json")
     weights = read_weights(checkpoint)
-    material = Material(checkpoint, weights)
+    material = Material(checkpoint, weights, None, max_length, build or BuildOptions())
     if quantise is not None:
         folded = inference_weights(weights.encoder, weights.head, checkpoint.shape)
-        material = Material(checkpoint, weights, quantise(folded))
+        material = replace(material, quantised=quantise(folded))
         return replace(write(material, precision, folder), float_linears=material.float_linears())
     return write(material, precision, folder)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 import onnx
 from numpy.typing import NDArray
@@ -11,7 +12,13 @@ from onnx import TensorProto, helper, numpy_helper
 from ettin.runtimes.graph.ops import Kind
 
 OPSET = 20  # the first with Gelu; ONNX Runtime reads it from 1.17 on
-_ELEMENT = {"int64": TensorProto.INT64, "float16": TensorProto.FLOAT16, "float32": TensorProto.FLOAT}
+_ELEMENT = {
+    "int64": TensorProto.INT64,
+    "bfloat16": TensorProto.BFLOAT16,
+    "float16": TensorProto.FLOAT16,
+    "float32": TensorProto.FLOAT,
+}
+_NUMPY = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16), "float32": np.dtype(np.float32)}
 
 
 class Value(NamedTuple):
@@ -26,12 +33,14 @@ class OnnxOps:
 
     Args:
         weights: folded weights, float32, by name.
-        compute: element type of the linear layers and attention, "float32" or "float16". Norms and the head
-            are float32 either way.
+        compute: element type of the linear layers and attention: "float32", "float16" or "bfloat16". Norms and the
+            head are float32 either way; with "bfloat16", so are rotation, softmax and GELU, between casts: that type
+            keeps 8 bits, and a compiler fuses the casts away (TensorRT-RTX 1.7 does, seen in its layer listing).
     """
 
     def __init__(self, weights: Mapping[str, NDArray[np.float32]], compute: str) -> None:
         self._weights, self._compute = weights, compute
+        self._is_bfloat16 = compute == "bfloat16"
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, TensorProto] = {}
 
@@ -53,8 +62,12 @@ class OnnxOps:
         return Value(name, str(values.dtype))
 
     def weight(self, name: str) -> Value:
-        dtype = "float32" if name.startswith("head.") else self._compute
-        return self.constant(self._weights[name].astype(dtype, copy=False), name)
+        return self.constant(self._weights[name].astype(self._stored_as(name), copy=False), name)
+
+    def _stored_as(self, name: str) -> np.dtype[Any]:
+        is_float32 = name.startswith("head.") or (name.startswith("rope.") and self._is_bfloat16)
+        dtype: np.dtype[Any] = _NUMPY["float32" if is_float32 else self._compute]
+        return dtype
 
     def integer(self, value: int) -> Value:
         return self.constant(np.array(value, np.int64))
@@ -95,8 +108,9 @@ class OnnxOps:
         return self.node("Abs", [x])
 
     def bias_where(self, a: Value, b: Value, bias: float) -> Value:
-        chosen, zero = (self.constant(np.array(value, self._compute)) for value in (bias, 0.0))
-        return self.node("Where", [self.node("Greater", [a, b], "bool"), chosen, zero], self._compute)
+        dtype = "float32" if self._is_bfloat16 else self._compute
+        chosen, zero = (self.constant(np.array(value, _NUMPY[dtype])) for value in (bias, 0.0))
+        return self.node("Where", [self.node("Greater", [a, b], "bool"), chosen, zero], dtype)
 
     def count_at_most(self, boundaries: Value, values: Value) -> Value:
         columns, rows = self.reshape(boundaries, [1, -1]), self.reshape(values, [-1, 1])
@@ -140,8 +154,7 @@ class OnnxOps:
 
     def _matrix(self, name: str) -> Value:
         """A weight [out, in] stored as the [in, out] that MatMul takes."""
-        dtype = "float32" if name.startswith("head.") else self._compute
-        return self.constant(self._weights[name].T.astype(dtype, copy=False), name)
+        return self.constant(self._weights[name].T.astype(self._stored_as(name), copy=False), name)
 
     def linear(self, x: Value, name: str, bias: str | None = None) -> Value:
         product = self.node("MatMul", [x, self._matrix(name)])
@@ -159,14 +172,22 @@ class OnnxOps:
         return normed if x.dtype == "float32" else self.cast(normed, "compute")
 
     def gelu(self, x: Value) -> Value:
-        return self.node("Gelu", [x], approximate="none")
+        return self._back(self.node("Gelu", [self._widened(x)], approximate="none"), x)
+
+    def _widened(self, x: Value) -> Value:
+        return self.cast(x, "float32") if self._is_bfloat16 else x
+
+    def _back(self, result: Value, x: Value) -> Value:
+        """`result` in the type that `x` has."""
+        return result if result.dtype == x.dtype else self.cast(result, "compute")
 
     def rotate(self, x: Value, cos: Value, sin: Value) -> Value:
-        left, right = self._nodes("Split", [x], x.dtype, 2, axis=-1, num_outputs=2)
+        wide = self._widened(x)
+        left, right = self._nodes("Split", [wide], wide.dtype, 2, axis=-1, num_outputs=2)
         turned = self.node("Concat", [self.node("Neg", [right]), left], axis=-1)
-        return self.add(self.multiply(x, cos), self.multiply(turned, sin))
+        return self._back(self.add(self.multiply(wide, cos), self.multiply(turned, sin)), x)
 
     def attention(self, q: Value, k: Value, v: Value, bias: Value, reader: str) -> Value:
-        scores = self.node("MatMul", [q, self.transpose(k, [0, 1, 3, 2])])
+        scores = self._widened(self.node("MatMul", [q, self.transpose(k, [0, 1, 3, 2])]))
         shares = self.node("Softmax", [self.add(scores, bias)], axis=-1)
-        return self.node("MatMul", [shares, v])
+        return self.node("MatMul", [self._back(shares, q), v])

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ettin.artifacts.errors import EttinError, OutputError, ParityError, UsageError
+from ettin.artifacts.errors import EttinError, HardwareError, MissingDependency, OutputError, ParityError, UsageError
 from ettin.artifacts.manifest import Calibration, Parity
 from ettin.artifacts.parity import write_parity
 from ettin.artifacts.publish import check_output, staged
@@ -24,7 +24,9 @@ from ettin.export.lowering import Lowered, lower
 from ettin.export.proof_pairs import proof_pairs
 from ettin.export.quantise import LADDER, Quantised, Scheme, quantised
 from ettin.export.record import REFERENCE, About, unverified, write_manifest
+from ettin.export.tensorrt_builder import FLAVOURS, BuildOptions, builder_module, checked_arch
 from ettin.export.writers import WRITERS, lowering
+from ettin.runtimes.gpu import gpus
 from ettin.runtimes.registry import runtime_class
 from ettin.runtimes.tokenizer import PairTokenizer
 from ettin.runtimes.verify import Verification, verify_in_child
@@ -67,6 +69,7 @@ class Options:
         force: replace artifacts that are already there.
         allow_unverified: publish what can't be run here, marked as unverified.
         command: what the user typed, for the manifest.
+        build: for TensorRT.
     """
 
     max_length: int | None = None
@@ -75,6 +78,7 @@ class Options:
     force: bool = False
     allow_unverified: bool = False
     command: str = "ettin-export"
+    build: BuildOptions = field(default_factory=BuildOptions)
 
 
 @dataclass
@@ -117,8 +121,16 @@ class Export:
         for job in jobs:
             check_output(job.output, self.options.force)
             lowering(job.target)
-            if not self.options.allow_unverified:
-                runtime_class(job.target)
+            if job.target in FLAVOURS and not self.options.build.kit:
+                checked_arch(job.target, self.options.build.arch, gpus())
+                builder_module(job.target)
+            elif self.options.build.kit and job.target != "trt":
+                raise UsageError(f"--build-kit is for --target trt, not for '{job.target}'")
+            elif self.options.build.kit and self.options.build.arch in (None, "native"):
+                raise UsageError("--build-kit is for another machine: name its GPU, such as --arch sm_90")
+            reason = self._why_not_here(job)
+            if reason is not None and not self._may_be_unproven:
+                raise reason
         if jobs:
             need = max(self.expected_bytes(job) * (1 if job.precision == "fp32" else 3) for job in jobs)
             where = jobs[0].output.absolute()
@@ -157,6 +169,9 @@ class Export:
             ParityError: the scores differ from gold; nothing was published.
             EttinError: anything else; nothing was published.
         """
+        reason = self._why_not_here(job)
+        if reason is not None and not self._may_be_unproven:
+            raise reason
         if self._gold is None:
             self.prepare([job])
         assert self._gold is not None  # noqa: S101 (set by prepare)
@@ -166,11 +181,9 @@ class Export:
                 f"fp16 ends at 65504, an activation of gold reaches {largest}, limit "
                 f"{FP16_MAX_ACTIVATION:.0f}. Export another precision: --target {job.target} --precision fp32"
             )
-        proven = _can_run(job.target)
-        if not proven and not self.options.allow_unverified:
-            runtime_class(job.target)  # says what is missing
-        if job.precision != "fp32" and proven and job.target not in self._proven_fp32:
-            self._prove_fp32(job)
+        proven, proof = reason is None, WRITERS[job.target].proof
+        if job.precision != "fp32" and (proven or proof) and (proof or job.target) not in self._proven_fp32:
+            self._prove_fp32(job, proof)
         schemes = LADDER if job.precision == "int8" else (None,)
         for scheme in schemes:
             try:
@@ -190,7 +203,9 @@ class Export:
         quantise = functools.partial(self._quantise, scheme) if scheme else None
         with staged(job.output, self.options.force) as stage:
             with self.step(f"write {job.target} {job.precision}"):
-                lowered = lower(self.checkpoint, job.target, job.precision, stage, quantise)
+                lowered = lower(
+                    self.checkpoint, job.target, job.precision, stage, quantise, self.max_length, self.options.build
+                )
                 gc.collect()  # a 1b's weights, several times over, before a child loads them again
                 write_parity(stage, self._gold.cases)
                 record = self._calibration_record(scheme, lowered) if scheme else None
@@ -217,20 +232,48 @@ class Export:
             float_linears=lowered.float_linears,
         )  # fmt: skip
 
-    def _prove_fp32(self, job: Job) -> None:
-        """A reduced precision is made only from a lowered graph that passed in fp32."""
+    @property
+    def _may_be_unproven(self) -> bool:
+        return self.options.allow_unverified or self.options.build.kit  # a kit is proven when its engine is built
+
+    def _why_not_here(self, job: Job) -> EttinError | None:
+        """What keeps an artifact from being run here, and so from being proven."""
+        try:
+            engine = runtime_class(job.target)
+            if job.target not in FLAVOURS:
+                return None
+            if self.options.build.kit:
+                raise HardwareError("a build kit holds no engine to run")
+            engine.check_machine(job.target, checked_arch(job.target, self.options.build.arch, gpus()))
+        except MissingDependency as error:
+            return error
+        except HardwareError as error:
+            return HardwareError(
+                f"{error}; so its scores can't be proven here. Publish it unproven: --allow-unverified, then where it "
+                "runs: ettin-verify"
+            )
+        return None
+
+    def _prove_fp32(self, job: Job, proof: str | None) -> None:
+        """A reduced precision is made only from a lowered graph that passed in fp32.
+
+        Args:
+            job: what is to be made.
+            proof: what is lowered for it, an `onnx` artifact; None: the job's target.
+        """
         assert self._gold is not None  # noqa: S101
         above = job.output.absolute().parent
         while not above.exists():
             above = above.parent
         with tempfile.TemporaryDirectory(prefix=".ettin-fp32-", dir=above) as folder:
             stage = Path(folder)
-            with self.step(f"write {job.target} fp32, to prove the graph"):
-                lowered = lower(self.checkpoint, job.target, "fp32", stage)
+            target = "onnx" if proof else job.target
+            with self.step(f"write {proof or job.target} fp32, to prove the graph"):
+                lowered = lower(self.checkpoint, proof or job.target, "fp32", stage, None, self.max_length)
                 write_parity(stage, self._gold.cases)
-                self._write_manifest(stage, Job(job.target, "fp32", job.output), lowered, unverified())
-            self._verify(stage, job.target, "fp32")
-        self._proven_fp32.add(job.target)
+                self._write_manifest(stage, Job(target, "fp32", job.output), lowered, unverified())
+            self._verify(stage, target, "fp32")
+        self._proven_fp32.add(proof or job.target)
 
     def _verify(self, stage: Path, target: str, precision: str) -> Verification:
         with self.step(f"verify {precision}"):
@@ -258,11 +301,3 @@ class Export:
     @functools.cached_property
     def _weights_sha256(self) -> str:
         return self.checkpoint.weights_sha256()
-
-
-def _can_run(target: str) -> bool:
-    try:
-        runtime_class(target)
-    except EttinError:
-        return False
-    return True

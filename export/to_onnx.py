@@ -7,12 +7,14 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto, helper
 
-from ettin.artifacts.manifest import Needs
-from ettin.export.lowering import ISA, PADDED, Lowered, Material
+from ettin.artifacts.manifest import Interface, Needs
+from ettin.artifacts.versions import installed_version
+from ettin.export.classification import write_configs
+from ettin.export.lowering import ISA, PACKED, PADDED, Lowered, Material
 from ettin.export.onnx_graph import OPSET, OnnxOps, Value
 from ettin.export.onnx_int8 import Int8OnnxOps
-from ettin.export.to_transformers import write_configs
 from ettin.runtimes.graph import GraphForm, Scorer
+from ettin.runtimes.graph.packed import PackedScorer
 
 _COMPUTE = {"fp32": "float32", "fp16": "float16"}
 # transformers.js finds a precision by its file name; Optimum takes the one ONNX file that there is.
@@ -42,9 +44,42 @@ def onnx_from_checkpoint(
     quantised = material.quantised
     ops = Int8OnnxOps(quantised) if quantised else OnnxOps(material.folded(), _COMPUTE[precision])
     logits = Scorer(ops, checkpoint.shape, form).logits(Value("input_ids", "int64"), Value("attention_mask", "int64"))
+    path = folder / "onnx" / _FILE[precision]
+    save(ops, logits, PADDED, path, external_from_bytes)
+    write_configs(checkpoint, folder)
+    return Lowered(
+        entry=path.relative_to(folder).as_posix(),
+        interface=PADDED,
+        needs=Needs(
+            device="any", isa=ISA.get(precision, ()), package="onnxruntime", version=installed_version("onnxruntime")
+        ),
+        graph=asdict(form),
+    )
+
+
+def packed_onnx(
+    material: Material, compute: str, path: Path, *, external_from_bytes: int = EXTERNAL_FROM_BYTES
+) -> GraphForm:
+    """Writes the packed graph, whose element types are all in the file: what a strongly typed engine is built from.
+
+    Args:
+        material: what is lowered.
+        compute: "float32" or "bfloat16", see `OnnxOps`.
+        path: the file; its folder is made.
+        external_from_bytes: see `onnx_from_checkpoint`.
+    """
+    ops, form = OnnxOps(material.folded(), compute), GraphForm()
+    inputs = [Value(each.name, each.dtype) for each in PACKED.inputs]
+    logits = PackedScorer(ops, material.checkpoint.shape, form).packed_logits(*inputs)
+    save(ops, logits, PACKED, path, external_from_bytes)
+    return form
+
+
+def save(ops: OnnxOps, logits: Value, interface: Interface, path: Path, external_from_bytes: int) -> None:
+    """Writes a checked model; takes the weights out of `ops`."""
     ops.nodes.append(helper.make_node("Identity", [logits.name], ["logits"], "logits"))
-    inputs = [helper.make_tensor_value_info(each.name, TensorProto.INT64, each.shape) for each in PADDED.inputs]
-    outputs = [helper.make_tensor_value_info(each.name, TensorProto.FLOAT, each.shape) for each in PADDED.outputs]
+    inputs = [helper.make_tensor_value_info(each.name, TensorProto.INT64, each.shape) for each in interface.inputs]
+    outputs = [helper.make_tensor_value_info(each.name, TensorProto.FLOAT, each.shape) for each in interface.outputs]
     model = helper.make_model(
         helper.make_graph(ops.nodes, "ettin-reranker", inputs, outputs),
         opset_imports=[helper.make_opsetid("", OPSET)],
@@ -56,21 +91,6 @@ def onnx_from_checkpoint(
     external = size_bytes >= external_from_bytes
     for name in list(ops.initializers):  # protobuf copies: one weight at a time is there twice, not all
         model.graph.initializer.append(ops.initializers.pop(name))
-    path = folder / "onnx" / _FILE[precision]
-    path.parent.mkdir()
+    path.parent.mkdir(exist_ok=True)
     onnx.save_model(model, path, save_as_external_data=external, location=f"{path.name}_data", size_threshold=1024)
     onnx.checker.check_model(path, full_check=True)
-    write_configs(checkpoint, folder)
-    return Lowered(
-        entry=path.relative_to(folder).as_posix(),
-        interface=PADDED,
-        needs=Needs(device="any", isa=ISA.get(precision, ()), package="onnxruntime", version=_version("onnxruntime")),
-        graph=asdict(form),
-    )
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed at export"

@@ -16,9 +16,11 @@ class Writer(Engine):
 
     Args:
         verify_also: by precision, variables of a second verification: what other machines will make of the artifact.
+        proof: the target whose fp32 form proves the graph; None: its own.
     """
 
     verify_also: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    proof: str | None = None
 
 
 # An instruction set without bf16 arithmetic: OpenVINO then computes with a bf16 artifact's weights in f32.
@@ -35,14 +37,19 @@ WRITERS = {
     "transformers": Writer(
         "ettin.export.to_transformers:transformers_from_checkpoint", ("safetensors", "transformers"), "export"
     ),
+    "trt": Writer("ettin.export.to_tensorrt:trt_from_checkpoint", ("onnx",), "export", proof="packed"),
+    "trt-rtx": Writer("ettin.export.to_tensorrt:trt_rtx_from_checkpoint", ("onnx",), "export", proof="packed"),
 }
+# Not for users: an `onnx` artifact of the packed graph.
+_PACKED = Writer("ettin.export.to_tensorrt:packed_from_checkpoint", ("onnx",), "export")
 
 
 def lowering(target: str) -> "Lowering":
-    """The function that writes `target`.
+    """The function that writes `target`, or "packed".
 
     Raises:
         MissingDependency: a package that it needs is not installed.
     """
-    function: Lowering = WRITERS[target].imported(target)
+    writer = _PACKED if target == "packed" else WRITERS[target]
+    function: Lowering = writer.imported(target)
     return function

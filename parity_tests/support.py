@@ -9,7 +9,8 @@ from ettin.artifacts.targets import TARGETS
 from ettin.runtimes.graph import ModelShape
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
-VARIANTS = [(target.name, precision) for target in TARGETS.values() for precision in target.precisions]
+# What any machine can run.
+VARIANTS = [(each.name, precision) for each in TARGETS.values() if not each.gpu_only for precision in each.precisions]
 
 # A shape that is tiny and unlike the released ones: another window, two RoPE bases, a local last layer, 3 heads of 32.
 TINY = ModelShape(

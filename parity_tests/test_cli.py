@@ -111,7 +111,10 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HOME": "no-such-cache"}
     ("arguments", "message"),
     [
         (["--size", "70m"], "unknown size '70m', expected one of: demo, 17m, 32m, 68m, 150m, 400m, 1b"),
-        (["--size", "demo", "--target", "tpu"], "unknown target 'tpu', expected one of: onnx, openvino, transformers"),
+        (
+            ["--size", "demo", "--target", "tpu"],
+            "unknown target 'tpu', expected one of: onnx, openvino, trt, trt-rtx, transformers",
+        ),
         (["--size", "demo", "--precision", "int4"], "has no precision 'int4', expected one of: int8, bf16, fp32"),
         (["--size", "demo", "--all", "--precision", "int4"], "no target has a precision 'int4'"),
         (["--size", "demo", "--max-length", "9000"], "--max-length is 9000, expected 8 to 7999"),

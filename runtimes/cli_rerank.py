@@ -26,11 +26,11 @@ from ettin.runtimes.registry import load
 @click.option("--field", default="text", show_default=True, help="Key of the document's text in JSON lines.")
 @click.option("--json", "as_json", is_flag=True, help="Write JSON lines instead of a table.")
 @click.option("--max-length", type=click.IntRange(3), help="Tokens that pairs are truncated to.")
-@click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
+@click.option("--device", help="cpu or cuda.  [default: what the artifact is for]")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: all]")
 def command(
     artifact: Path, file: Path, query: str, top_k: int | None, field: str, as_json: bool, max_length: int | None,
-    device: str, threads: int | None,
+    device: str | None, threads: int | None,
 ) -> None:  # fmt: skip
     """Rank the documents in FILE (- or nothing: standard input) for a query, best first.
 

@@ -38,7 +38,7 @@ class Engine:
             for package in self.packages:
                 importlib.import_module(package)
         except ModuleNotFoundError as error:
-            if error.name not in self.packages:
+            if error.name not in {part for each in self.packages for part in (each, each.partition(".")[0])}:
                 raise
             raise MissingDependency(f"target '{target}'", str(error.name), self.extra) from None
         return getattr(importlib.import_module(module), name)
@@ -47,6 +47,8 @@ class Engine:
 ENGINES = {
     "onnx": Engine("ettin.runtimes.on_onnxruntime:OnnxRuntime", ("onnxruntime",), "onnx"),
     "openvino": Engine("ettin.runtimes.on_openvino:OpenVinoRuntime", ("openvino",), "openvino"),
+    "trt": Engine("ettin.runtimes.on_tensorrt:TensorRtRuntime", ("tensorrt", "cuda.bindings"), "trt"),
+    "trt-rtx": Engine("ettin.runtimes.on_tensorrt:TensorRtRuntime", ("tensorrt_rtx", "cuda.bindings"), "trt-rtx"),
     "transformers": Engine("ettin.runtimes.on_torch:TorchRuntime", ("torch", "transformers"), "torch"),
 }
 
@@ -54,7 +56,7 @@ ENGINES = {
 def load(
     path: str | Path,
     *,
-    device: str = "cpu",
+    device: str | None = None,
     threads: int | None = None,
     streams: int | None = None,
     cache_dir: str | Path | None = None,
@@ -66,7 +68,8 @@ def load(
 
     Args:
         path: its folder.
-        device: "cpu", or "cuda" for ONNX Runtime's CUDA provider and torch. Never replaced by another.
+        device: "cpu", or "cuda" for ONNX Runtime's CUDA provider, torch and TensorRT; None: the one that the artifact
+            is for, "cpu" if it is for both. Never replaced by another.
         threads: CPU threads to use; None: one for each core that this process may use (on a hybrid processor: each
             performance core).
         streams: batches scored at the same time, among which the threads are divided. None: as many as threads, which
@@ -86,6 +89,9 @@ def load(
     folder = Path(path)
     manifest = Manifest.read(folder)
     target = target_named(manifest.target)
+    if device is None:
+        device = "cuda" if manifest.needs.device == "cuda" else "cpu"
+    check_kit(folder, manifest)
     check_files(folder, manifest, checksums)
     if manifest.parity.status == "unverified" and not allow_unverified:
         raise UnverifiedArtifact(f"{folder}: exported without proof of its scores. Run here: ettin-verify {folder}")
@@ -102,6 +108,19 @@ def load(
     settings = Settings(device, threads, streams, Path(cache_dir) if cache_dir else None, max_length)
     runtime: Runtime = runtime_class(target.name)(folder, manifest, settings)
     return runtime
+
+
+def check_kit(folder: Path, manifest: Manifest) -> None:
+    """Whether it is an artifact and not what one is built from.
+
+    Raises:
+        UnverifiedArtifact: a build kit; says what to run.
+    """
+    if manifest.engine is not None and manifest.entry not in {each.path for each in manifest.files}:
+        raise UnverifiedArtifact(
+            f"{folder}: a build kit, its engine for {manifest.engine.arch} is not built yet. On a machine with such a "
+            f"GPU and TensorRT, run: sh {folder}/engine/build.sh && ettin-verify {folder}"
+        )
 
 
 def runtime_class(target: str) -> Any:

@@ -1,5 +1,6 @@
 """Proves an artifact's scores: the reference's pairs through the runtime that users will run. No torch needed."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -14,13 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ettin.artifacts.errors import EttinError, ParityError
+from ettin.artifacts.files import list_files
 from ettin.artifacts.manifest import MANIFEST_NAME, Manifest, Parity
 from ettin.artifacts.metrics import ScoreError, score_error
 from ettin.artifacts.parity import ParityCase, read_parity
 from ettin.artifacts.tolerances import FP32, MIN_PAIRS, REDUCED_MIN_PAIRS, fp32_rule, int8_rule, reduced_rule
 from ettin.runtimes.base import Runtime
 from ettin.runtimes.batch import Batch
-from ettin.runtimes.registry import load
+from ettin.runtimes.registry import check_kit, load, runtime_class
 
 _MIXED_PAIRS = 12  # scored together and alone
 _MIXED_TOKENS = 768  # … where they are no longer than this
@@ -91,7 +93,7 @@ class Verification:
         return cls(**{**values, "arithmetic": tuple(values["arithmetic"])})
 
 
-def verify(folder: Path, *, device: str = "cpu", threads: int | None = None) -> Verification:
+def verify(folder: Path, *, device: str | None = None, threads: int | None = None) -> Verification:
     """Runs the artifact's own pairs and compares ids and scores with the reference's.
 
     Args:
@@ -153,9 +155,35 @@ def verify_in_child(folder: Path, environment: Mapping[str, str] | None = None) 
 def record_verified(folder: Path, verification: Verification) -> None:
     """Marks an unverified artifact as verified on this machine."""
     manifest = Manifest.read(folder)
-    proven = manifest.model_copy(update={"parity": verification.parity(manifest.parity.reference)})
+    _rewrite(folder, manifest.model_copy(update={"parity": verification.parity(manifest.parity.reference)}))
+
+
+def adopt_engine(folder: Path) -> bool:
+    """Makes a build kit whose engine was built an artifact, still unverified.
+
+    Returns:
+        False for anything that is not a build kit.
+
+    Raises:
+        UnverifiedArtifact: its engine is not there yet.
+        MissingDependency: the engine's package, whose version is recorded, is not installed.
+    """
+    manifest = Manifest.read(folder)
+    if manifest.engine is None or manifest.entry in {each.path for each in manifest.files}:
+        return False
+    if not (folder / manifest.entry).is_file():
+        check_kit(folder, manifest)
+    runtime_class(manifest.target)
+    version = str(importlib.import_module(manifest.needs.package).__version__)
+    needs = manifest.needs.model_copy(update={"version": version})
+    engine = next(each for each in list_files(folder) if each.path == manifest.entry)
+    _rewrite(folder, manifest.model_copy(update={"needs": needs, "files": (*manifest.files, engine)}))
+    return True
+
+
+def _rewrite(folder: Path, manifest: Manifest) -> None:
     fresh = folder / f"{MANIFEST_NAME}.new"
-    fresh.write_bytes(proven.to_bytes())
+    fresh.write_bytes(manifest.to_bytes())
     fresh.replace(folder / MANIFEST_NAME)
 
 
