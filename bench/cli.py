@@ -15,11 +15,13 @@ from ettin.artifacts.errors import InputError, MissingDependency, UsageError
 from ettin.artifacts.manifest import Manifest
 from ettin.artifacts.metrics import score_error
 from ettin.bench.beir import read_beir
+from ettin.bench.bundle import assemble
 from ettin.bench.cpu import ISAS, NOTES, PEERS, compare, contestants, result
 from ettin.bench.machine import machine
 from ettin.bench.tables import TABLES, filled
 from ettin.bench.texts import pairs_to_score
 from ettin.bench.throughput import pairs_per_s
+from ettin.export.sizes import DEMO_FOLDER
 from ettin.runtimes import Runtime, console, load
 from ettin.runtimes.batch import Batch
 from ettin.runtimes.cpu import isa_limit
@@ -184,6 +186,19 @@ def cpu(
         "weights": "random" if random_weights else "checkpoint",
     }
     _report(json_path, "cpu", {**settings, "isa": isa, "isa_note": NOTES[isa], "contestants": results})
+
+
+@command.command("gpu-bundle", epilog=console.example_epilog("ettin-bench gpu-bundle for-the-gpu"))
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="Trained, for parity.  [default: the embedded one]")
+@click.option("--data", type=click.Path(path_type=Path), help="Retrieval set in BEIR form.  [default: own passages]")
+@click.option("--pairs", "count", default=2000, show_default=True, help="Pairs of text.")
+@click.option("--force", is_flag=True, help="Replace a folder that is already there.")
+def gpu_bundle(folder: Path, checkpoint: Path | None, data: Path | None, count: int, force: bool) -> None:
+    """Write one folder that measures a GPU where only torch and transformers are installed."""
+    size_bytes = assemble(folder, checkpoint or DEMO_FOLDER, pairs_to_score(data, count), force)
+    console.note(f"  {size_bytes / 2**20:.0f} MiB. On the machine with the GPU: python {folder}/ettin/bench/gpu.py")
+    click.echo(folder)
 
 
 @command.command(epilog=console.example_epilog("ettin-bench tables README.md"))

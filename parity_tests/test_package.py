@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 ROOT = Path(__file__).parents[1]
 LAYERS = ["artifacts", "runtimes", "export", "bench"]
-TORCH_USERS = {"on_torch.py", "fold.py", "torch_graph.py"}
+TORCH_USERS = {"on_torch.py", "flash.py", "flash_graph.py", "fold.py", "torch_graph.py"}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 

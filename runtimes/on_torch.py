@@ -1,4 +1,8 @@
-"""Runs `transformers` artifacts with torch: transformers' own ModernBertForSequenceClassification."""
+"""Runs `transformers` artifacts with torch.
+
+In fp32, and on CPUs: transformers' own ModernBertForSequenceClassification, padded, with SDPA attention. In bf16 on a
+GPU: our graph without padding, with FlashAttention-2.
+"""
 
 from pathlib import Path
 
@@ -9,8 +13,13 @@ from transformers import AutoModelForSequenceClassification
 
 from ettin.artifacts.errors import HardwareError
 from ettin.artifacts.manifest import Manifest
-from ettin.runtimes.base import Limits, Runtime, Settings
+from ettin.runtimes.base import Runtime, Settings
 from ettin.runtimes.batch import Batch
+from ettin.runtimes.feeding import Limits
+from ettin.runtimes.flash import flash_kernel, packed_inputs
+from ettin.runtimes.graph import ModelShape
+from ettin.runtimes.graph.flash_graph import FlashGraph, Kernel, modular_tensors
+from ettin.runtimes.graph.fold import inference_weights
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -20,7 +29,7 @@ _CPU_TOKENS_PER_THREAD = 512
 
 
 class TorchRuntime(Runtime):
-    """The stock transformers model with SDPA attention; see `Runtime`.
+    """The stock transformers model, or our graph of it; see `Runtime`.
 
     Args:
         folder: the artifact.
@@ -28,7 +37,7 @@ class TorchRuntime(Runtime):
         settings: no streams, no cache; `threads` are torch's for the whole process, None: torch's own choice.
 
     Raises:
-        HardwareError: no CUDA device.
+        HardwareError: no CUDA device, or for bf16 none that FlashAttention-2 runs on.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, settings: Settings) -> None:
@@ -36,6 +45,7 @@ class TorchRuntime(Runtime):
         settings.refuse("transformers", "streams", "cache_dir")
         if device == "cuda" and not torch.cuda.is_available():
             raise HardwareError("device 'cuda': torch finds no CUDA device. Run: ettin-export --doctor")
+        kernel = flash_kernel() if device == "cuda" and manifest.precision == "bf16" else None
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         # The dtype is explicit: transformers 5 would otherwise take the stored one.
@@ -44,12 +54,24 @@ class TorchRuntime(Runtime):
         )
         self._model.to(device).eval()
         self._device = device
-        tokens = _CPU_TOKENS_PER_THREAD * torch.get_num_threads() if device == "cpu" else 65536
-        super().__init__(folder, manifest, settings, Limits(concurrency=1, batch_tokens=tokens))
+        self._flash = None if kernel is None else self._flash_graph(manifest, kernel)
+        if device == "cpu":
+            limits = Limits(concurrency=1, batch_tokens=_CPU_TOKENS_PER_THREAD * torch.get_num_threads())
+        else:  # while the GPU computes one batch, the next is copied and its kernels are queued
+            limits = Limits(concurrency=2, batch_tokens=65536, in_parallel=False)
+        super().__init__(folder, manifest, settings, limits)
+
+    def _flash_graph(self, manifest: Manifest, kernel: Kernel) -> FlashGraph:
+        shape = ModelShape.from_json(manifest.source.shape)
+        tensors = {name: tensor.float() for name, tensor in self._model.state_dict().items()}
+        weights = inference_weights(*modular_tensors(tensors), shape)
+        self._model = None
+        return FlashGraph(weights, shape, kernel, _DTYPES[manifest.precision]).to(self._device)
 
     @property
     def description(self) -> str:
-        return f"torch {torch.__version__}, {self._device}, SDPA, {self.manifest.precision}"
+        attention = "FlashAttention-2, unpadded" if self._flash else "SDPA"
+        return f"torch {torch.__version__}, {self._device}, {attention}, {self.manifest.precision}"
 
     @property
     def arithmetic(self) -> str:
@@ -57,9 +79,12 @@ class TorchRuntime(Runtime):
 
     @torch.inference_mode()
     def score(self, batch: Batch) -> NDArray[np.float32]:
-        input_ids, attention_mask = (torch.from_numpy(each).to(self._device) for each in batch.padded())
-        logits = self._model(input_ids=input_ids, attention_mask=attention_mask).logits
-        return np.asarray(logits[:, 0].float().cpu().numpy())
+        if self._flash is not None:
+            logits = self._flash(*packed_inputs(batch, self._device), batch.longest)
+        else:
+            input_ids, attention_mask = (torch.from_numpy(each).to(self._device) for each in batch.padded())
+            logits = self._model(input_ids=input_ids, attention_mask=attention_mask).logits[:, 0]
+        return np.asarray(logits.float().cpu().numpy())
 
     def _release(self) -> None:
-        del self._model
+        self._model = self._flash = None

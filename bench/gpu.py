@@ -1,0 +1,182 @@
+"""Parity and throughput on a GPU, with torch, transformers and this repository alone; no install.
+
+    python bench/gpu.py --minutes 8 --json results.json
+    python bench/gpu.py --device cpu --sizes tiny --minutes 1   # a trial where there is no GPU
+
+Throughput by the release's method: pairs at their natural lengths, max_length 512, tokenising included, batch size from
+8 doubled until out of memory (here: or no gain twice), three passes, their median. The settings are those of the
+release's ablation, run by a loop that does what sentence-transformers' `CrossEncoder.predict` does; and ours.
+"""
+
+# ruff: noqa: T201, E402
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+# A source checkout keeps the package's name in .dev, an assembled folder is a package itself. The script's own folder
+# must not come first: its profile.py is not the standard library's.
+_ROOT = next(root for root in (HERE.parent / ".dev", HERE.parents[1]) if (root / "ettin" / "bench").exists())
+if __name__ == "__main__":
+    sys.path[0] = str(_ROOT)
+
+import torch
+import transformers
+
+from ettin.bench.gpu_speed import (
+    MAX_LENGTH,
+    best_of,
+    linear_flops_per_token,
+    matrix_peak_tflops,
+    settings,
+)
+from ettin.bench.gpu_subject import Pairs, Place, opened, parity, plain_varlen
+from ettin.export.checkpoint import read_checkpoint
+from ettin.export.proof_pairs import natural_pairs
+from ettin.export.random_checkpoint import write_random_checkpoint
+from ettin.export.sizes import DEMO_FOLDER, SIZES
+from ettin.runtimes.flash import flash_kernel
+from ettin.runtimes.graph import ModelShape
+from ettin.runtimes.tokenizer import PairTokenizer
+
+_TINY = ModelShape(
+    vocab_size=8192, hidden_size=64, intermediate_size=96, num_heads=2, global_layers=(True, False, False, True),
+    window_tokens=64, rope_theta_global=160_000.0, rope_theta_local=160_000.0, norm_eps=1e-5, head_norm_eps=1e-5,
+    max_tokens=7999, pad_token_id=0,
+)  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs parity, then throughput, size after size; prints tables and writes JSON after each."""
+    options = _options(arguments)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    started = time.monotonic()
+    place = Place(options.device, flash_kernel() if options.device == "cuda" else plain_varlen)
+    pairs, text = _texts(options.pairs)
+    checkpoint = options.checkpoint or (HERE / "checkpoint" if (HERE / "checkpoint").exists() else DEMO_FOLDER)
+    tokenizer_folder = options.tokenizer or checkpoint
+    result: dict[str, Any] = {
+        "schema": 1,
+        "kind": "gpu",
+        "command": "python bench/gpu.py " + " ".join(sys.argv[1:] if arguments is None else arguments),
+        "machine": _machine(place),
+        "result": {"text": text, "max_length": MAX_LENGTH, "tokenizer": tokenizer_folder.name, "sizes": {}},
+    }
+    found = result["result"]
+    with opened(read_checkpoint(checkpoint), place) as subject:
+        tokenizer = PairTokenizer(checkpoint / "tokenizer.json")
+        found["parity"] = {"weights": f"trained: {checkpoint.name}"} | parity(
+            subject, tokenizer, pairs[:256], MAX_LENGTH
+        )
+    _show_parity(found["parity"])
+    _write(options.json, result)
+
+    peak = found["matrix_peak_tflops"] = matrix_peak_tflops(place)
+    sizes = options.sizes.split(",")
+    deadline = started + 60 * options.minutes
+    for number, size in enumerate(sizes):
+        share = (deadline - time.monotonic()) / (len(sizes) - number)
+        found["sizes"][size] = _measured(size, place, pairs, tokenizer_folder, time.monotonic() + share, peak)
+        _show_speed(size, found["sizes"][size])
+        _write(options.json, result)
+    print(f"{time.monotonic() - started:.0f} s in all")
+
+
+def _measured(
+    size: str, place: Place, pairs: Pairs, tokenizer_folder: Path, deadline: float, peak: float | None
+) -> dict[str, Any]:
+    shape = _TINY if size == "tiny" else SIZES[size].shape
+    rows: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        write_random_checkpoint(Path(scratch), shape, 0, tokenizer_folder)
+        with opened(read_checkpoint(Path(scratch), is_random=True), place) as subject:
+            file = Path(scratch) / "tokenizer.json"
+            tokens = sum(len(each) for each in PairTokenizer(file).pairs(pairs, MAX_LENGTH)) / len(pairs)
+            entries = settings(subject, file)
+            for number, (name, (ready, first)) in enumerate(entries.items()):
+                share = (deadline - time.monotonic()) / (len(entries) - number)
+                predict = ready()
+                rows[name] = best_of(predict, first, pairs, place, time.monotonic() + max(0.0, share))
+                del predict
+                if place.device == "cuda":
+                    torch.cuda.empty_cache()
+    for row in rows.values():
+        if "pairs_per_s" in row and peak:
+            row["share_of_peak"] = row["pairs_per_s"] * tokens * linear_flops_per_token(shape) / peak / 1e12
+    return {"weights": "random", "tokens_per_pair": tokens, "rows": rows}
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=8.0, help="for all of it (default: 8)")
+    parser.add_argument("--sizes", default=",".join(SIZES), help=f"of {', '.join(SIZES)}, tiny (default: the released)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a trial")
+    parser.add_argument("--pairs", type=Path, help="JSON lines with query and document (default: those that are here)")
+    parser.add_argument("--checkpoint", type=Path, help="trained, for parity (default: the one that is here)")
+    parser.add_argument("--tokenizer", type=Path, help="folder, for speed (default: the checkpoint's)")
+    parser.add_argument("--json", type=Path, help="write the result there")
+    options = parser.parse_args(arguments)
+    unknown = set(options.sizes.split(",")) - {*SIZES, "tiny"}
+    if unknown:
+        parser.error(f"unknown size {', '.join(sorted(unknown))}")
+    return options
+
+
+def _texts(path: Path | None) -> tuple[list[tuple[str, str]], str]:
+    path = path or (HERE / "pairs.jsonl" if (HERE / "pairs.jsonl").exists() else None)
+    if path is None:
+        return [(pair.query, pair.document) for pair in natural_pairs()], "the project's own passages"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [(row["query"], row["document"]) for row in rows], path.name
+
+
+def _machine(place: Place) -> dict[str, Any]:
+    about: dict[str, Any] = {"python": sys.version.split()[0], "torch": torch.__version__}
+    about |= {"transformers": transformers.__version__, "device": place.device}
+    if place.device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        about |= {
+            "gpu": properties.name,
+            "arch": f"sm_{properties.major}{properties.minor}",
+            "gpu_mib": properties.total_memory >> 20,
+            "cuda": torch.version.cuda,
+        }
+    return about
+
+
+def _show_parity(found: dict[str, Any]) -> None:
+    print(f"\nerror against fp32, {found['pairs']} pairs, weights {found['weights']}")
+    print(f"{'':36}{'largest':>10}{'mean':>10}{'of FA2':>8}")
+    for name, row in found["rows"].items():
+        print(f"{name:36}{row['max_abs_error']:10.1e}{row['mean_abs_error']:10.1e}{row['of_reference']:8.2f}")
+
+
+def _show_speed(size: str, found: dict[str, Any]) -> None:
+    rows = found["rows"]
+    base = rows["bf16 FA2 unpadded"].get("pairs_per_s")
+    print(f"\n{size}, random weights, {found['tokens_per_pair']:.0f} tokens a pair")
+    print(f"{'':24}{'pairs/s':>10}{'× FA2':>8}{'batch':>8}{'MiB':>8}{'of peak':>9}  stopped")
+    for name, row in rows.items():
+        speed = row.get("pairs_per_s")
+        figures = (
+            f"{speed:10.0f}" if speed else f"{'–':>10}",
+            f"{speed / base:8.2f}" if speed and base else f"{'–':>8}",
+            f"{row.get('batch', '–')!s:>8}",
+            f"{row.get('peak_gpu_mib') or '–'!s:>8}",
+            f"{row['share_of_peak']:9.1%}" if "share_of_peak" in row else f"{'–':>9}",
+        )
+        print(f"{name:24}{''.join(figures)}  {row['stopped']}")
+
+
+def _write(path: Path | None, result: dict[str, Any]) -> None:
+    if path is not None:
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

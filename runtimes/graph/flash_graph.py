@@ -1,0 +1,151 @@
+"""The inference graph in torch for GPUs: sequences laid end to end, FlashAttention-2, fewer and larger products.
+
+What `scorer` describes with primitive operations is written here with what torch has fast kernels for: attention takes
+window and sequence bounds itself, so local layers need neither blocks nor masks. Queries, keys and values come from one
+product, so do the two halves of the MLP; the last layer computes one token of each sequence.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 (its usual name)
+
+from ettin.runtimes.graph.fold import HEAD_DENSE, HEAD_NORM, HEAD_SCORE
+from ettin.runtimes.graph.shape import ModelShape
+
+Kernel = Callable[..., Tensor]
+
+
+class FlashGraph(nn.Module):
+    """The scorer over sequences laid end to end.
+
+    Args:
+        weights: what `fold.inference_weights` returns, float32.
+        shape: the model's shape.
+        kernel: see `flash.use_flash`.
+        dtype: of linear layers, attention and residual stream; norms add up, and the head and RoPE compute, in float32.
+    """
+
+    def __init__(
+        self, weights: Mapping[str, Tensor], shape: ModelShape, kernel: Kernel, dtype: torch.dtype = torch.bfloat16
+    ) -> None:
+        super().__init__()
+        self.shape, self._kernel, self._dtype = shape, kernel, dtype
+        self._wide = torch.promote_types(dtype, torch.float32)  # float64 where the whole graph is
+        last = shape.num_layers - 1
+        self._keep("embedding", weights["embedding"])
+        for layer in range(shape.num_layers):
+            q, k, v, o, up, gate, down = (
+                weights[f"layers.{layer}.{name}"] for name in ("q", "k", "v", "o", "up", "gate", "down")
+            )
+            if layer == last:
+                self._keep(f"{layer}_q", q)
+                self._keep(f"{layer}_kv", torch.cat([k, v]))
+            else:
+                self._keep(f"{layer}_qkv", torch.cat([q, k, v]))
+            self._keep(f"{layer}_o", o)
+            self._keep(f"{layer}_up_gate", torch.cat([up, gate]))
+            self._keep(f"{layer}_down", down)
+        for kind in ("global", "local"):
+            for part in ("cos", "sin"):
+                self.register_buffer(f"{kind}_{part}", weights[f"rope.{kind}.{part}"].to(self._wide))
+        for name in ("dense", "score", "score.bias"):
+            self.register_buffer(f"head_{name.replace('.', '_')}", weights[f"head.{name}"].to(self._wide))
+
+    def _keep(self, name: str, weight: Tensor) -> None:
+        self.register_buffer(name, weight.to(self._dtype))
+
+    def forward(self, input_ids: Tensor, positions: Tensor, bounds: Tensor, longest: int) -> Tensor:
+        """Raw logits.
+
+        Args:
+            input_ids: int64 [tokens].
+            positions: int64 [tokens], of each token in its sequence.
+            bounds: int32 [pairs + 1], where each sequence begins and the last ends.
+            longest: tokens of the longest sequence, or more.
+
+        Returns:
+            float32 [pairs].
+        """
+        shape = self.shape
+        rope = {
+            is_global: tuple(
+                self.get_buffer(f"{'global' if is_global else 'local'}_{part}")[positions, None]
+                for part in ("cos", "sin")
+            )
+            for is_global in set(shape.global_layers)
+        }
+        x = F.embedding(input_ids, self.get_buffer("embedding"))
+        last = shape.num_layers - 1
+        for layer in range(last):
+            is_global = shape.global_layers[layer]
+            q, k, v = self._heads(self._normed(layer, x), f"{layer}_qkv", 3)
+            q, k = _rotated(q, rope[is_global]), _rotated(k, rope[is_global])
+            side = -1 if is_global else shape.window_tokens
+            mixed = self._kernel(q, k, v, bounds, bounds, longest, longest, scale=1.0, window_size=(side, side))
+            x = x + F.linear(mixed.flatten(1), self.get_buffer(f"{layer}_o"))
+            x = x + self._mlp(layer, x)
+        return self._head(self._cls_layer(last, x, rope[shape.global_layers[last]], bounds, longest))
+
+    def _normed(self, layer: int, x: Tensor) -> Tensor:
+        return x if layer == 0 else F.layer_norm(x, (x.shape[-1],), eps=self.shape.norm_eps)
+
+    def _heads(self, x: Tensor, name: str, count: int) -> tuple[Tensor, ...]:
+        heads = F.linear(x, self.get_buffer(name))
+        return heads.reshape(-1, count, self.shape.num_heads, self.shape.head_dim).unbind(1)
+
+    def _mlp(self, layer: int, x: Tensor) -> Tensor:
+        normed = F.layer_norm(x, (x.shape[-1],), eps=self.shape.norm_eps)
+        up, gate = F.linear(normed, self.get_buffer(f"{layer}_up_gate")).chunk(2, dim=-1)
+        return F.linear(F.gelu(up) * gate, self.get_buffer(f"{layer}_down"))
+
+    def _cls_layer(self, layer: int, x: Tensor, rope: tuple[Tensor, ...], bounds: Tensor, longest: int) -> Tensor:
+        """The last layer for the first token of each sequence: [pairs, H]."""
+        shape, starts = self.shape, bounds[:-1].long()
+        normed, cls = self._normed(layer, x), x[starts]
+        k, v = self._heads(normed, f"{layer}_kv", 2)
+        k = _rotated(k, rope)
+        # Position 0 is rotated by the angle 0, so the query needs no rotation.
+        q = F.linear(normed[starts], self.get_buffer(f"{layer}_q")).reshape(-1, shape.num_heads, shape.head_dim)
+        if shape.global_layers[layer]:
+            ones = torch.arange(len(bounds), dtype=torch.int32, device=bounds.device)
+            mixed = self._kernel(q, k, v, ones, bounds, 1, longest, scale=1.0, window_size=(-1, -1))
+        else:  # the kernel counts a window from the end, where it takes a lone query to be
+            every = torch.zeros_like(k).index_copy_(0, starts, q)
+            side = shape.window_tokens
+            mixed = self._kernel(every, k, v, bounds, bounds, longest, longest, scale=1.0, window_size=(side, side))
+            mixed = mixed[starts]
+        cls = cls + F.linear(mixed.flatten(1), self.get_buffer(f"{layer}_o"))
+        return cls + self._mlp(layer, cls)
+
+    def _head(self, cls: Tensor) -> Tensor:
+        x, shape = cls.to(self._wide), self.shape
+        x = F.gelu(F.linear(F.layer_norm(x, (x.shape[-1],), eps=shape.norm_eps), self.get_buffer("head_dense")))
+        x = F.layer_norm(x, (x.shape[-1],), eps=shape.head_norm_eps)
+        return F.linear(x, self.get_buffer("head_score"), self.get_buffer("head_score_bias"))[:, 0]
+
+
+def _rotated(x: Tensor, rope: tuple[Tensor, ...]) -> Tensor:
+    """Rotates x [tokens, heads, d] in the type of cos and sin [tokens, 1, d]; the result has that of x."""
+    cos, sin = rope
+    wide = x.to(cos.dtype)
+    left, right = wide.chunk(2, dim=-1)
+    return (wide * cos + torch.cat([-right, left], dim=-1) * sin).to(x.dtype)
+
+
+def modular_tensors(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Encoder and head of a ModernBertForSequenceClassification, by the names that `fold.inference_weights` takes.
+
+    Args:
+        state: its state dict.
+    """
+    encoder = {name.removeprefix("model."): tensor for name, tensor in state.items() if name.startswith("model.")}
+    norm = state["head.norm.weight"]
+    return encoder, {
+        f"{HEAD_DENSE}/linear.weight": state["head.dense.weight"],
+        f"{HEAD_NORM}/norm.weight": norm,
+        f"{HEAD_NORM}/norm.bias": torch.zeros_like(norm),
+        f"{HEAD_SCORE}/linear.weight": state["classifier.weight"],
+        f"{HEAD_SCORE}/linear.bias": state["classifier.bias"],
+    }
