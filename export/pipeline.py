@@ -24,7 +24,7 @@ from ettin.export.lowering import Lowered, lower
 from ettin.export.proof_pairs import proof_pairs
 from ettin.export.quantise import LADDER, Quantised, Scheme, quantised
 from ettin.export.record import REFERENCE, About, unverified, write_manifest
-from ettin.export.tensorrt_builder import FLAVOURS, BuildOptions, builder_module, checked_arch
+from ettin.export.tensorrt_builder import FLAVOURS, BuildOptions, builder_module, check_arch_name, checked_arch
 from ettin.export.writers import WRITERS, lowering
 from ettin.runtimes.gpu import gpus
 from ettin.runtimes.registry import runtime_class
@@ -128,6 +128,8 @@ class Export:
                 raise UsageError(f"--build-kit is for --target trt, not for '{job.target}'")
             elif self.options.build.kit and self.options.build.arch in (None, "native"):
                 raise UsageError("--build-kit is for another machine: name its GPU, such as --arch sm_90")
+            elif self.options.build.kit:
+                check_arch_name(str(self.options.build.arch))
             reason = self._why_not_here(job)
             if reason is not None and not self._may_be_unproven:
                 raise reason

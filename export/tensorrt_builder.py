@@ -82,6 +82,16 @@ def builder_module(target: str) -> Any:
         raise MissingDependency(f"target '{target}'", flavour.module.replace("_", "-"), flavour.extra) from None
 
 
+def check_arch_name(arch: str) -> None:
+    """Whether it is written as architectures are.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if not re.fullmatch(r"sm_\d{2,3}", arch):
+        raise UsageError(f"--arch is '{arch}', expected native or sm_ and a compute capability: sm_86")
+
+
 def checked_arch(target: str, arch: str | None, found: Sequence[Gpu]) -> str:
     """The GPU architecture to build for.
 
@@ -94,12 +104,13 @@ def checked_arch(target: str, arch: str | None, found: Sequence[Gpu]) -> str:
         UsageError: not an architecture.
         HardwareError: none was named and there is no GPU, or this builder, on this machine, can't build for it.
     """
-    if arch is not None and arch != "native" and not re.fullmatch(r"sm_\d{2,3}", arch):
-        raise UsageError(f"--arch is '{arch}', expected native or sm_ and a compute capability: sm_86")
+    if arch is not None and arch != "native":
+        check_arch_name(arch)
     here = found[0].arch if found else None
     if arch is None or arch == "native":
         if here is None:
-            raise HardwareError(f"no GPU here to build for. Name one: --target {target} --arch sm_86")
+            kit = " --build-kit" if target == "trt" else ""
+            raise HardwareError(f"no GPU here to build for. Name one: --target {target} --arch sm_86{kit}")
         return here
     flavour = FLAVOURS[target]
     if arch == here:

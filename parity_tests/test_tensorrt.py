@@ -233,6 +233,10 @@ def test_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
         checked_arch("trt", "ampere", [])
     with pytest.raises(HardwareError, match="no GPU here to build for. Name one: --target trt-rtx --arch sm_86"):
         checked_arch("trt-rtx", None, [])
+    with pytest.raises(
+        HardwareError, match="no GPU here to build for. Name one: --target trt --arch sm_86 --build-kit"
+    ):
+        checked_arch("trt", None, [])
     with pytest.raises(HardwareError, match="ahead of time for sm_86, not for sm_90, and no GPU is here.*--target trt"):
         checked_arch("trt-rtx", "sm_90", [])
     with pytest.raises(HardwareError, match="asked for sm_90, the GPU here is sm_86.*--build-kit"):
@@ -314,6 +318,9 @@ def test_kit_needs_a_name(demo: Checkpoint, tmp_path: Path) -> None:
     options = Options(build=BuildOptions(kit=True))
     with pytest.raises(UsageError, match="name its GPU"):
         Export(demo, options, quiet).check([Job("trt", "bf16", tmp_path / "kit")])
+    misspelt = Options(build=BuildOptions(kit=True, arch="hopper"))
+    with pytest.raises(UsageError, match="--arch is 'hopper'"):
+        Export(demo, misspelt, quiet).check([Job("trt", "bf16", tmp_path / "kit")])
     with pytest.raises(UsageError, match="--build-kit is for --target trt, not for 'trt-rtx'"):
         Export(demo, options, quiet).check([Job("trt-rtx", "bf16", tmp_path / "kit")])
 
