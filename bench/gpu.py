@@ -28,6 +28,7 @@ if __name__ == "__main__":
 import torch
 import transformers
 
+from ettin.artifacts.errors import EttinError
 from ettin.bench.gpu_speed import (
     MAX_LENGTH,
     best_of,
@@ -179,4 +180,7 @@ def _write(path: Path | None, result: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (EttinError, OSError) as error:
+        sys.exit(f"error: {error}")

@@ -61,6 +61,15 @@ def test_parity_and_speed(where: str, tmp_path: Path) -> None:
     assert "bf16 FA2 unpadded (the reference)" in done.stdout and "tiny, random weights" in done.stdout
 
 
+def test_bad_input_is_one_line(tmp_path: Path) -> None:
+    script = Path(__file__).parents[1] / "bench" / "gpu.py"
+    done = run(script, "--device", "cpu", "--sizes", "tiny", "--pairs", tmp_path / "missing.jsonl")
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and "missing.jsonl" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    done = run(script, "--sizes", "70m")
+    assert done.returncode == 2 and "unknown size 70m" in done.stderr
+
+
 def test_settings_give_the_same_scores() -> None:
     """What is timed is what is right: every setting in fp32, on pairs of many lengths."""
     file = str(DEMO_FOLDER / "tokenizer.json")
