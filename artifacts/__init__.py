@@ -1,7 +1,8 @@
 """The artifact format: manifest, files, parity pairs, comparison metrics and errors. Needs no engine."""
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ettin.artifacts.lazy import lazily
 
 if TYPE_CHECKING:
     from ettin.artifacts.errors import EttinError
@@ -12,18 +13,14 @@ if TYPE_CHECKING:
 
 __all__ = ["TARGETS", "EttinError", "Manifest", "ParityCase", "check_files", "read_parity"]
 
-# Imported on use: `bench/gpu.py` runs where pydantic, which the manifest needs, is not installed.
-_HOMES = {
-    "TARGETS": "targets",
-    "EttinError": "errors",
-    "Manifest": "manifest",
-    "ParityCase": "parity",
-    "check_files": "files",
-    "read_parity": "parity",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = lazily(
+    __name__,
+    {
+        "TARGETS": "ettin.artifacts.targets",
+        "EttinError": "ettin.artifacts.errors",
+        "Manifest": "ettin.artifacts.manifest",
+        "ParityCase": "ettin.artifacts.parity",
+        "check_files": "ettin.artifacts.files",
+        "read_parity": "ettin.artifacts.parity",
+    },
+)

@@ -19,8 +19,14 @@ def list_files(folder: Path) -> tuple[FileEntry, ...]:
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
             raise OutputError(f"{path}: an artifact holds plain files only")
         if path.is_file() and name != MANIFEST_NAME:
-            entries.append(FileEntry(path=name, size_bytes=path.stat().st_size, sha256=file_sha256(path)))
+            entries.append(file_entry(folder, name))
     return tuple(entries)
+
+
+def file_entry(folder: Path, name: str) -> FileEntry:
+    """What the manifest says of one file, `name` relative to `folder`."""
+    path = folder / name
+    return FileEntry(path=name, size_bytes=path.stat().st_size, sha256=file_sha256(path))
 
 
 def check_files(folder: Path, manifest: Manifest, checksums: bool = True) -> None:

@@ -150,6 +150,11 @@ class Manifest(_Strict):
         """SHA-256 over the fields: names this very artifact."""
         return _digest(self.model_dump(mode="json"))
 
+    @property
+    def is_build_kit(self) -> bool:
+        """Whether its engine is still to be built."""
+        return self.engine is not None and self.entry not in {each.path for each in self.files}
+
     @classmethod
     def read(cls, folder: Path) -> Self:
         """Reads and validates `folder/manifest.json`.

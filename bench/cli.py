@@ -1,7 +1,6 @@
 """`ettin-bench`: measures artifacts on this machine."""
 
 import functools
-import json
 import shlex
 import sys
 from dataclasses import asdict
@@ -17,7 +16,7 @@ from ettin.artifacts.metrics import score_error
 from ettin.bench.beir import read_beir
 from ettin.bench.bundle import assemble
 from ettin.bench.cpu import ISAS, NOTES, PEERS, compare, contestants, result
-from ettin.bench.machine import machine
+from ettin.bench.machine import write_result
 from ettin.bench.tables import TABLES, filled
 from ettin.bench.texts import pairs_to_score
 from ettin.bench.throughput import pairs_per_s
@@ -25,8 +24,6 @@ from ettin.export.sizes import DEMO_FOLDER
 from ettin.runtimes import Runtime, console, load
 from ettin.runtimes.batch import Batch
 from ettin.runtimes.cpu import isa_limit
-
-_SCHEMA = 1
 
 
 @click.group()
@@ -244,12 +241,7 @@ def _report(path: Path | None, kind: str, result: dict[str, Any]) -> None:
 
 
 def _write(path: Path | None, kind: str, result: dict[str, Any]) -> None:
-    if path is None:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    command_line = shlex.join(["ettin-bench", *sys.argv[1:]])
-    content = {"schema": _SCHEMA, "kind": kind, "command": command_line, "machine": machine(), "result": result}
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_result(path, kind, shlex.join(["ettin-bench", *sys.argv[1:]]), result)
 
 
 def main() -> NoReturn:

@@ -10,7 +10,7 @@ release's ablation, run by a loop that does what sentence-transformers' `CrossEn
 
 # ruff: noqa: T201, E402
 import argparse
-import json
+import shlex
 import sys
 import tempfile
 import time
@@ -26,7 +26,6 @@ if __name__ == "__main__":
     sys.path[0] = str(_ROOT)
 
 import torch
-import transformers
 
 from ettin.artifacts.errors import EttinError
 from ettin.bench.gpu_speed import (
@@ -37,8 +36,9 @@ from ettin.bench.gpu_speed import (
     settings,
 )
 from ettin.bench.gpu_subject import Pairs, Place, opened, parity, plain_varlen
+from ettin.bench.machine import write_result
 from ettin.export.checkpoint import read_checkpoint
-from ettin.export.proof_pairs import natural_pairs
+from ettin.export.proof_pairs import natural_pairs, read_pairs
 from ettin.export.random_checkpoint import write_random_checkpoint
 from ettin.export.sizes import DEMO_FOLDER, SIZES
 from ettin.runtimes.flash import flash_kernel
@@ -61,30 +61,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     pairs, text = _texts(options.pairs)
     checkpoint = options.checkpoint or (HERE / "checkpoint" if (HERE / "checkpoint").exists() else DEMO_FOLDER)
     tokenizer_folder = options.tokenizer or checkpoint
-    result: dict[str, Any] = {
-        "schema": 1,
-        "kind": "gpu",
-        "command": "python bench/gpu.py " + " ".join(sys.argv[1:] if arguments is None else arguments),
-        "machine": _machine(place),
-        "result": {"text": text, "max_length": MAX_LENGTH, "tokenizer": tokenizer_folder.name, "sizes": {}},
+    found: dict[str, Any] = {
+        "text": text,
+        "max_length": MAX_LENGTH,
+        "tokenizer": tokenizer_folder.name,
+        "sizes": {},
     }
-    found = result["result"]
+    command, card = shlex.join(["python", *sys.argv]), _card(place)
     with opened(read_checkpoint(checkpoint), place) as subject:
         tokenizer = PairTokenizer(checkpoint / "tokenizer.json")
         found["parity"] = {"weights": f"trained: {checkpoint.name}"} | parity(
             subject, tokenizer, pairs[:256], MAX_LENGTH
         )
     _show_parity(found["parity"])
-    _write(options.json, result)
+    write_result(options.json, "gpu", command, found, card)
 
     peak = found["matrix_peak_tflops"] = matrix_peak_tflops(place)
     sizes = options.sizes.split(",")
     deadline = started + 60 * options.minutes
     for number, size in enumerate(sizes):
-        share = (deadline - time.monotonic()) / (len(sizes) - number)
-        found["sizes"][size] = _measured(size, place, pairs, tokenizer_folder, time.monotonic() + share, peak)
+        until = _fair(deadline, len(sizes) - number)
+        found["sizes"][size] = _measured(size, place, pairs, tokenizer_folder, until, peak)
         _show_speed(size, found["sizes"][size])
-        _write(options.json, result)
+        write_result(options.json, "gpu", command, found, card)
     print(f"{time.monotonic() - started:.0f} s in all")
 
 
@@ -100,9 +99,9 @@ def _measured(
             tokens = sum(len(each) for each in PairTokenizer(file).pairs(pairs, MAX_LENGTH)) / len(pairs)
             entries = settings(subject, file)
             for number, (name, (ready, first)) in enumerate(entries.items()):
-                share = (deadline - time.monotonic()) / (len(entries) - number)
+                until = _fair(deadline, len(entries) - number)
                 predict = ready()
-                rows[name] = best_of(predict, first, pairs, place, time.monotonic() + max(0.0, share))
+                rows[name] = best_of(predict, first, pairs, place, until)
                 del predict
                 if place.device == "cuda":
                     torch.cuda.empty_cache()
@@ -110,6 +109,12 @@ def _measured(
         if "pairs_per_s" in row and peak:
             row["share_of_peak"] = row["pairs_per_s"] * tokens * linear_flops_per_token(shape) / peak / 1e12
     return {"weights": "random", "tokens_per_pair": tokens, "rows": rows}
+
+
+def _fair(deadline: float, left: int) -> float:
+    """When the next of `left` measurements must end."""
+    now = time.monotonic()
+    return now + (deadline - now) / left
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -132,22 +137,20 @@ def _texts(path: Path | None) -> tuple[list[tuple[str, str]], str]:
     path = path or (HERE / "pairs.jsonl" if (HERE / "pairs.jsonl").exists() else None)
     if path is None:
         return [(pair.query, pair.document) for pair in natural_pairs()], "the project's own passages"
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [(row["query"], row["document"]) for row in rows], path.name
+    return [(pair.query, pair.document) for pair in read_pairs(path)], path.name
 
 
-def _machine(place: Place) -> dict[str, Any]:
-    about: dict[str, Any] = {"python": sys.version.split()[0], "torch": torch.__version__}
-    about |= {"transformers": transformers.__version__, "device": place.device}
-    if place.device == "cuda":
-        properties = torch.cuda.get_device_properties(0)
-        about |= {
-            "gpu": properties.name,
-            "arch": f"sm_{properties.major}{properties.minor}",
-            "gpu_mib": properties.total_memory >> 20,
-            "cuda": torch.version.cuda,
-        }
-    return about
+def _card(place: Place) -> dict[str, object]:
+    if place.device != "cuda":
+        return {"device": place.device}
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "device": place.device,
+        "gpu": properties.name,
+        "arch": f"sm_{properties.major}{properties.minor}",
+        "gpu_mib": properties.total_memory >> 20,
+        "cuda": torch.version.cuda,
+    }
 
 
 def _show_parity(found: dict[str, Any]) -> None:
@@ -172,11 +175,6 @@ def _show_speed(size: str, found: dict[str, Any]) -> None:
             f"{row['share_of_peak']:9.1%}" if "share_of_peak" in row else f"{'–':>9}",
         )
         print(f"{name:24}{''.join(figures)}  {row['stopped']}")
-
-
-def _write(path: Path | None, result: dict[str, Any]) -> None:
-    if path is not None:
-        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ettin.bench.gpu_subject import Pairs, Place, Subject
 from ettin.runtimes.batch import Batch
 from ettin.runtimes.feeding import Feeder, Limits
-from ettin.runtimes.flash import flash_hidden, packed_inputs
+from ettin.runtimes.flash import flash_logits, packed_inputs
 from ettin.runtimes.graph import ModelShape
 from ettin.runtimes.tokenizer import PairTokenizer
 
@@ -38,11 +38,10 @@ def stock_loop(model: Any, tokenizer: Any, place: Place, pairs: Pairs, batch_siz
         )  # fmt: skip
         if unpadded:
             batch = Batch.of([np.array(ids, np.int32) for ids in features["input_ids"]], 0)
-            logits = model.classifier(model.head(flash_hidden(model.model, batch, place.device)))
+            scores.append(flash_logits(model, batch, place.device))
         else:
             inputs = {name: features[name].to(place.device) for name in ("input_ids", "attention_mask")}
-            logits = model(**inputs).logits
-        scores.append(logits[:, 0])
+            scores.append(model(**inputs).logits[:, 0])
     found = np.empty(len(pairs), np.float32)
     found[order] = torch.cat(scores).float().cpu().numpy()
     return found

@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, ModernBertForSequenceClassification
+from transformers import AutoConfig, ModernBertForSequenceClassification
 
+from ettin.artifacts.metrics import score_error
 from ettin.export.checkpoint import Checkpoint
 from ettin.export.classification import classification_tensors, write_configs
 from ettin.export.weights import Weights, read_weights
 from ettin.runtimes.batch import Batch
-from ettin.runtimes.flash import flash_hidden, packed_inputs, use_flash
+from ettin.runtimes.flash import attend_with, flash_logits, packed_inputs, use_flash, window_size
 from ettin.runtimes.graph.flash_graph import FlashGraph, Kernel
 from ettin.runtimes.graph.fold import inference_weights
 from ettin.runtimes.graph.torch_graph import PackedGraph
@@ -110,13 +112,14 @@ class Subject:
 
     def ours(self, dtype: torch.dtype = torch.bfloat16) -> FlashGraph:
         """Our graph on FlashAttention-2."""
-        return FlashGraph(self._folded(), self.checkpoint.shape, self.place.kernel, dtype).to(self.place.device)
+        return FlashGraph(self._folded, self.checkpoint.shape, self.place.kernel, dtype).to(self.place.device)
 
     def packed(self, dtype: torch.dtype) -> PackedGraph:
         """The packed graph, what TensorRT engines are built from, run by torch operation by operation."""
-        folded = {name: tensor.to(dtype) for name, tensor in self._folded().items()}
+        folded = {name: tensor.to(dtype) for name, tensor in self._folded.items()}
         return PackedGraph(folded, self.checkpoint.shape).to(self.place.device)
 
+    @cached_property
     def _folded(self) -> dict[str, Tensor]:
         return inference_weights(self.weights.encoder, self.weights.head, self.checkpoint.shape)
 
@@ -133,14 +136,12 @@ def _use_padded_flash(model: Any, kernel: Kernel) -> None:
         real = attention_mask.flatten().nonzero()[:, 0]
         longest = int(lengths.max())
         q, k, v = (each.transpose(1, 2).flatten(0, 1)[real] for each in (query, key, value))
-        side = -1 if sliding_window is None else sliding_window - 1
-        mixed = kernel(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=(side, side))
+        window = window_size(sliding_window)
+        mixed = kernel(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=window)
         padded = torch.zeros_like(query.transpose(1, 2).flatten(0, 1)).index_copy_(0, real, mixed)
         return padded.unflatten(0, attention_mask.shape), None  # type: ignore[no-untyped-call]
 
-    AttentionInterface.register("ettin_padded", attention)
-    AttentionMaskInterface.register("ettin_padded", lambda *_, attention_mask=None, **__: attention_mask)
-    model.set_attn_implementation("ettin_padded")
+    attend_with(model, "ettin_padded", attention, lambda *_, attention_mask=None, **__: attention_mask)
 
 
 @contextmanager
@@ -169,8 +170,7 @@ def parity(subject: Subject, tokenizer: PairTokenizer, pairs: Pairs, max_length:
         return _joined(found)
 
     def flash(model: Any) -> NDArray[np.float64]:
-        hidden = (flash_hidden(model.model, batch, place.device) for batch in batches)
-        return _joined([model.classifier(model.head(each))[:, 0] for each in hidden])
+        return _joined([flash_logits(model, batch, place.device) for batch in batches])
 
     def ours(graph: FlashGraph) -> NDArray[np.float64]:
         return _joined([graph(*packed_inputs(batch, place.device), batch.longest) for batch in batches])
@@ -179,7 +179,7 @@ def parity(subject: Subject, tokenizer: PairTokenizer, pairs: Pairs, max_length:
         found = []
         for batch in batches:
             feeds = {name: torch.from_numpy(each).to(place.device) for name, each in batch.packed().items()}
-            found.append(graph(feeds["input_ids"], feeds["cu_seqlens"], feeds["longest"])[:, 0])
+            found.append(graph(**feeds)[:, 0])
         return _joined(found)
 
     gold = padded(subject.stock(torch.float32, "sdpa"))
@@ -190,19 +190,14 @@ def parity(subject: Subject, tokenizer: PairTokenizer, pairs: Pairs, max_length:
         "ours": ours(subject.ours()),
         "packed graph, bf16": packed(subject.packed(torch.bfloat16)),
     }
-    errors = {name: np.abs(each - gold) for name, each in scores.items()}
-    baseline = errors["bf16 FA2 unpadded (the reference)"].mean()
+    errors = {name: score_error(each, gold) for name, each in scores.items()}
+    baseline = errors["bf16 FA2 unpadded (the reference)"].mean_abs
     return {
         "pairs": len(pairs),
         "gold_std": float(gold.std()),
         "reference_scores": scores["bf16 FA2 unpadded (the reference)"].tolist(),
         "rows": {
-            name: {
-                "max_abs_error": float(error.max()),
-                "mean_abs_error": float(error.mean()),
-                "of_reference": float(error.mean() / baseline),
-            }
-            for name, error in errors.items()
+            name: {**error.figures(), "of_reference": error.mean_abs / baseline} for name, error in errors.items()
         },
     }
 

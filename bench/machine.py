@@ -1,11 +1,16 @@
-"""What every result says about where it was measured."""
+"""Results: where they were measured, and their files."""
 
+import json
 import platform
 import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from ettin.artifacts.versions import installed_versions
 from ettin.runtimes import cpu
 
+_SCHEMA = 1
 _PACKAGES = (
     "ettin-export",
     "numpy",
@@ -29,3 +34,23 @@ def machine() -> dict[str, object]:
         "system": sys.platform,
         "versions": installed_versions(_PACKAGES),
     }
+
+
+def write_result(
+    path: Path | None, kind: str, command: str, result: Mapping[str, Any], more: Mapping[str, object] | None = None
+) -> None:
+    """Writes a result with the command that made it.
+
+    Args:
+        path: the file; its folder is made. None: nothing is written.
+        kind: what was measured.
+        command: as it was typed.
+        result: the figures.
+        more: what else there is to say of the machine.
+    """
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    about = {**machine(), **(more or {})}
+    content = {"schema": _SCHEMA, "kind": kind, "command": command, "machine": about, "result": result}
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ettin.artifacts.errors import EttinError, HardwareError, MissingDependency, OutputError, ParityError, UsageError
+from ettin.artifacts.errors import HardwareError, MissingDependency, OutputError, ParityError, UsageError
 from ettin.artifacts.manifest import Calibration, Parity
 from ettin.artifacts.parity import write_parity
 from ettin.artifacts.publish import check_output, staged
@@ -24,7 +24,7 @@ from ettin.export.lowering import Lowered, lower
 from ettin.export.proof_pairs import proof_pairs
 from ettin.export.quantise import LADDER, Quantised, Scheme, quantised
 from ettin.export.record import REFERENCE, About, unverified, write_manifest
-from ettin.export.tensorrt_builder import FLAVOURS, BuildOptions, builder_module, check_arch_name, checked_arch
+from ettin.export.tensorrt_builder import FLAVOURS, BuildOptions, check_options, checked_arch
 from ettin.export.writers import WRITERS, lowering
 from ettin.runtimes.gpu import gpus
 from ettin.runtimes.registry import runtime_class
@@ -121,18 +121,8 @@ class Export:
         for job in jobs:
             check_output(job.output, self.options.force)
             lowering(job.target)
-            if job.target in FLAVOURS and not self.options.build.kit:
-                checked_arch(job.target, self.options.build.arch, gpus())
-                builder_module(job.target)
-            elif self.options.build.kit and job.target != "trt":
-                raise UsageError(f"--build-kit is for --target trt, not for '{job.target}'")
-            elif self.options.build.kit and self.options.build.arch in (None, "native"):
-                raise UsageError("--build-kit is for another machine: name its GPU, such as --arch sm_90")
-            elif self.options.build.kit:
-                check_arch_name(str(self.options.build.arch))
-            reason = self._why_not_here(job)
-            if reason is not None and not self._may_be_unproven:
-                raise reason
+            check_options(job.target, self.options.build)
+            self._can_be_proven(job)
         if jobs:
             need = max(self.expected_bytes(job) * (1 if job.precision == "fp32" else 3) for job in jobs)
             where = jobs[0].output.absolute()
@@ -171,9 +161,7 @@ class Export:
             ParityError: the scores differ from gold; nothing was published.
             EttinError: anything else; nothing was published.
         """
-        reason = self._why_not_here(job)
-        if reason is not None and not self._may_be_unproven:
-            raise reason
+        proven, proof = self._can_be_proven(job), WRITERS[job.target].proof
         if self._gold is None:
             self.prepare([job])
         assert self._gold is not None  # noqa: S101 (set by prepare)
@@ -183,7 +171,6 @@ class Export:
                 f"fp16 ends at 65504, an activation of gold reaches {largest}, limit "
                 f"{FP16_MAX_ACTIVATION:.0f}. Export another precision: --target {job.target} --precision fp32"
             )
-        proven, proof = reason is None, WRITERS[job.target].proof
         if job.precision != "fp32" and (proven or proof) and (proof or job.target) not in self._proven_fp32:
             self._prove_fp32(job, proof)
         schemes = LADDER if job.precision == "int8" else (None,)
@@ -234,27 +221,31 @@ class Export:
             float_linears=lowered.float_linears,
         )  # fmt: skip
 
-    @property
-    def _may_be_unproven(self) -> bool:
-        return self.options.allow_unverified or self.options.build.kit  # a kit is proven when its engine is built
+    def _can_be_proven(self, job: Job) -> bool:
+        """Whether the artifact can be run here; False only where it may be published unproven.
 
-    def _why_not_here(self, job: Job) -> EttinError | None:
-        """What keeps an artifact from being run here, and so from being proven."""
+        Raises:
+            EttinError: what keeps it from being run, and so from being proven.
+        """
+        is_engine = job.target in FLAVOURS
+        if is_engine and self.options.build.kit:
+            return False  # a kit is proven when its engine is built
         try:
             engine = runtime_class(job.target)
-            if job.target not in FLAVOURS:
-                return None
-            if self.options.build.kit:
-                raise HardwareError("a build kit holds no engine to run")
-            engine.check_machine(job.target, checked_arch(job.target, self.options.build.arch, gpus()))
-        except MissingDependency as error:
-            return error
+            if is_engine:
+                engine.check_machine(job.target, checked_arch(job.target, self.options.build.arch, gpus()))
+        except MissingDependency:
+            if not self.options.allow_unverified:
+                raise
+            return False
         except HardwareError as error:
-            return HardwareError(
-                f"{error}; so its scores can't be proven here. Publish it unproven: --allow-unverified, then where it "
-                "runs: ettin-verify"
-            )
-        return None
+            if not self.options.allow_unverified:
+                raise HardwareError(
+                    f"{error}; so its scores can't be proven here. Publish it unproven: --allow-unverified, then where "
+                    "it runs: ettin-verify"
+                ) from None
+            return False
+        return True
 
     def _prove_fp32(self, job: Job, proof: str | None) -> None:
         """A reduced precision is made only from a lowered graph that passed in fp32.

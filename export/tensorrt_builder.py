@@ -13,6 +13,7 @@ from tqdm import tqdm
 from ettin.artifacts.errors import BuildError, HardwareError, MissingDependency, UsageError
 from ettin.artifacts.manifest import ShapeRange
 from ettin.runtimes.gpu import Gpu, gpus
+from ettin.runtimes.registry import ENGINES
 
 Profile = dict[str, ShapeRange]
 
@@ -22,18 +23,17 @@ class Flavour:
     """One of the two products.
 
     Args:
-        module: the Python module, and the extra that installs it.
+        module: the Python module.
         product: its name in messages.
     """
 
     module: str
     product: str
-    extra: str
 
 
 FLAVOURS = {
-    "trt": Flavour("tensorrt", "TensorRT", "trt"),
-    "trt-rtx": Flavour("tensorrt_rtx", "TensorRT-RTX", "trt-rtx"),
+    "trt": Flavour("tensorrt", "TensorRT"),
+    "trt-rtx": Flavour("tensorrt_rtx", "TensorRT-RTX"),
 }
 
 
@@ -60,13 +60,11 @@ class Built:
 
     Args:
         engine: serialised.
-        fused_attentions: attentions in one kernel, by the builder's own listing of the first profile's layers.
-        layers: that listing.
+        fused_attentions: attentions in one kernel, by the builder's own listing of the layers of a profile.
     """
 
     engine: bytes
     fused_attentions: int
-    layers: tuple[str, ...]
 
 
 def builder_module(target: str) -> Any:
@@ -75,11 +73,12 @@ def builder_module(target: str) -> Any:
     Raises:
         MissingDependency: it is not installed, or (TensorRT) only its shell is, without NVIDIA's libraries.
     """
-    flavour = FLAVOURS[target]
+    module = FLAVOURS[target].module
     try:
-        return importlib.import_module(flavour.module)
+        return importlib.import_module(module)
     except ImportError:  # the shell on PyPI fails on libnvinfer
-        raise MissingDependency(f"target '{target}'", flavour.module.replace("_", "-"), flavour.extra) from None
+        extra = ENGINES[target].extra
+        raise MissingDependency(f"target '{target}'", module.replace("_", "-"), extra) from None
 
 
 def check_arch_name(arch: str) -> None:
@@ -128,6 +127,26 @@ def checked_arch(target: str, arch: str | None, found: Sequence[Gpu]) -> str:
             f"Take another target: --target trt --arch {arch}"
         )
     return arch
+
+
+def check_options(target: str, options: BuildOptions) -> None:
+    """Whether this machine can build `target` so; anything goes for other targets, but a kit.
+
+    Raises:
+        UsageError: a kit of another target, or for no GPU in particular.
+        MissingDependency: the builder is not installed.
+        HardwareError: see `checked_arch`.
+    """
+    if not options.kit:
+        if target in FLAVOURS:
+            checked_arch(target, options.arch, gpus())
+            builder_module(target)
+    elif target != "trt":
+        raise UsageError(f"--build-kit is for --target trt, not for '{target}'")
+    elif options.arch is None or options.arch == "native":
+        raise UsageError("--build-kit is for another machine: name its GPU, such as --arch sm_90")
+    else:
+        check_arch_name(options.arch)
 
 
 def ahead_of_time(module: Any) -> list[str]:
@@ -184,8 +203,7 @@ def build(
         raise BuildError(f"{flavour.product} {module.__version__} can't build for {arch}: {logger.last_error}")
     if options.timing_cache is not None:
         options.timing_cache.write_bytes(bytes(cache.serialize()))
-    layers = tuple(logger.layers)
-    return Built(bytes(serialised), sum("_mha_" in each for each in layers) // len(profiles), layers)
+    return Built(bytes(serialised), sum("_mha_" in each for each in logger.layers) // len(profiles))
 
 
 def _timing_cache(config: Any, path: Path | None) -> Any:

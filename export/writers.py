@@ -39,9 +39,9 @@ WRITERS = {
     ),
     "trt": Writer("ettin.export.to_tensorrt:trt_from_checkpoint", ("onnx",), "export", proof="packed"),
     "trt-rtx": Writer("ettin.export.to_tensorrt:trt_rtx_from_checkpoint", ("onnx",), "export", proof="packed"),
+    # Not a target for users: an `onnx` artifact of the packed graph.
+    "packed": Writer("ettin.export.to_tensorrt:packed_from_checkpoint", ("onnx",), "export"),
 }
-# Not for users: an `onnx` artifact of the packed graph.
-_PACKED = Writer("ettin.export.to_tensorrt:packed_from_checkpoint", ("onnx",), "export")
 
 
 def lowering(target: str) -> "Lowering":
@@ -50,6 +50,5 @@ def lowering(target: str) -> "Lowering":
     Raises:
         MissingDependency: a package that it needs is not installed.
     """
-    writer = _PACKED if target == "packed" else WRITERS[target]
-    function: Lowering = writer.imported(target)
+    function: Lowering = WRITERS[target].imported(target)
     return function

@@ -1,21 +1,21 @@
 """The packed graph against the padded one, which is proven against the checkpoint."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
-from onnx import TensorProto, helper
 from torch import Tensor
 
 from ettin.artifacts import tolerances
 from ettin.export.checkpoint import Checkpoint
-from ettin.export.onnx_graph import OPSET, OnnxOps, Value
+from ettin.export.lowering import Material
+from ettin.export.to_onnx import packed_onnx
 from ettin.export.weights import read_weights
 from ettin.runtimes.graph import GraphForm
 from ettin.runtimes.graph.fold import inference_weights
-from ettin.runtimes.graph.packed import PackedScorer
 from ettin.runtimes.graph.torch_graph import InferenceGraph, PackedGraph
 
 # Lengths of the sequences of a pack: the window's edges, one token, whole and broken blocks, many short ones.
@@ -100,21 +100,11 @@ def test_a_neighbour_changes_nothing(demo: Checkpoint) -> None:
     torch.testing.assert_close(graph(*packed([another, first]))[1], alone, atol=1e-10, rtol=0)
 
 
-def test_onnx_form_in_onnx_runtime(tiny: Checkpoint) -> None:
+def test_onnx_form_in_onnx_runtime(tiny: Checkpoint, tmp_path: Path) -> None:
     weights = weights_of(tiny, torch.float32)
-    ops = OnnxOps({name: tensor.numpy() for name, tensor in weights.items()}, "float32")
-    names = ("input_ids", "cu_seqlens", "longest")
-    inputs = [Value(name, "int64") for name in names]
-    logits = PackedScorer(ops, tiny.shape, GraphForm()).packed_logits(*inputs)
-    graph = helper.make_graph(
-        ops.nodes,
-        "packed",
-        [helper.make_tensor_value_info(name, TensorProto.INT64, [name]) for name in names],
-        [helper.make_tensor_value_info(logits.name, TensorProto.FLOAT, ["pairs", 1])],
-        list(ops.initializers.values()),
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=9)
-    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    packed_onnx(Material(tiny, read_weights(tiny)), "float32", tmp_path / "packed.onnx")
+    session = ort.InferenceSession(str(tmp_path / "packed.onnx"), providers=["CPUExecutionProvider"])
+    names = [each.name for each in session.get_inputs()]
     for lengths in PACKS:
         feeds = packed(sequences(lengths, 8187), room=7)
         expected = PackedGraph(weights, tiny.shape)(*feeds).numpy()

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -220,8 +220,11 @@ def test_every_size_builds(rtx: ModuleType, size: str, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
+    gpu.gpus.cache_clear()
+    yield
+    gpu.gpus.cache_clear()
 
 
 def test_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,8 +265,10 @@ def test_driver_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     program.write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 9.0, 580.95.05'\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    gpu.gpus.cache_clear()
     assert gpu.gpus() == [Gpu("NVIDIA H100 80GB HBM3", "sm_90", "580.95.05")]
     program.write_text("#!/bin/sh\necho 'Failed to initialize NVML: Driver/library version mismatch'; exit 18\n")
+    gpu.gpus.cache_clear()
     with pytest.raises(HardwareError, match="driver does not answer: nvidia-smi says 'Failed to initialize NVML"):
         gpu.gpus()
 

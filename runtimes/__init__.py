@@ -6,8 +6,9 @@ with load("ettin-reranker-demo/openvino-int8") as reranker:
     hits = reranker.rank("Which planet is known as the Red Planet?", documents, top_k=3)
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ettin.artifacts.lazy import lazily
 
 if TYPE_CHECKING:
     from ettin.artifacts.errors import EttinError
@@ -17,16 +18,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Batch", "EttinError", "Runtime", "load"]
 
-# Imported on use, as in `ettin.artifacts`.
-_HOMES = {
-    "Batch": "ettin.runtimes.batch",
-    "EttinError": "ettin.artifacts.errors",
-    "Runtime": "ettin.runtimes.base",
-    "load": "ettin.runtimes.registry",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+__getattr__ = lazily(
+    __name__,
+    {
+        "Batch": "ettin.runtimes.batch",
+        "EttinError": "ettin.artifacts.errors",
+        "Runtime": "ettin.runtimes.base",
+        "load": "ettin.runtimes.registry",
+    },
+)

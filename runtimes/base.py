@@ -68,8 +68,8 @@ class Runtime(ABC):
         self.tokenizer = PairTokenizer(folder / "tokenizer.json")
         self.max_length = self._checked_length(settings.max_length)
         # `score` is looked up at each call: who wraps a runtime's method (to count, to trace) sees every batch.
-        score = lambda batch: self.score(batch)  # noqa: E731, PLW0108
-        self._feeder = Feeder(self.tokenizer, score, limits, manifest.tokenizer.pad_token_id)
+        pad = manifest.tokenizer.pad_token_id
+        self._feeder = Feeder(self.tokenizer, lambda batch: self.score(batch), limits, pad)  # noqa: PLW0108
         self._closed = False
 
     @abstractmethod

@@ -48,7 +48,7 @@ class Batch:
             input_ids and attention_mask, int64 [pairs, width]; the mask is 1 for real tokens.
         """
         lengths = np.diff(self.cu_seqlens)
-        width = -(-self.longest // multiple) * multiple
+        width = round_up(self.longest, multiple)
         mask = np.arange(width) < lengths[:, None]
         input_ids = np.full(mask.shape, self.pad_token_id, np.int64)
         input_ids[mask] = self.ids
@@ -68,6 +68,11 @@ class Batch:
         }
 
 
+def round_up(value: int, multiple: int) -> int:
+    """The least multiple that is not below `value`."""
+    return -(-value // multiple) * multiple
+
+
 def cut(
     lengths: Sequence[int], max_tokens: int, multiple: int = 1, max_pairs: int | None = None
 ) -> Iterator[list[int]]:
@@ -85,7 +90,7 @@ def cut(
     order = np.argsort(-np.asarray(lengths, np.int64), kind="stable").tolist()
     start = 0
     while start < len(order):
-        width = -(-max(lengths[order[start]], 1) // multiple) * multiple
+        width = round_up(max(lengths[order[start]], 1), multiple)
         count = max(1, max_tokens // width)
         if max_pairs is not None:
             count = min(count, max_pairs)

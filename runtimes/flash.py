@@ -5,6 +5,7 @@ The kernel is `torch.nn.attention.varlen.varlen_attn` (torch 2.11 or later), so 
 our own graph on the same kernel.
 """
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import numpy as np
@@ -39,7 +40,7 @@ def flash_kernel() -> Kernel:
 
 
 def use_flash(model: Any, kernel: Kernel) -> None:
-    """Makes a transformers model attend with `kernel`; it then takes what `flash_hidden` gives it, and nothing else.
+    """Makes a transformers model attend with `kernel`; it then takes what `flash_logits` gives it, and nothing else.
 
     Args:
         model: a ModernBERT model of transformers 5, in bf16 for the real kernel.
@@ -52,16 +53,32 @@ def use_flash(model: Any, kernel: Kernel) -> None:
         sliding_window: int | None, cu_seq_lens_q: Tensor, max_length_q: int, **_: Any,
     ) -> tuple[Tensor, None]:  # fmt: skip
         q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))
-        # transformers counts the token itself: a window of 64 to both sides is 65 there.
-        side = -1 if sliding_window is None else sliding_window - 1
         mixed = kernel(
-            q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling, window_size=(side, side)
-        )
+            q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling,
+            window_size=window_size(sliding_window),
+        )  # fmt: skip
         return mixed[None], None
 
-    name = f"ettin_{getattr(kernel, '__name__', 'kernel')}"
+    attend_with(model, f"ettin_{getattr(kernel, '__name__', 'kernel')}", attention, lambda *_, **__: None)
+
+
+def window_size(sliding_window: int | None) -> tuple[int, int]:
+    """A layer's window as kernels take it: transformers counts the token itself, 65 is 64 to both sides."""
+    side = -1 if sliding_window is None else sliding_window - 1
+    return side, side
+
+
+def attend_with(model: Any, name: str, attention: Callable[..., Any], mask: Callable[..., Any]) -> None:
+    """Gives a transformers model its own attention.
+
+    Args:
+        model: of transformers 5.
+        name: without "flash" in it, which transformers 5.23 would look up on the hub.
+        attention: see transformers' `AttentionInterface`.
+        mask: see transformers' `AttentionMaskInterface`.
+    """
     AttentionInterface.register(name, attention)
-    AttentionMaskInterface.register(name, lambda *_, **__: None)
+    AttentionMaskInterface.register(name, mask)
     model.set_attn_implementation(name)
 
 
@@ -74,19 +91,19 @@ def packed_inputs(batch: Batch, device: str | torch.device) -> tuple[Tensor, Ten
     return ids, places, bounds
 
 
-def flash_hidden(encoder: Any, batch: Batch, device: str | torch.device) -> Tensor:
-    """The stock encoder's last hidden state of each pair's first token.
+def flash_logits(model: Any, batch: Batch, device: str | torch.device) -> Tensor:
+    """Raw logits of the stock model.
 
     Args:
-        encoder: a ModernBertModel after `use_flash`.
+        model: a ModernBertForSequenceClassification after `use_flash`.
         batch: what is scored.
-        device: where the encoder is.
+        device: where the model is.
 
     Returns:
-        [pairs, H], of the encoder's type.
+        [pairs], of the model's type.
     """
     ids, positions, bounds = packed_inputs(batch, device)
-    hidden = encoder(
+    hidden = model.model(
         input_ids=ids[None],
         position_ids=positions[None],
         cu_seq_lens_q=bounds,
@@ -94,5 +111,5 @@ def flash_hidden(encoder: Any, batch: Batch, device: str | torch.device) -> Tens
         max_length_q=batch.longest,
         max_length_k=batch.longest,
     ).last_hidden_state
-    first: Tensor = hidden[0].index_select(0, bounds[:-1].long())
-    return first
+    logits: Tensor = model.classifier(model.head(hidden[0].index_select(0, bounds[:-1].long())))[:, 0]
+    return logits

@@ -1,5 +1,6 @@
 """What the NVIDIA driver says of this machine's GPUs. Needs no CUDA package."""
 
+import functools
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -22,8 +23,9 @@ class Gpu:
     driver: str
 
 
+@functools.cache
 def gpus() -> list[Gpu]:
-    """All GPUs, in the driver's order; none without a driver.
+    """All GPUs, in the driver's order; none without a driver. Asked once in a process.
 
     Raises:
         HardwareError: there is a driver, and it fails.

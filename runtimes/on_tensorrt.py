@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ettin.artifacts.errors import DamagedArtifact, HardwareError, ShapeError
 from ettin.artifacts.manifest import Engine, Manifest
 from ettin.runtimes.base import Runtime, Settings
-from ettin.runtimes.batch import Batch
+from ettin.runtimes.batch import Batch, round_up
 from ettin.runtimes.feeding import Limits
 from ettin.runtimes.gpu import gpus
 
@@ -125,6 +125,11 @@ class Shape:
     pairs: int
     longest: int
 
+    @property
+    def inputs(self) -> dict[str, int]:
+        """The length of each of the engine's inputs."""
+        return {"input_ids": self.tokens, "cu_seqlens": self.pairs + 1, "longest": self.longest}
+
 
 class Profiles:
     """Which of the engine's profiles a batch runs in."""
@@ -146,11 +151,11 @@ class Profiles:
         for number, profile in enumerate(self.engine.profiles):
             limits = [profile[name].max[0] for name in ("input_ids", "cu_seqlens", "longest")]
             if tokens <= limits[0] and pairs + 1 <= limits[1] and longest <= limits[2]:
-                room = min(_up(pairs, _PAIRS_MULTIPLE), limits[1] - 1) - pairs
+                room = min(round_up(pairs, _PAIRS_MULTIPLE), limits[1] - 1) - pairs
                 # Added pairs are one pad token each.
-                whole = min(_up(tokens + room, _TOKENS_MULTIPLE), limits[0])
+                whole = min(round_up(tokens + room, _TOKENS_MULTIPLE), limits[0])
                 room = min(room, whole - tokens)
-                return Shape(number, whole, pairs + room, min(_up(longest, _LONGEST_MULTIPLE), limits[2]))
+                return Shape(number, whole, pairs + room, min(round_up(longest, _LONGEST_MULTIPLE), limits[2]))
         raise ShapeError(
             f"a batch of {pairs} pairs, {tokens} tokens, the longest of {longest}, is more than the engine was "
             f"compiled for: {self.most('cu_seqlens') - 1} pairs, {self.most('input_ids')} tokens. Use predict, which "
@@ -164,10 +169,6 @@ class Profiles:
         ids[tokens:] = self.pad_token_id
         bounds[: pairs + 1] = batch.cu_seqlens
         bounds[pairs + 1 :] = tokens + 1 + np.arange(shape.pairs - pairs)
-
-
-def _up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
 
 
 class _Slot:
@@ -185,10 +186,10 @@ class _Slot:
         self._addresses = {name: self._stream.device_bytes(8 * sizes[name]) for name in names}
         self._addresses["logits"] = self._stream.device_bytes(4 * len(self._logits))
         # The contexts take turns, so they share their scratch memory.
-        strategy = module.ExecutionContextAllocationStrategy.USER_MANAGED
-        scratch = max(engine.get_device_memory_size_for_profile_v2(at) for at in range(len(profiles.engine.profiles)))
-        self._scratch, self._scratch_bytes = self._stream.device_bytes(max(1, scratch)), max(1, scratch)
-        self._strategy = strategy
+        self._strategy = module.ExecutionContextAllocationStrategy.USER_MANAGED
+        numbers = range(len(profiles.engine.profiles))
+        self._scratch_bytes = max(1, *(engine.get_device_memory_size_for_profile_v2(at) for at in numbers))
+        self._scratch = self._stream.device_bytes(self._scratch_bytes)
         self._contexts: dict[int, Any] = {}
         self._graphs: OrderedDict[Shape, Graph | None] = OrderedDict()  # None: seen once
 
@@ -221,8 +222,8 @@ class _Slot:
 
     def _queue(self, shape: Shape) -> None:
         context = self._context(shape)
-        for name, count in (("input_ids", shape.tokens), ("cu_seqlens", shape.pairs + 1)):
-            self._stream.to_device(self._addresses[name], self._host[name][:count])
+        for name, host in self._host.items():
+            self._stream.to_device(self._addresses[name], host[: shape.inputs[name]])
         if not context.execute_async_v3(self._stream.handle):
             raise HardwareError("TensorRT could not run the engine. Look at: nvidia-smi")
         self._stream.to_host(self._logits[: shape.pairs], self._addresses["logits"])
@@ -236,7 +237,7 @@ class _Slot:
                 context.set_tensor_address(name, address)
             self._contexts[shape.profile] = context
         context = self._contexts[shape.profile]
-        for name, count in (("input_ids", shape.tokens), ("cu_seqlens", shape.pairs + 1), ("longest", shape.longest)):
+        for name, count in shape.inputs.items():
             context.set_input_shape(name, (count,))
         return context
 

@@ -52,9 +52,10 @@ class TorchRuntime(Runtime):
         self._model = AutoModelForSequenceClassification.from_pretrained(
             folder, dtype=_DTYPES[manifest.precision], attn_implementation="sdpa", local_files_only=True
         )
-        self._model.to(device).eval()
         self._device = device
         self._flash = None if kernel is None else self._flash_graph(manifest, kernel)
+        if self._flash is None:
+            self._model.to(device).eval()
         if device == "cpu":
             limits = Limits(concurrency=1, batch_tokens=_CPU_TOKENS_PER_THREAD * torch.get_num_threads())
         else:  # while the GPU computes one batch, the next is copied and its kernels are queued

@@ -116,7 +116,7 @@ def check_kit(folder: Path, manifest: Manifest) -> None:
     Raises:
         UnverifiedArtifact: a build kit; says what to run.
     """
-    if manifest.engine is not None and manifest.entry not in {each.path for each in manifest.files}:
+    if manifest.is_build_kit and manifest.engine is not None:
         raise UnverifiedArtifact(
             f"{folder}: a build kit, its engine for {manifest.engine.arch} is not built yet. On a machine with such a "
             f"GPU and TensorRT, run: sh {folder}/engine/build.sh && ettin-verify {folder}"

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ettin.artifacts.errors import EttinError, ParityError
-from ettin.artifacts.files import list_files
+from ettin.artifacts.files import file_entry
 from ettin.artifacts.manifest import MANIFEST_NAME, Manifest, Parity
 from ettin.artifacts.metrics import ScoreError, score_error
 from ettin.artifacts.parity import ParityCase, read_parity
@@ -169,15 +169,15 @@ def adopt_engine(folder: Path) -> bool:
         MissingDependency: the engine's package, whose version is recorded, is not installed.
     """
     manifest = Manifest.read(folder)
-    if manifest.engine is None or manifest.entry in {each.path for each in manifest.files}:
+    if not manifest.is_build_kit:
         return False
     if not (folder / manifest.entry).is_file():
         check_kit(folder, manifest)
     runtime_class(manifest.target)
     version = str(importlib.import_module(manifest.needs.package).__version__)
     needs = manifest.needs.model_copy(update={"version": version})
-    engine = next(each for each in list_files(folder) if each.path == manifest.entry)
-    _rewrite(folder, manifest.model_copy(update={"needs": needs, "files": (*manifest.files, engine)}))
+    files = (*manifest.files, file_entry(folder, manifest.entry))
+    _rewrite(folder, manifest.model_copy(update={"needs": needs, "files": files}))
     return True
 
 

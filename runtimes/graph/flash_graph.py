@@ -82,48 +82,52 @@ class FlashGraph(nn.Module):
             is_global = shape.global_layers[layer]
             q, k, v = self._heads(self._normed(layer, x), f"{layer}_qkv", 3)
             q, k = _rotated(q, rope[is_global]), _rotated(k, rope[is_global])
-            side = -1 if is_global else shape.window_tokens
-            mixed = self._kernel(q, k, v, bounds, bounds, longest, longest, scale=1.0, window_size=(side, side))
-            x = x + F.linear(mixed.flatten(1), self.get_buffer(f"{layer}_o"))
-            x = x + self._mlp(layer, x)
+            x = self._output(layer, x, self._attended(is_global, q, k, v, bounds, longest))
         return self._head(self._cls_layer(last, x, rope[shape.global_layers[last]], bounds, longest))
 
     def _normed(self, layer: int, x: Tensor) -> Tensor:
-        return x if layer == 0 else F.layer_norm(x, (x.shape[-1],), eps=self.shape.norm_eps)
+        return x if layer == 0 else _norm(x, self.shape.norm_eps)
 
     def _heads(self, x: Tensor, name: str, count: int) -> tuple[Tensor, ...]:
         heads = F.linear(x, self.get_buffer(name))
         return heads.reshape(-1, count, self.shape.num_heads, self.shape.head_dim).unbind(1)
 
-    def _mlp(self, layer: int, x: Tensor) -> Tensor:
-        normed = F.layer_norm(x, (x.shape[-1],), eps=self.shape.norm_eps)
-        up, gate = F.linear(normed, self.get_buffer(f"{layer}_up_gate")).chunk(2, dim=-1)
-        return F.linear(F.gelu(up) * gate, self.get_buffer(f"{layer}_down"))
+    def _attended(self, is_global: bool, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int) -> Tensor:
+        side = -1 if is_global else self.shape.window_tokens
+        return self._kernel(q, k, v, bounds, bounds, longest, longest, scale=1.0, window_size=(side, side))
+
+    def _output(self, layer: int, x: Tensor, mixed: Tensor) -> Tensor:
+        """The rest of a layer after attention."""
+        x = x + F.linear(mixed.flatten(1), self.get_buffer(f"{layer}_o"))
+        up, gate = F.linear(_norm(x, self.shape.norm_eps), self.get_buffer(f"{layer}_up_gate")).chunk(2, dim=-1)
+        return x + F.linear(F.gelu(up) * gate, self.get_buffer(f"{layer}_down"))
 
     def _cls_layer(self, layer: int, x: Tensor, rope: tuple[Tensor, ...], bounds: Tensor, longest: int) -> Tensor:
         """The last layer for the first token of each sequence: [pairs, H]."""
         shape, starts = self.shape, bounds[:-1].long()
-        normed, cls = self._normed(layer, x), x[starts]
+        normed = self._normed(layer, x)
         k, v = self._heads(normed, f"{layer}_kv", 2)
         k = _rotated(k, rope)
         # Position 0 is rotated by the angle 0, so the query needs no rotation.
         q = F.linear(normed[starts], self.get_buffer(f"{layer}_q")).reshape(-1, shape.num_heads, shape.head_dim)
         if shape.global_layers[layer]:
-            ones = torch.arange(len(bounds), dtype=torch.int32, device=bounds.device)
-            mixed = self._kernel(q, k, v, ones, bounds, 1, longest, scale=1.0, window_size=(-1, -1))
+            one_each = torch.arange(len(bounds), dtype=torch.int32, device=bounds.device)
+            mixed = self._kernel(q, k, v, one_each, bounds, 1, longest, scale=1.0, window_size=(-1, -1))
         else:  # the kernel counts a window from the end, where it takes a lone query to be
             every = torch.zeros_like(k).index_copy_(0, starts, q)
-            side = shape.window_tokens
-            mixed = self._kernel(every, k, v, bounds, bounds, longest, longest, scale=1.0, window_size=(side, side))
-            mixed = mixed[starts]
-        cls = cls + F.linear(mixed.flatten(1), self.get_buffer(f"{layer}_o"))
-        return cls + self._mlp(layer, cls)
+            mixed = self._attended(False, every, k, v, bounds, longest)[starts]
+        return self._output(layer, x[starts], mixed)
 
     def _head(self, cls: Tensor) -> Tensor:
         x, shape = cls.to(self._wide), self.shape
-        x = F.gelu(F.linear(F.layer_norm(x, (x.shape[-1],), eps=shape.norm_eps), self.get_buffer("head_dense")))
-        x = F.layer_norm(x, (x.shape[-1],), eps=shape.head_norm_eps)
-        return F.linear(x, self.get_buffer("head_score"), self.get_buffer("head_score_bias"))[:, 0]
+        x = F.gelu(F.linear(_norm(x, shape.norm_eps), self.get_buffer("head_dense")))
+        return F.linear(
+            _norm(x, shape.head_norm_eps), self.get_buffer("head_score"), self.get_buffer("head_score_bias")
+        )[:, 0]
+
+
+def _norm(x: Tensor, eps: float) -> Tensor:
+    return F.layer_norm(x, (x.shape[-1],), eps=eps)
 
 
 def _rotated(x: Tensor, rope: tuple[Tensor, ...]) -> Tensor:
