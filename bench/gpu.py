@@ -70,10 +70,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command, card = shlex.join(["python", *sys.argv]), _card(place)
     with opened(read_checkpoint(checkpoint), place) as subject:
         tokenizer = PairTokenizer(checkpoint / "tokenizer.json")
-        found["parity"] = {"weights": f"trained: {checkpoint.name}"} | parity(
-            subject, tokenizer, pairs[:256], MAX_LENGTH
-        )
+        measured = parity(subject, tokenizer, pairs[:256], MAX_LENGTH)
+        cases = measured.pop("cases")
+        found["parity"] = {"weights": f"trained: {checkpoint.name}"} | measured
+        golden = {"weights_sha256": subject.checkpoint.weights_sha256(), "cases": cases}
     _show_parity(found["parity"])
+    write_result(options.golden, "fa2-golden", command, golden, card)
     write_result(options.json, "gpu", command, found, card)
 
     peak = found["matrix_peak_tflops"] = matrix_peak_tflops(place)
@@ -126,6 +128,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, help="trained, for parity (default: the one that is here)")
     parser.add_argument("--tokenizer", type=Path, help="folder, for speed (default: the checkpoint's)")
     parser.add_argument("--json", type=Path, help="write the result there")
+    parser.add_argument("--golden", type=Path, help="write FlashAttention-2's scores there, for parity_tests/goldens/")
     options = parser.parse_args(arguments)
     unknown = set(options.sizes.split(",")) - {*SIZES, "tiny"}
     if unknown:

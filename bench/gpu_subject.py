@@ -27,6 +27,7 @@ from ettin.runtimes.graph.torch_graph import PackedGraph
 from ettin.runtimes.tokenizer import PairTokenizer
 
 Pairs = Sequence[tuple[str, str]]
+_REFERENCE = "bf16 FA2 unpadded (the reference)"
 
 
 def plain_varlen(
@@ -186,16 +187,19 @@ def parity(subject: Subject, tokenizer: PairTokenizer, pairs: Pairs, max_length:
     scores = {
         "packed graph, fp32": packed(subject.packed(torch.float32)),
         "bf16 SDPA padded": padded(subject.stock(torch.bfloat16, "sdpa")),
-        "bf16 FA2 unpadded (the reference)": flash(subject.stock(torch.bfloat16, "flash")),
+        _REFERENCE: flash(subject.stock(torch.bfloat16, "flash")),
         "ours": ours(subject.ours()),
         "packed graph, bf16": packed(subject.packed(torch.bfloat16)),
     }
     errors = {name: score_error(each, gold) for name, each in scores.items()}
-    baseline = errors["bf16 FA2 unpadded (the reference)"].mean_abs
+    baseline = errors[_REFERENCE].mean_abs
     return {
         "pairs": len(pairs),
         "gold_std": float(gold.std()),
-        "reference_scores": scores["bf16 FA2 unpadded (the reference)"].tolist(),
+        "cases": [
+            {"ids": ids.tolist(), "fp32": fp32, "fa2": fa2}
+            for ids, fp32, fa2 in zip(sequences, gold.tolist(), scores[_REFERENCE].tolist(), strict=True)
+        ],
         "rows": {
             name: {**error.figures(), "of_reference": error.mean_abs / baseline} for name, error in errors.items()
         },

@@ -55,7 +55,7 @@ class OnnxRuntime(Runtime):
                 f"device '{device}': ONNX Runtime could not start {provider}. Run: ettin-export --doctor"
             )
         self._session: ort.InferenceSession | None = session
-        self._provider = provider
+        self._device, self._provider = device, provider
         self._packed = any(each.name == "cu_seqlens" for each in manifest.interface.inputs)
         tokens = _CPU_TOKENS_PER_THREAD * plan.threads_per_stream if device == "cpu" else 65536
         super().__init__(folder, manifest, settings, Limits(concurrency=plan.streams, batch_tokens=tokens))
@@ -74,7 +74,13 @@ class OnnxRuntime(Runtime):
             feeds = batch.packed()
         else:
             feeds = dict(zip(("input_ids", "attention_mask"), batch.padded(), strict=True))
-        logits = self._session.run(["logits"], feeds)[0]
+        # Bound, so that nothing is copied but the inputs to the device and the logits back.
+        binding = self._session.io_binding()
+        for name, array in feeds.items():
+            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array, self._device, 0))
+        binding.bind_output("logits", self._device)
+        self._session.run_with_iobinding(binding)
+        logits = binding.get_outputs()[0].numpy()
         return np.asarray(logits[:, 0], np.float32)
 
     def _release(self) -> None:
