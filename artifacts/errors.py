@@ -15,6 +15,8 @@
     │   └── UnverifiedArtifact    … nobody has proven its scores yet
     ├── ShapeError            more pairs or tokens than an artifact was built for
     ├── BuildError            an engine that could not be compiled
+    ├── Busy                  a server with no room for another request now
+    ├── ServerError           a server that does not start or answer
     ├── OutputError           a folder that can't be written
     └── ParityError           scores that differ from the reference
 
@@ -89,6 +91,23 @@ class ShapeError(EttinError, ValueError):
 
 class BuildError(EttinError):
     """An engine that could not be compiled."""
+
+
+class Busy(EttinError):
+    """A server has no room for another request now.
+
+    Args:
+        why: what it waits for.
+        retry_after_s: when it may have.
+    """
+
+    def __init__(self, why: str, retry_after_s: float) -> None:
+        super().__init__(f"{why}. Try again in {max(1, round(retry_after_s))} s")
+        self.retry_after_s = max(1, round(retry_after_s))
+
+
+class ServerError(EttinError):
+    """A server that does not start or answer."""
 
 
 class OutputError(EttinError):

@@ -19,7 +19,7 @@ def identity(logits: Scores) -> Scores:
 
 def sigmoid(logits: Scores) -> Scores:
     """Logistic function, without overflow; distinct logits stay distinct for as long as float32 allows."""
-    return np.exp(-np.logaddexp(np.float32(0), -logits))
+    return np.asarray(np.exp(-np.logaddexp(np.float32(0), -logits)))
 
 
 _BY_NAME: dict[str, Activation] = {"identity": identity, "sigmoid": sigmoid}

@@ -37,7 +37,7 @@ class Stream:
         address = int(_checked(cudart.cudaHostAlloc(size_bytes, 0)))
         self._pinned.append(address)
         memory = (ctypes.c_byte * size_bytes).from_address(address)
-        return np.frombuffer(memory, dtype)
+        return np.asarray(memory).view(dtype)
 
     def to_device(self, address: int, host: NDArray[Any]) -> None:
         """Queues a copy of all of `host`."""

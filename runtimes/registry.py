@@ -87,14 +87,10 @@ def load(
         UsageError: an argument out of its range.
     """
     folder = Path(path)
-    manifest = Manifest.read(folder)
+    manifest = checked_manifest(folder, checksums=checksums, allow_unverified=allow_unverified)
     target = target_named(manifest.target)
     if device is None:
         device = "cuda" if manifest.needs.device == "cuda" else "cpu"
-    check_kit(folder, manifest)
-    check_files(folder, manifest, checksums)
-    if manifest.parity.status == "unverified" and not allow_unverified:
-        raise UnverifiedArtifact(f"{folder}: exported without proof of its scores. Run here: ettin-verify {folder}")
     if "vnni" in manifest.needs.isa and device == "cpu" and lacks_vnni():
         raise HardwareError(
             f"{folder}: int8 sums overflow on {model_name()}, which has no VNNI. Export another precision: "
@@ -108,6 +104,21 @@ def load(
     settings = Settings(device, threads, streams, Path(cache_dir) if cache_dir else None, max_length)
     runtime: Runtime = runtime_class(target.name)(folder, manifest, settings)
     return runtime
+
+
+def checked_manifest(folder: Path, *, checksums: bool = True, allow_unverified: bool = False) -> Manifest:
+    """The manifest of an artifact that is whole and proven.
+
+    Raises:
+        ArtifactError: not an artifact, damaged, edited, newer or unverified.
+    """
+    manifest = Manifest.read(folder)
+    target_named(manifest.target)
+    check_kit(folder, manifest)
+    check_files(folder, manifest, checksums)
+    if manifest.parity.status == "unverified" and not allow_unverified:
+        raise UnverifiedArtifact(f"{folder}: exported without proof of its scores. Run here: ettin-verify {folder}")
+    return manifest
 
 
 def check_kit(folder: Path, manifest: Manifest) -> None:

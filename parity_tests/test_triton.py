@@ -1,0 +1,379 @@
+"""A real tritonserver on a repository that `ettin-triton` wrote, called over HTTP and gRPC."""
+
+import importlib.util
+import os
+import shutil
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ettin.artifacts.errors import ServerError
+from ettin.artifacts.manifest import Engine, Manifest, ShapeRange
+from ettin.artifacts.triton_repository import TritonOptions, publish
+from ettin.export.checkpoint import Checkpoint
+from ettin.export.lowering import PACKED, Material
+from ettin.export.to_onnx import packed_onnx
+from ettin.export.weights import read_weights
+from ettin.runtimes import load
+from ettin.runtimes.serving.tritonserver import TritonServer
+
+pytestmark = [
+    pytest.mark.triton,
+    pytest.mark.skipif(
+        importlib.util.find_spec("pytriton") is None, reason='needs a server: pip install "ettin-export[triton]"'
+    ),
+]
+Artifacts = dict[tuple[str, str], Path]
+
+SERVED = [("onnx", "fp32"), ("onnx", "fp16"), ("onnx", "int8"), ("openvino", "fp32"), ("openvino", "bf16"),
+          ("openvino", "int8")]  # fmt: skip
+DOCUMENTS = ["Mars is the red planet.", "Venus", "", "Nobody knows " * 90, "The red planet is called Mars. " * 20]
+QUERY = "Which planet is red?"
+
+
+def name_of(variant: tuple[str, str]) -> str:
+    return "-".join(variant)
+
+
+def http_client(server: TritonServer, **options: Any) -> Any:
+    import tritonclient.http
+
+    return tritonclient.http.InferenceServerClient(server.url.removeprefix("http://"), **options)
+
+
+def grpc_client(server: TritonServer) -> Any:
+    import tritonclient.grpc
+
+    return tritonclient.grpc.InferenceServerClient(f"127.0.0.1:{server.grpc_port}")
+
+
+def tensors(kind: Any, query: str, documents: Sequence[Any]) -> list[Any]:
+    found = []
+    for name, texts in (("query", [query]), ("documents", documents)):
+        tensor = kind(name, [1, len(texts)], "BYTES")
+        array = np.array([[each if isinstance(each, bytes) else each.encode() for each in texts]], np.object_)
+        tensor.set_data_from_numpy(array.reshape(1, len(texts)))
+        found.append(tensor)
+    return found
+
+
+def ask(client: Any, model: str, query: str, documents: Sequence[Any], **options: Any) -> list[float]:
+    import tritonclient.grpc
+    import tritonclient.http
+
+    kind = tritonclient.http if "http" in type(client).__module__ else tritonclient.grpc
+    result = client.infer(model, tensors(kind.InferInput, query, documents), **options)
+    scores, tokens = result.as_numpy("scores"), result.as_numpy("tokens")
+    assert scores.shape == tokens.shape == (1, len(documents))
+    return [float(each) for each in scores[0]]
+
+
+@pytest.fixture(scope="module")
+def repository(demo_artifacts: Artifacts, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("triton") / "models"
+    for variant in SERVED:
+        artifact = demo_artifacts[variant]
+        publish(artifact, Manifest.read(artifact), folder, name_of(variant), TritonOptions())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(repository: Path) -> Iterator[TritonServer]:
+    with TritonServer(repository) as running:
+        yield running
+
+
+def tolerance(artifact: Path) -> float:
+    """How far a pair's score in one batch may be from that in another: what the export saw, and a margin."""
+    seen = Manifest.read(artifact).parity.batch_max_abs_error
+    assert seen is not None
+    return 2 * seen + 1e-4
+
+
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+@pytest.mark.parametrize("variant", SERVED, ids=name_of)
+def test_scores(server: TritonServer, demo_artifacts: Artifacts, variant: tuple[str, str], protocol: str) -> None:
+    client = http_client(server) if protocol == "http" else grpc_client(server)
+    model, artifact = name_of(variant), demo_artifacts[variant]
+    with load(artifact) as runtime, client:
+        alone = [ask(client, model, QUERY, [document])[0] for document in DOCUMENTS]
+        expected = [float(runtime.predict((QUERY, document))) for document in DOCUMENTS]
+        if variant[1] == "fp32":
+            assert alone == expected
+        np.testing.assert_allclose(alone, expected, atol=tolerance(artifact))
+        np.testing.assert_allclose(ask(client, model, QUERY, DOCUMENTS), expected, atol=tolerance(artifact))
+        assert ask(client, model, QUERY, []) == []
+
+
+def test_clients_get_their_own(server: TritonServer, demo_artifacts: Artifacts) -> None:
+    """32 at once, each with other texts, one document or many."""
+    requests = [
+        (
+            f"query {at}",
+            [f"document {at} {number} " + "word " * ((at * 7 + number * 13) % 90) for number in range(count)],
+        )
+        for at, count in enumerate([1, 100, 1, 17] * 16)
+    ]
+    with grpc_client(server) as client, ThreadPoolExecutor(32) as pool:
+        found = list(pool.map(lambda each: ask(client, "onnx-fp32", *each), requests))
+    with load(demo_artifacts["onnx", "fp32"]) as runtime:
+        for (query, documents), scores in zip(requests, found, strict=True):
+            expected = runtime.predict([(query, document) for document in documents])
+            np.testing.assert_allclose(scores, expected, atol=1e-4)
+
+
+def test_requests_of_many_rows(server: TritonServer, demo_artifacts: Artifacts) -> None:
+    import tritonclient.grpc as client_module
+
+    queries, documents = [["a"], ["b"]], [["a b", "c", "b"], ["b b", "a", "x y z"]]
+    inputs = []
+    for name, texts in (("query", queries), ("documents", documents)):
+        tensor = client_module.InferInput(name, [2, len(texts[0])], "BYTES")
+        tensor.set_data_from_numpy(np.array(texts, np.object_))
+        inputs.append(tensor)
+    with grpc_client(server) as client, load(demo_artifacts["onnx", "fp32"]) as runtime:
+        found = client.infer("onnx-fp32", inputs).as_numpy("scores")
+        pairs = [(query[0], text) for query, row in zip(queries, documents, strict=True) for text in row]
+        np.testing.assert_allclose(found, runtime.predict(pairs).reshape(2, 3), atol=1e-5)
+
+
+def test_bad_requests_are_said_and_others_served(server: TritonServer) -> None:
+    import tritonclient.http
+    from tritonclient.utils import InferenceServerException
+
+    with http_client(server) as client:
+        good = ask(client, "onnx-fp32", QUERY, DOCUMENTS)
+        with pytest.raises(InferenceServerException, match="document 1: not UTF-8"):
+            ask(client, "onnx-fp32", QUERY, [b"fine", b"\xff\xfe"])
+        wrong = tritonclient.http.InferInput("documents", [1, 1], "FP32")
+        wrong.set_data_from_numpy(np.zeros((1, 1), np.float32))
+        with pytest.raises(InferenceServerException, match="data-type"):
+            client.infer("onnx-fp32", [tensors(tritonclient.http.InferInput, QUERY, [])[0], wrong])
+        with pytest.raises(InferenceServerException, match="expected 2 inputs"):
+            client.infer("onnx-fp32", tensors(tritonclient.http.InferInput, QUERY, [])[:1])
+        assert ask(client, "onnx-fp32", QUERY, DOCUMENTS) == pytest.approx(good, abs=1e-4)
+
+
+def test_large_requests_do_not_hold_up_others(server: TritonServer) -> None:
+    many = [f"document {at}" for at in range(10_000)]
+    book = "A word of a very long book. " * (5_000_000 // 28)
+    with grpc_client(server) as client, ThreadPoolExecutor(3) as pool:
+        large = [pool.submit(ask, client, "onnx-fp32", QUERY, each) for each in (many, [book])]
+        time.sleep(0.2)
+        started = time.monotonic()
+        ask(client, "onnx-fp32", QUERY, DOCUMENTS[:1])
+        small_s = time.monotonic() - started
+        many_scores, book_scores = (each.result(120) for each in large)
+        large_s = time.monotonic() - started
+    assert len(many_scores) == 10_000 and np.isfinite(many_scores).all() and np.isfinite(book_scores).all()
+    assert small_s < large_s
+
+
+def test_a_client_that_hangs_up(server: TritonServer) -> None:
+    body = b'{"inputs":[{"name":"query","shape":[1,1],"datatype":"BYTES","data":["q"]},{"name":"documents",'
+    body += b'"shape":[1,4000],"datatype":"BYTES","data":[' + b",".join([b'"' + b"word " * 60 + b'"'] * 4000) + b"]}]}"
+    head = f"POST /v2/models/onnx-fp32/infer HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.http_port)) as connection:
+        connection.sendall(head.encode() + body)
+        time.sleep(0.3)
+    with http_client(server) as client:
+        assert ask(client, "onnx-fp32", QUERY, DOCUMENTS[:1]) == pytest.approx(
+            ask(client, "onnx-fp32", QUERY, DOCUMENTS[:1])
+        )
+        deadline = time.monotonic() + 20
+        while pending(client, "onnx-fp32") and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert pending(client, "onnx-fp32") == 0
+
+
+def pending(client: Any, model: str) -> int:
+    """Requests without an answer."""
+    found = client.get_inference_statistics(model)["model_stats"][0]["inference_stats"]
+    return -sum(int(found[key]["count"]) for key in ("success", "fail")) + int(found["queue"]["count"])
+
+
+# Loading.
+
+
+def test_damaged_model_leaves_the_others(demo_artifacts: Artifacts, tmp_path: Path) -> None:
+    artifact = demo_artifacts["onnx", "fp32"]
+    for name in ("good", "bad"):
+        publish(artifact, Manifest.read(artifact), tmp_path, name, TritonOptions())
+    entry = tmp_path / "bad" / "1" / "artifact" / Manifest.read(artifact).entry
+    content = bytearray(entry.read_bytes())
+    content[len(content) // 2] ^= 1
+    entry.write_bytes(content)
+    with pytest.raises(ServerError, match="sha256 differs|failed to load"), TritonServer(tmp_path):
+        pass
+    with (
+        TritonServer(tmp_path, arguments=["--exit-on-error=false", "--strict-readiness=false"]) as running,
+        http_client(running) as client,
+    ):
+        assert not client.is_model_ready("bad")
+        reason = next(each for each in client.get_model_repository_index() if each["name"] == "bad")["reason"]
+        assert "sha256 differs from manifest.json" in reason
+        assert ask(client, "good", QUERY, DOCUMENTS[:1])
+
+
+def test_new_version_takes_over_without_a_gap(demo_artifacts: Artifacts, tmp_path: Path) -> None:
+    first, second = demo_artifacts["onnx", "fp32"], demo_artifacts["onnx", "int8"]
+    publish(first, Manifest.read(first), tmp_path / "models", "reranker", TritonOptions())
+    arguments = ["--model-control-mode=explicit", "--load-model=reranker"]
+    stop, answers, errors = threading.Event(), [], []
+    with TritonServer(tmp_path / "models", arguments=arguments) as running, grpc_client(running) as client:
+
+        def keep_asking() -> None:
+            while not stop.is_set():
+                try:
+                    answers.append(ask(client, "reranker", QUERY, DOCUMENTS[:2]))
+                except Exception as error:  # what a user would see
+                    errors.append(error)
+
+        asking = threading.Thread(target=keep_asking)
+        asking.start()
+        time.sleep(0.3)
+        publish(second, Manifest.read(second), tmp_path / "models", "reranker", TritonOptions())
+        client.load_model("reranker")
+        time.sleep(0.3)
+        stop.set()
+        asking.join()
+        after = ask(client, "reranker", QUERY, DOCUMENTS[:2])
+    assert not errors
+    for artifact, found in ((first, answers[0]), (second, after)):
+        with load(artifact) as runtime:
+            expected = runtime.predict([(QUERY, document) for document in DOCUMENTS[:2]])
+            np.testing.assert_allclose(found, expected, atol=tolerance(artifact))
+    assert answers[0] != after
+
+
+def test_response_cache(demo_artifacts: Artifacts, tmp_path: Path) -> None:
+    artifact = demo_artifacts["onnx", "fp32"]
+    publish(artifact, Manifest.read(artifact), tmp_path, "reranker", TritonOptions(response_cache=True))
+    with (
+        TritonServer(tmp_path, arguments=["--cache-config=local,size=1048576"]) as running,
+        http_client(running) as client,
+    ):
+        answers = [ask(client, "reranker", QUERY, DOCUMENTS) for _ in range(3)]
+        assert answers[0] == answers[1] == answers[2] != ask(client, "reranker", QUERY + "?", DOCUMENTS)
+        found = client.get_inference_statistics("reranker")["model_stats"][0]["inference_stats"]
+        assert int(found["cache_hit"]["count"]) == 2
+
+
+def test_server_that_does_not_start(tmp_path: Path) -> None:
+    with pytest.raises(ServerError, match="tritonserver did not start: "), TritonServer(tmp_path / "nowhere"):
+        pass
+
+
+def test_stop_leaves_nothing(repository: Path, demo_artifacts: Artifacts, tmp_path: Path) -> None:
+    artifact = demo_artifacts["onnx", "fp32"]
+    publish(artifact, Manifest.read(artifact), tmp_path, "reranker", TritonOptions())
+    with TritonServer(tmp_path) as running:
+        pid, scratch = running.pid, running.log.parent
+        assert pid and scratch.exists()
+    assert not scratch.exists()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, signal.SIGTERM)
+
+
+# The engine in a backend of Triton's own. None of those is here: Triton reads the configuration and looks for the
+# backend; a stand-in of that name, in Python, shows that batches and scores find their way.
+
+STAND_IN = """
+import json
+import onnxruntime
+import triton_python_backend_utils as pb_utils
+
+class TritonPythonModel:
+    @staticmethod
+    def auto_complete_config(config):
+        return config
+    def initialize(self, args):
+        config = json.loads(args["model_config"])
+        folder = f"{args['model_repository']}/{args['model_version']}/{config['default_model_filename']}"
+        self.session = onnxruntime.InferenceSession(folder)
+        self.names = [each["name"] for each in config["input"]]
+    def execute(self, requests):
+        responses = []
+        for request in requests:
+            feeds = {name: pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in self.names}
+            logits = self.session.run(["logits"], feeds)[0]
+            responses.append(pb_utils.InferenceResponse([pb_utils.Tensor("logits", logits)]))
+        return responses
+"""
+
+
+class WithStandIn(TritonServer):
+    def _backends(self) -> Path:
+        folder = super()._backends()
+        for name in ("onnxruntime", "tensorrt"):
+            (folder / name).mkdir()
+            (folder / name / "model.py").write_text(STAND_IN)
+        return folder
+
+
+@pytest.mark.parametrize("variant", [("onnx", "fp32"), ("openvino", "bf16")], ids=name_of)
+def test_native_configuration_is_read(demo_artifacts: Artifacts, tmp_path: Path, variant: tuple[str, str]) -> None:
+    artifact = demo_artifacts[variant]
+    publish(artifact, Manifest.read(artifact), tmp_path, "reranker", TritonOptions(native=True))
+    arguments = ["--exit-on-error=false", "--strict-readiness=false", "--disable-auto-complete-config"]
+    with TritonServer(tmp_path, arguments=arguments) as running, http_client(running) as client:
+        index = {each["name"]: each for each in client.get_model_repository_index()}
+        assert "unable to find backend library" in index["reranker-engine"]["reason"], index
+
+
+def test_native_engine(demo_artifacts: Artifacts, tmp_path: Path) -> None:
+    artifact = demo_artifacts["onnx", "fp32"]
+    publish(artifact, Manifest.read(artifact), tmp_path, "reranker", TritonOptions(native=True))
+    requests = [(f"query {at}", [f"text {number} " * (number * at % 70) for number in range(20)]) for at in range(12)]
+    with WithStandIn(tmp_path) as running, grpc_client(running) as client, load(artifact) as runtime:
+        with ThreadPoolExecutor(6) as pool:
+            found = list(pool.map(lambda each: ask(client, "reranker", *each), requests))
+        for (query, documents), scores in zip(requests, found, strict=True):
+            expected = runtime.predict([(query, document) for document in documents])
+            np.testing.assert_allclose(scores, expected, atol=1e-4)
+        # The next version of both.
+        publish(artifact, Manifest.read(artifact), tmp_path, "reranker", TritonOptions(native=True))
+    with WithStandIn(tmp_path) as running, grpc_client(running) as client:
+        assert ask(client, "reranker", *requests[3]) == pytest.approx(found[3], abs=1e-4)
+        assert client.get_model_metadata("reranker").versions == ["2"]
+
+
+def test_packed_engine(demo: Checkpoint, demo_artifacts: Artifacts, tmp_path: Path) -> None:
+    """What a TensorRT plan is asked for: batches within its limits, by an ONNX model with the plan's interface."""
+    manifest = Manifest.read(demo_artifacts["onnx", "fp32"])
+    profiles = tuple({name: ShapeRange(min=(1,), opt=(2,), max=(4,)) for name in ("input_ids", "cu_seqlens", "longest")}
+                     for _ in range(2))  # fmt: skip
+    plan = manifest.model_copy(
+        update={
+            "target": "trt", "precision": "bf16", "entry": "engine/model.engine", "interface": PACKED,
+            "graph": manifest.graph | {"batch_tokens": 512, "batch_pairs": 8},
+            "engine": Engine(arch="sm_90", profiles=profiles, fused_attentions=None),
+        }
+    )  # fmt: skip
+    artifact = tmp_path / "artifact"
+    artifact.mkdir()
+    packed_onnx(Material(demo, read_weights(demo)), "float32", artifact / "engine" / "model.engine")
+    (artifact / "manifest.json").write_bytes(plan.to_bytes())
+    shutil.copy2(demo_artifacts["onnx", "fp32"] / "tokenizer.json", artifact)
+    publish(artifact, plan, tmp_path / "models", "reranker", TritonOptions(native=True))
+    config = (tmp_path / "models" / "reranker-engine" / "config.pbtxt").read_text()
+    assert 'platform: "tensorrt_plan"' in config and 'profile: "0"' in config and 'profile: "1"' in config
+    assert [each.name for each in (tmp_path / "models" / "reranker-engine" / "1").iterdir()] == ["model.engine"]
+    requests = [(f"query {at}", [f"text {number} " * (number * at % 70) for number in range(20)]) for at in range(12)]
+    with WithStandIn(tmp_path / "models") as running, grpc_client(running) as client:
+        with ThreadPoolExecutor(6) as pool:
+            found = list(pool.map(lambda each: ask(client, "reranker", *each), requests))
+        stats = client.get_inference_statistics("reranker-engine", as_json=True)["model_stats"][0]
+        assert 12 * 20 / 8 <= int(stats["inference_stats"]["success"]["count"]) < 12 * 20
+    with load(demo_artifacts["onnx", "fp32"]) as runtime:
+        for (query, documents), scores in zip(requests, found, strict=True):
+            expected = runtime.predict([(query, document) for document in documents])
+            np.testing.assert_allclose(scores, expected, atol=1e-4)

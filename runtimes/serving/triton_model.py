@@ -1,0 +1,188 @@
+"""What Triton's Python backend runs: texts in, scores out. Imported by the backend's own process only."""
+
+import json
+import threading
+import time
+from abc import ABC, abstractmethod
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+from numpy.typing import NDArray
+
+from ettin.artifacts.errors import Busy, EttinError, InputError
+from ettin.artifacts.manifest import Manifest
+from ettin.artifacts.triton_repository import ARTIFACT
+from ettin.runtimes.batch import Batch
+from ettin.runtimes.feeding import Limits
+from ettin.runtimes.inputs import Pair
+from ettin.runtimes.registry import load
+from ettin.runtimes.serving.batcher import Batcher, Scored
+from ettin.runtimes.tokenizer import PairTokenizer
+
+_ASK_EVERY_S = 0.1  # whether a client is still there: a question to the server's process
+_PADDED_TOKENS = 4096  # of a batch for a native engine that takes rectangles
+_PADDED_MULTIPLE = 16
+
+
+class _Model(ABC):
+    """Hands requests to a batcher and returns at once; each is answered when its own scores are there."""
+
+    _batcher: Batcher
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Triton's: loads one version.
+
+        Raises:
+            TritonModelException: it can't be loaded; Triton shows the reason and serves the others.
+        """
+        parameters = {
+            key: value["string_value"] for key, value in json.loads(args["model_config"])["parameters"].items()
+        }
+        version = args["model_version"]
+        try:
+            self._batcher = self._loaded(Path(args["model_repository"]) / version / ARTIFACT, version, parameters)
+        except EttinError as error:
+            raise pb_utils.TritonModelException(str(error)) from None
+
+    @abstractmethod
+    def _loaded(self, artifact: Path, version: str, parameters: dict[str, str]) -> Batcher:
+        """What scores."""
+
+    def execute(self, requests: list[Any]) -> None:
+        """Triton's: accepts requests, each queries [rows, 1] and documents [rows, documents]."""
+        for request in requests:
+            sender = request.get_response_sender()
+            try:
+                pairs, shape = _texts(request)
+                # Waiting for room here keeps what comes later in Triton's queue, which has limits and is measured.
+                future = self._batcher.submit(pairs, _Gone(sender), wait=True)
+            except EttinError as error:
+                _fail(sender, error)
+                continue
+            future.add_done_callback(_Answer(sender, shape))
+
+    def finalize(self) -> None:
+        """Triton's: unloads, after what was accepted is done."""
+        self._batcher.close()
+
+
+class HostedModel(_Model):
+    """The whole artifact in our runtime."""
+
+    def _loaded(self, artifact: Path, version: str, parameters: dict[str, str]) -> Batcher:
+        numbers = {key: int(parameters[key]) for key in ("threads", "streams", "max_length") if key in parameters}
+        self._runtime = load(artifact, device=parameters.get("device"), **numbers)  # type: ignore[arg-type]
+        return Batcher.of(self._runtime)
+
+    def finalize(self) -> None:
+        """See `_Model`."""
+        super().finalize()
+        self._runtime.close()
+
+
+class NativeModel(_Model):
+    """Tokenising and batches here, the engine in a backend of Triton's."""
+
+    def _loaded(self, artifact: Path, version: str, parameters: dict[str, str]) -> Batcher:
+        manifest = Manifest.read(artifact)
+        self._engine, self._version = parameters["engine"], int(version)
+        self._is_packed = manifest.engine is not None
+        if self._is_packed:
+            graph = manifest.graph
+            tokens, most = int(graph["batch_tokens"]), int(graph["batch_pairs"])
+            limits = Limits(concurrency=2, batch_tokens=tokens, batch_pairs=most, in_parallel=False)
+        else:
+            limits = Limits(concurrency=2, batch_tokens=_PADDED_TOKENS, length_multiple=_PADDED_MULTIPLE)
+        tokenizer = PairTokenizer(artifact / "tokenizer.json")
+        max_length = int(parameters.get("max_length", manifest.max_length_tokens))
+        return Batcher(tokenizer, self._score, limits, manifest.tokenizer.pad_token_id, max_length)
+
+    def _score(self, batch: Batch) -> NDArray[np.float32]:
+        if self._is_packed:
+            feeds = batch.packed()
+        else:
+            feeds = dict(zip(("input_ids", "attention_mask"), batch.padded(_PADDED_MULTIPLE), strict=True))
+        request = pb_utils.InferenceRequest(
+            model_name=self._engine,
+            model_version=self._version,
+            requested_output_names=["logits"],
+            inputs=[pb_utils.Tensor(name, array) for name, array in feeds.items()],
+        )
+        response = request.exec()
+        if response.has_error():
+            raise EttinError(f"{self._engine}: {response.error().message()}")
+        logits = pb_utils.get_output_tensor_by_name(response, "logits").as_numpy()
+        return np.asarray(logits[:, 0], np.float32)
+
+
+class _Gone:
+    """Whether the client has left."""
+
+    def __init__(self, sender: Any) -> None:
+        self._sender, self._asked, self._lock = sender, time.monotonic(), threading.Lock()
+
+    def __call__(self) -> bool:
+        with self._lock:
+            if time.monotonic() - self._asked < _ASK_EVERY_S:
+                return False
+            self._asked = time.monotonic()
+        return bool(self._sender.is_cancelled())
+
+
+class _Answer:
+    """Sends a result."""
+
+    def __init__(self, sender: Any, shape: tuple[int, ...]) -> None:
+        self._sender, self._shape = sender, shape
+
+    def __call__(self, future: "Future[Scored]") -> None:
+        if future.cancelled():
+            _fail(self._sender, None)
+            return
+        error = future.exception()
+        if error is not None:
+            _fail(self._sender, error)
+            return
+        scored = future.result()
+        tensors = [
+            pb_utils.Tensor("scores", scored.logits.reshape(self._shape)),
+            pb_utils.Tensor("tokens", scored.tokens.reshape(self._shape)),
+        ]
+        _send(self._sender, pb_utils.InferenceResponse(tensors))
+
+
+def _texts(request: Any) -> tuple[list[Pair], tuple[int, ...]]:
+    queries = pb_utils.get_input_tensor_by_name(request, "query").as_numpy()
+    documents = pb_utils.get_input_tensor_by_name(request, "documents").as_numpy()
+    pairs = []
+    for row, (query, texts) in enumerate(zip(queries[:, 0], documents, strict=True)):
+        first = _text(query, f"query {row}")
+        pairs += [(first, _text(each, f"document {at}")) for at, each in enumerate(texts)]
+    return pairs, documents.shape
+
+
+def _text(value: bytes, name: str) -> str:
+    try:
+        return value.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name}: not UTF-8 (byte {error.start})") from None
+
+
+def _fail(sender: Any, error: BaseException | None) -> None:
+    codes = pb_utils.TritonError
+    if error is None:
+        failure = codes("the client left", codes.CANCELLED)
+    elif isinstance(error, Busy):
+        failure = codes(str(error), codes.UNAVAILABLE)
+    elif isinstance(error, InputError):
+        failure = codes(str(error), codes.INVALID_ARG)
+    else:
+        failure = codes(f"{type(error).__name__}: {error}", codes.INTERNAL)
+    _send(sender, pb_utils.InferenceResponse(error=failure))
+
+
+def _send(sender: Any, response: Any) -> None:
+    sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
