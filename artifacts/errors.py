@@ -99,11 +99,12 @@ class Busy(EttinError):
     Args:
         why: what it waits for.
         retry_after_s: when it may have.
+        is_stopping: whether it will have none.
     """
 
-    def __init__(self, why: str, retry_after_s: float) -> None:
-        super().__init__(f"{why}. Try again in {max(1, round(retry_after_s))} s")
-        self.retry_after_s = max(1, round(retry_after_s))
+    def __init__(self, why: str, retry_after_s: float, *, is_stopping: bool = False) -> None:
+        self.retry_after_s, self.is_stopping = max(1, round(retry_after_s)), is_stopping
+        super().__init__(f"{why}. Try again in {self.retry_after_s} s")
 
 
 class ServerError(EttinError):

@@ -151,7 +151,7 @@ class Batcher:
             while not self._closing and self._waiting_pairs >= self.max_waiting_pairs and wait:
                 self._changed.wait()
             if self._closing:
-                raise Busy("the server is stopping", 5.0)
+                raise Busy("the server is stopping", 5.0, is_stopping=True)
             if self._waiting_pairs >= self.max_waiting_pairs:
                 raise Busy(f"{self._waiting_pairs} pairs are waiting, limit {self.max_waiting_pairs}", self._wait_s())
             request = _Request(pairs, time.monotonic() + work / self._tokens_per_s, is_cancelled)
@@ -173,7 +173,7 @@ class Batcher:
                 self._changed.wait(deadline - time.monotonic())
             left = [*self._requests]
         for request in left:
-            self._end(request, Busy("the server stopped before this was scored", 5.0))
+            self._end(request, Busy("the server stopped before this was scored", 5.0, is_stopping=True))
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()) + 1)
 

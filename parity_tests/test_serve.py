@@ -1,0 +1,366 @@
+"""`ettin-serve`: the routes, their clients, limits, faults and its end, over real connections."""
+
+import asyncio
+import gc
+import importlib.util
+import json
+import logging
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from ettin.artifacts.errors import Busy, ServerError
+from ettin.artifacts.manifest import Manifest
+from ettin.artifacts.triton_repository import TritonOptions, publish
+from ettin.runtimes import Runtime, load
+from ettin.runtimes.activation import sigmoid
+from ettin.runtimes.cli_serve import command
+from ettin.runtimes.serving.app import create_app
+from ettin.runtimes.serving.backends import Backend
+from ettin.runtimes.serving.batcher import Scored
+from ettin.runtimes.serving.gate import Limits
+from ettin.runtimes.serving.tritonserver import TritonServer
+
+Artifacts = dict[tuple[str, str], Path]
+QUERY = "Which planet is red?"
+TEXTS = ["Venus", "Mars is the red planet.", "", "Nobody knows " * 90]
+NAME = "ettin-reranker-demo-onnx-fp32"
+
+
+class Service:
+    """The command in a process of its own."""
+
+    def __init__(self, *arguments: object, environment: dict[str, str] | None = None) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            self.port = probe.getsockname()[1]
+        code = "from ettin.runtimes.cli_serve import main; main()"
+        words = [sys.executable, "-c", code, *map(str, arguments), "--port", str(self.port)]
+        self.process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment)
+        self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=60)
+
+    def wait_ready(self) -> None:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            try:
+                if self.http.get("/health").status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            if self.process.poll() is not None:
+                break
+            time.sleep(0.05)
+        raise AssertionError(self.stop())
+
+    def stop(self) -> str:
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.communicate(timeout=40)[1]
+
+    def __enter__(self) -> "Service":
+        self.wait_ready()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.http.close()
+        if self.process.poll() is None:
+            self.stop()
+
+
+@pytest.fixture(scope="module")
+def service(demo_artifacts: Artifacts) -> Iterator[Service]:
+    options = ("--max-body-mib", 1, "--max-documents", 500, "--max-waiting-pairs", 5000, "--name", "rerank-alias")
+    with Service(demo_artifacts["onnx", "fp32"], *options) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def runtime(demo_artifacts: Artifacts) -> Iterator[Runtime]:
+    with load(demo_artifacts["onnx", "fp32"]) as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="module")
+def expected(runtime: Runtime) -> np.ndarray:
+    return np.asarray(runtime.predict([(QUERY, text) for text in TEXTS]))
+
+
+# The routes.
+
+
+@pytest.mark.parametrize("raw", [True, False])
+def test_tei_route(service: Service, expected: np.ndarray, raw: bool) -> None:
+    body = {"query": QUERY, "texts": TEXTS, "raw_scores": raw, "return_text": raw, "truncate": True}
+    hits = service.http.post("/rerank", json=body).raise_for_status().json()
+    order = np.argsort(-expected, kind="stable")
+    assert [hit["index"] for hit in hits] == order.tolist()
+    values = expected if raw else sigmoid(expected)
+    np.testing.assert_allclose([hit["score"] for hit in hits], values[order], rtol=1e-4)
+    assert [hit.get("text") for hit in hits] == ([TEXTS[at] for at in order] if raw else [None] * 4)
+
+
+@pytest.mark.parametrize("version", ["1", "2"])
+def test_jina_and_cohere_route(service: Service, runtime: Runtime, expected: np.ndarray, version: str) -> None:
+    documents = [TEXTS[0], {"text": TEXTS[1]}, *TEXTS[2:]]
+    body = {"model": "rerank-alias", "query": QUERY, "documents": documents, "top_n": 2, "return_documents": True}
+    found = service.http.post(f"/v{version}/rerank", json=body).raise_for_status().json()
+    order = np.argsort(-expected, kind="stable")[:2]
+    assert [hit["index"] for hit in found["results"]] == order.tolist()
+    scores = [hit["relevance_score"] for hit in found["results"]]
+    np.testing.assert_allclose(scores, sigmoid(expected[order]), rtol=1e-4)
+    assert [hit["document"]["text"] for hit in found["results"]] == [TEXTS[at] for at in order]
+    pairs = runtime.tokenizer.pairs([(QUERY, text) for text in TEXTS], 7999)
+    assert found["usage"]["total_tokens"] == sum(map(len, pairs))
+    assert found["model"] == NAME and found["meta"]["api_version"]["version"] == version
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_cohere_client(service: Service, expected: np.ndarray) -> None:
+    cohere = pytest.importorskip("cohere")
+    address = str(service.http.base_url)
+    for client in (cohere.Client("key", base_url=address), cohere.ClientV2("key", base_url=address)):
+        found = client.rerank(model=NAME, query=QUERY, documents=TEXTS, top_n=3)
+        assert [hit.index for hit in found.results] == np.argsort(-expected, kind="stable")[:3].tolist()
+        assert found.results[0].relevance_score == pytest.approx(float(sigmoid(expected.max())), rel=1e-4)
+    del client
+    gc.collect()  # it leaves its connections open
+
+
+def test_nothing_to_rank(service: Service) -> None:
+    assert service.http.post("/rerank", json={"query": "q", "texts": []}).json() == []
+    assert service.http.post("/v1/rerank", json={"query": "q", "documents": []}).json()["results"] == []
+
+
+def test_what_is_served(service: Service) -> None:
+    info = service.http.get("/info").json()
+    assert info["model_id"] == NAME and info["max_input_length"] == 7999 and "ONNX Runtime" in info["runtime"]
+    routes = service.http.get("/openapi.json").json()["paths"]
+    assert {"/rerank", "/v1/rerank", "/v2/rerank", "/health", "/info"} <= routes.keys()
+
+
+def test_metrics(service: Service) -> None:
+    service.http.post("/rerank", json={"query": QUERY, "texts": TEXTS}).raise_for_status()
+    text = service.http.get("/metrics").text
+    figures = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    assert float(figures['ettin_requests_total{route="/rerank",status="200"}']) >= 1
+    assert float(figures["ettin_documents_total"]) >= 4 and float(figures["ettin_pairs_total"]) >= 4
+    assert float(figures["ettin_waiting_pairs"]) == 0 and float(figures["ettin_tokens_total"]) > 100
+
+
+# Many clients.
+
+
+def test_clients_get_their_own(service: Service, runtime: Runtime) -> None:
+    requests = [
+        (f"query {at}", [f"text {at} {number} " + "word " * ((at * 7 + number * 13) % 90) for number in range(count)])
+        for at, count in enumerate([1, 60, 1, 9] * 12)
+    ]
+
+    def ask(request: tuple[str, Sequence[str]]) -> list[float]:
+        body = {"query": request[0], "texts": request[1], "raw_scores": True}
+        hits = service.http.post("/rerank", json=body).raise_for_status().json()
+        return [hit["score"] for hit in sorted(hits, key=lambda hit: int(hit["index"]))]
+
+    with ThreadPoolExecutor(24) as pool:
+        found = list(pool.map(ask, requests))
+    for (query, texts), scores in zip(requests, found, strict=True):
+        np.testing.assert_allclose(scores, runtime.predict([(query, text) for text in texts]), atol=1e-4)
+
+
+def test_a_client_that_hangs_up(service: Service) -> None:
+    body = json.dumps({"query": "q", "texts": ["word " * 300] * 490}).encode()
+    head = f"POST /rerank HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", service.port)) as connection:
+        connection.sendall(head.encode() + body)
+        time.sleep(0.3)
+    deadline = time.monotonic() + 20
+    while "ettin_waiting_pairs 0.0" not in service.http.get("/metrics").text and time.monotonic() < deadline:
+        time.sleep(0.05)
+    text = service.http.get("/metrics").text
+    assert "ettin_waiting_pairs 0.0" in text and 'ettin_requests_total{route="/rerank",status="499"} 1.0' in text
+
+
+# What is refused.
+
+BAD = {
+    "no texts": ({"query": "q"}, 422, "texts: Field required"),
+    "a number": ({"query": "q", "texts": ["a", 3]}, 422, "texts.1: Input should be a valid string"),
+    "an unknown key": ({"query": "q", "texts": [], "top_n": 3}, 422, "top_n: Extra inputs are not permitted"),
+    "cut at the left": ({"query": "q", "texts": [], "truncation_direction": "Left"}, 422, "truncation_direction: "),
+    "half a character": (b'{"query": "\\ud800", "texts": ["a"]}', 422, "is not valid Unicode"),
+    "half a body": (b'{"query": ', 422, "the body is not JSON (character"),
+    "no UTF-8": (b'{"query": "\xff", "texts": ["a"]}', 422, "the body is not JSON in UTF-8"),
+    "many documents": ({"query": "q", "texts": ["a"] * 501}, 413, "501 documents, limit 500"),
+    "a large body": ({"query": "q", "texts": ["a" * (1 << 20)]}, 413, "the request is larger than 1048576 bytes"),
+    "a long text": ({"query": "q", "texts": ["a", "b " * 9000], "truncate": False}, 413, "texts.1: fills the 7999"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_requests_are_said(service: Service, case: str) -> None:
+    body, status, message = BAD[case]
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    answer = service.http.post("/rerank", content=content, headers={"Content-Type": "application/json"})
+    assert answer.status_code == status and message in answer.json()["error"], answer.text
+    assert answer.json()["message"] == answer.json()["error"] and answer.json()["error_type"] == "validation"
+
+
+def test_large_body_without_its_length(service: Service) -> None:
+    def parts() -> Iterator[bytes]:
+        for _ in range(40):
+            yield b"x" * (1 << 16)
+
+    try:
+        answer = service.http.post("/rerank", content=parts())
+        assert answer.status_code == 413
+    except httpx.TransportError:
+        pass  # closed while it was still sending
+    assert service.http.get("/health").status_code == 200
+
+
+def test_another_model_is_not_this_one(service: Service) -> None:
+    answer = service.http.post("/v1/rerank", json={"model": "rerank-3", "query": "q", "documents": ["a"]})
+    assert answer.status_code == 404
+    assert answer.json()["message"] == f"model 'rerank-3' is not served here, which has: {NAME}, rerank-alias"
+
+
+class Stub(Backend):
+    """Raises, or answers when it may."""
+
+    name, description, max_length = "stub", "a stub", 512
+
+    def __init__(self, error: Exception | None = None, ready: bool = True) -> None:
+        self.error, self.ready, self.closed = error, ready, False
+
+    async def score(self, query: str, documents: Sequence[str]) -> Scored:
+        if self.error:
+            raise self.error
+        return Scored(np.zeros(len(documents), np.float32), np.ones(len(documents), np.int32))
+
+    async def is_ready(self) -> bool:
+        return self.ready
+
+    async def close(self) -> None:
+        self.closed = True
+
+
+def ask_app(
+    backend: Backend, ask: Callable[[httpx.AsyncClient], Any], limits: Limits | None = None, key: str | None = None
+) -> httpx.Response:
+    async def run() -> httpx.Response:
+        transport = httpx.ASGITransport(create_app(backend, limits, key), raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            answer: httpx.Response = await ask(client)
+            return answer
+
+    return asyncio.run(run())
+
+
+REQUEST = {"query": "secret query", "texts": ["secret text"]}
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "kind"),
+    [
+        (Busy("900 pairs are waiting, limit 800", 7.2), 429, "overloaded"),
+        (Busy("the server is stopping", 5.0, is_stopping=True), 503, "overloaded"),
+        (ServerError("Triton: it broke"), 502, "backend"),
+        (RuntimeError("the engine broke"), 500, "backend"),
+    ],
+)
+def test_faults_have_a_status(error: Exception, status: int, kind: str) -> None:
+    answer = ask_app(Stub(error), lambda client: client.post("/rerank", json=REQUEST))
+    assert answer.status_code == status and answer.json()["error_type"] == kind
+    assert str(error) in answer.json()["error"]
+    assert answer.headers.get("retry-after") == ({429: "7", 503: "5"}.get(status))
+
+
+def test_health_of_a_model_that_is_not_ready() -> None:
+    assert ask_app(Stub(ready=False), lambda client: client.get("/health")).status_code == 503
+
+
+@pytest.mark.parametrize(
+    ("header", "status"), [("Bearer right", 200), ("Bearer wrong", 401), ("right", 401), ("", 401)]
+)
+def test_api_key(header: str, status: int) -> None:
+    sent = {"Authorization": header} if header else {}
+    answer = ask_app(Stub(), lambda client: client.post("/rerank", json=REQUEST, headers=sent), key="right")
+    assert answer.status_code == status
+    for route in ("/health", "/metrics"):
+        assert ask_app(Stub(), lambda client, route=route: client.get(route), key="right").status_code == 200
+    assert ask_app(Stub(), lambda client: client.get("/info"), key="right").status_code == 401
+
+
+def test_access_log_has_no_texts(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="ettin.access"):
+        ask_app(Stub(), lambda client: client.post("/rerank?key=secret", json=REQUEST))
+    (line,) = [json.loads(record.message) for record in caplog.records if record.name == "ettin.access"]
+    assert line.pop("ms") >= 0
+    assert line == {"method": "POST", "path": "/rerank", "status": 200, "documents": 1, "tokens": 1}
+
+
+# The process.
+
+
+def test_stop_finishes_what_was_asked(demo_artifacts: Artifacts) -> None:
+    with Service(demo_artifacts["onnx", "fp32"], "--threads", 1) as service, ThreadPoolExecutor(1) as pool:
+        body = {"query": "q", "texts": ["word " * 200] * 300}
+        asked = pool.submit(service.http.post, "/rerank", json=body)
+        time.sleep(0.3)
+        log = service.stop()
+        assert len(asked.result(30).json()) == 300
+    assert service.process.returncode in (0, -signal.SIGTERM, 128 + signal.SIGTERM)
+    assert '"status": 200, ' in log and "word" not in log
+
+
+def test_port_in_use_is_one_line(demo_artifacts: Artifacts) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = CliRunner().invoke(command, [str(demo_artifacts["onnx", "fp32"]), "--port", str(port)])
+    assert isinstance(done.exception, ServerError) and f"can't listen on 127.0.0.1:{port}" in str(done.exception)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "expected an ARTIFACT or --triton HOST:PORT, one of them"),
+        (["somewhere", "--triton", "localhost:1"], "expected an ARTIFACT or --triton HOST:PORT, one of them"),
+        (["somewhere", "--port", "0"], "somewhere: no manifest.json"),
+        (["somewhere", "--port", "0", "--api-key-file", "{empty}"], "is empty"),
+        (["--triton", "127.0.0.1:1", "--port", "0"], "Triton at 127.0.0.1:1 does not answer"),
+    ],
+)
+def test_command_says_what_is_wrong(arguments: list[str], message: str, tmp_path: Path) -> None:
+    (tmp_path / "empty").write_text("\n")
+    done = CliRunner().invoke(command, [each.format(empty=tmp_path / "empty") for each in arguments])
+    assert message in str(done.exception)
+
+
+@pytest.mark.triton
+@pytest.mark.skipif(importlib.util.find_spec("pytriton") is None, reason='needs pip install "ettin-export[triton]"')
+def test_gateway_to_triton(demo_artifacts: Artifacts, tmp_path: Path, expected: np.ndarray) -> None:
+    artifact = demo_artifacts["onnx", "fp32"]
+    for name in ("one", "two"):
+        publish(artifact, Manifest.read(artifact), tmp_path, name, TritonOptions())
+    with TritonServer(tmp_path) as server:
+        address = f"127.0.0.1:{server.grpc_port}"
+        done = CliRunner().invoke(command, ["--triton", address, "--port", "0"])
+        assert f"Triton at {address} has 2 rerankers (one, two). Choose: --model NAME" in str(done.exception)
+        with Service("--triton", address, "--model", "two") as service:
+            hits = service.http.post("/rerank", json={"query": QUERY, "texts": TEXTS, "raw_scores": True}).json()
+            np.testing.assert_allclose([hit["score"] for hit in hits], np.sort(expected)[::-1], atol=1e-4)
+            found = service.http.post("/v1/rerank", json={"query": QUERY, "documents": TEXTS}).json()
+            assert found["model"] == "two" and found["usage"]["total_tokens"] > 100
+            server.stop()
+            assert service.http.get("/health").status_code == 503
+            answer = service.http.post("/rerank", json={"query": QUERY, "texts": TEXTS})
+            assert answer.status_code == 429 and "Triton" in answer.json()["error"]

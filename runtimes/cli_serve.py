@@ -1,0 +1,120 @@
+"""`ettin-serve`: an artifact behind HTTP, for machines that have nothing else."""
+
+import asyncio
+import logging
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import click
+
+from ettin.artifacts.errors import MissingDependency, ServerError, UsageError
+from ettin.runtimes import console
+from ettin.runtimes.registry import load
+
+_KEY = "ETTIN_API_KEY"
+
+
+@click.command(
+    epilog=console.example_epilog(
+        "ettin-serve ettin-reranker-demo/openvino-int8",
+        "ettin-serve ettin-reranker-68m-v1/openvino-int8 --host 0.0.0.0 --api-key-file key.txt",
+        "ettin-serve --triton localhost:8001",
+    )
+)
+@click.argument("artifact", required=False, type=click.Path(path_type=Path))
+@click.option("--triton", metavar="HOST:PORT", help="Pass requests to a Triton server (gRPC) instead.")
+@click.option("--model", help="With --triton: the model's name there.  [default: the only one]")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="Port; 0: a free one.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Where it runs.  [default: what it is for]")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: all]")
+@click.option("--streams", type=click.IntRange(1), help="Batches at a time.  [default: as many as threads]")
+@click.option("--cache-dir", type=click.Path(path_type=Path), help="Where OpenVINO keeps its compiled model.")
+@click.option("--max-length", type=click.IntRange(3), help="Tokens that pairs are truncated to.")
+@click.option("--max-documents", type=click.IntRange(1), default=10_000, show_default=True, help="Of one request.")
+@click.option("--max-body-mib", type=click.IntRange(1), default=32, show_default=True, help="Of one request.")
+@click.option("--max-waiting-pairs", type=click.IntRange(1), default=8192, show_default=True, help="Then 429.")
+@click.option("--api-key-file", type=click.Path(path_type=Path, exists=True), help=f"Or {_KEY}.  [default: no key]")
+@click.option("--name", "names", multiple=True, help="Another name that clients may call the model; repeatable.")
+@click.option("--log-level", type=click.Choice(["warning", "info"]), default="info", help="info: a line a request.")
+def command(
+    artifact: Path | None, triton: str | None, model: str | None, host: str, port: int, device: str | None,
+    threads: int | None, streams: int | None, cache_dir: Path | None, max_length: int | None, max_documents: int,
+    max_body_mib: int, max_waiting_pairs: int, api_key_file: Path | None, names: tuple[str, ...], log_level: str,
+) -> None:  # fmt: skip
+    """Serve ARTIFACT over HTTP. Requests of all clients share batches.
+
+    /rerank is text-embeddings-inference's route, /v1/rerank and /v2/rerank are Jina's and Cohere's. Also: /health,
+    /info, /metrics (Prometheus), /docs (OpenAPI).
+    """
+    if (artifact is None) == (triton is None):
+        raise UsageError("expected an ARTIFACT or --triton HOST:PORT, one of them")
+    try:
+        import uvicorn
+
+        from ettin.runtimes.serving.app import create_app
+        from ettin.runtimes.serving.backends import Backend, LocalBackend, TritonBackend
+        from ettin.runtimes.serving.gate import Limits
+    except ModuleNotFoundError as error:
+        if error.name not in ("fastapi", "uvicorn", "prometheus_client", "starlette"):
+            raise
+        raise MissingDependency("ettin-serve", str(error.name), "serve") from None
+    api_key = _api_key(api_key_file)
+    limits = Limits(max_body_bytes=max_body_mib << 20, max_documents=max_documents)
+    logging.basicConfig(stream=sys.stderr, format="%(message)s", level=log_level.upper())
+
+    async def serve(listening: socket.socket, backend: Backend | None) -> None:
+        if backend is None:
+            assert triton is not None  # noqa: S101 (checked above)
+            backend = TritonBackend(triton, model or await TritonBackend.only_model(triton))
+        app = create_app(backend, limits, api_key, names)
+        config = uvicorn.Config(
+            app, log_config=None, log_level="warning", access_log=False, timeout_graceful_shutdown=30
+        )
+        address = f"[{host}]" if ":" in host else host
+        where = f"http://{address}:{listening.getsockname()[1]}"
+        console.note(f"{backend.name} ({backend.description}) on {where}; Ctrl-C ends it")
+        await uvicorn.Server(config).serve(sockets=[listening])
+
+    with _listening(host, port) as listening:
+        local: Backend | None = None
+        if artifact is not None:
+            with console.step(f"load {artifact}"):
+                runtime = load(
+                    artifact, device=device, threads=threads, streams=streams, cache_dir=cache_dir,
+                    max_length=max_length,
+                )  # fmt: skip
+                local = LocalBackend(runtime, max_waiting_pairs)
+        asyncio.run(serve(listening, local))
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    """Before the model is loaded, which takes longer.
+
+    Raises:
+        ServerError: the port is taken, or the address is not this machine's.
+    """
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise ServerError(f"can't listen on {host}:{port} ({error.strerror}). Choose another: --port PORT") from None
+
+
+def _api_key(file: Path | None) -> str | None:
+    """The key from the file or the environment; None: neither is given.
+
+    Raises:
+        UsageError: it is empty, so nobody or everybody would get in.
+    """
+    key = file.read_text(encoding="utf-8") if file is not None else os.environ.get(_KEY)
+    if key is not None and not key.strip():
+        raise UsageError(f"the API key ({file or _KEY}) is empty")
+    return key.strip() if key is not None else None
+
+
+def main() -> NoReturn:
+    """Entry point."""
+    console.run(command)

@@ -1,0 +1,174 @@
+"""What answers the HTTP routes: an artifact in this process, or a Triton server."""
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ettin.artifacts.errors import Busy, EttinError, InputError, MissingDependency, ServerError, UsageError
+from ettin.runtimes.base import Runtime
+from ettin.runtimes.serving.batcher import Batcher, Scored
+
+
+class Backend(ABC):
+    """Scores a query's documents.
+
+    Attributes:
+        name: of the model.
+        description: what runs it, in a few words.
+        max_length: tokens that pairs are truncated to; None: not known here.
+    """
+
+    name: str
+    description: str
+    max_length: int | None
+
+    @abstractmethod
+    async def score(self, query: str, documents: Sequence[str]) -> Scored:
+        """Raw logits and tokens of each document.
+
+        Raises:
+            Busy: no room now.
+            InputError: a text that can't be scored.
+        """
+
+    @abstractmethod
+    async def is_ready(self) -> bool:
+        """Whether requests can be answered."""
+
+    @property
+    def counters(self) -> dict[str, float]:
+        """For metrics: batches, pairs and tokens so far, pairs that wait; empty where they are not known."""
+        return {}
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Finishes what it has, then frees everything."""
+
+
+class LocalBackend(Backend):
+    """An artifact in this process.
+
+    Args:
+        runtime: loaded; closed with the backend.
+        max_waiting_pairs: see `Batcher`.
+    """
+
+    def __init__(self, runtime: Runtime, max_waiting_pairs: int) -> None:
+        manifest = runtime.manifest
+        self.name = f"{manifest.name}-{manifest.target}-{manifest.precision}"
+        self.description, self.max_length = runtime.description, runtime.max_length
+        runtime.predict([("what is warmed up", text) for text in ("the model", "its kernels " * 40)])
+        self._runtime, self._batcher = runtime, Batcher.of(runtime, max_waiting_pairs)
+
+    async def score(self, query: str, documents: Sequence[str]) -> Scored:
+        return await asyncio.wrap_future(self._batcher.submit([(query, document) for document in documents]))
+
+    async def is_ready(self) -> bool:
+        return True
+
+    @property
+    def counters(self) -> dict[str, float]:
+        batcher = self._batcher
+        return {
+            "batches": batcher.batches,
+            "pairs": batcher.pairs,
+            "tokens": batcher.tokens,
+            "waiting_pairs": batcher.waiting_pairs,
+        }
+
+    async def close(self) -> None:
+        await asyncio.to_thread(self._batcher.close)
+        self._runtime.close()
+
+
+class TritonBackend(Backend):
+    """A model that `ettin-triton` wrote, in a Triton server; gRPC.
+
+    Args:
+        address: host:port of its gRPC interface.
+        model: its name there.
+    """
+
+    def __init__(self, address: str, model: str) -> None:
+        self._module = _triton_client()
+        self._client = self._module.InferenceServerClient(address)
+        self.name, self.description, self.max_length = model, f"Triton Inference Server, {address}", None
+
+    @staticmethod
+    async def only_model(address: str) -> str:
+        """The name of the model in a server that has one for texts.
+
+        Raises:
+            UsageError: it has none, or several; lists them.
+            ServerError: it does not answer.
+        """
+        client = _triton_client().InferenceServerClient(address)
+        try:
+            index = await client.get_model_repository_index(as_json=True)
+            names = [each["name"] for each in index.get("models", []) if each.get("state") == "READY"]
+            found = []
+            for name in dict.fromkeys(names):
+                metadata = await client.get_model_metadata(name, as_json=True)
+                if {each["name"] for each in metadata["inputs"]} == {"query", "documents"}:
+                    found.append(name)
+        except _triton_error() as error:
+            raise ServerError(f"Triton at {address} does not answer: {error.message()}") from None
+        finally:
+            await client.close()
+        if len(found) != 1:
+            raise UsageError(
+                f"Triton at {address} has {len(found)} rerankers ({', '.join(found)}). Choose: --model NAME"
+            )
+        return str(found[0])
+
+    async def score(self, query: str, documents: Sequence[str]) -> Scored:
+        tensors = []
+        for name, texts in (("query", [query]), ("documents", documents)):
+            tensor = self._module.InferInput(name, [1, len(texts)], "BYTES")
+            array = np.empty((1, len(texts)), np.object_)
+            try:
+                array[0] = [text.encode() for text in texts]
+            except UnicodeEncodeError as error:
+                raise InputError(f"{name}: not valid Unicode ({error.reason})") from None
+            tensor.set_data_from_numpy(array)
+            tensors.append(tensor)
+        try:
+            result = await self._client.infer(self.name, tensors)
+        except _triton_error() as error:
+            raise _translated(error) from None
+        return Scored(result.as_numpy("scores")[0], result.as_numpy("tokens")[0])
+
+    async def is_ready(self) -> bool:
+        try:
+            return bool(await self._client.is_model_ready(self.name))
+        except _triton_error():
+            return False
+
+    async def close(self) -> None:
+        await self._client.close()
+
+
+def _triton_client() -> Any:
+    try:
+        import tritonclient.grpc.aio as module
+    except ModuleNotFoundError as error:
+        raise MissingDependency("a gateway to Triton", str(error.name), "serve") from None
+    return module
+
+
+def _triton_error() -> Any:
+    from tritonclient.utils import InferenceServerException
+
+    return InferenceServerException
+
+
+def _translated(error: Any) -> EttinError:
+    status, message = str(error.status()), str(error.message())
+    if "UNAVAILABLE" in status or "RESOURCE_EXHAUSTED" in status:
+        return Busy(f"Triton: {message}", 1.0)
+    if "INVALID_ARGUMENT" in status:
+        return InputError(message)
+    return ServerError(f"Triton: {message}")
