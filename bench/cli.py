@@ -185,6 +185,41 @@ def cpu(
     _report(json_path, "cpu", {**settings, "isa": isa, "isa_note": NOTES[isa], "contestants": results})
 
 
+@command.command(
+    "load", epilog=console.example_epilog("ettin-bench load ettin-reranker-demo/openvino-int8 --minutes 1")
+)
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--server", "servers", multiple=True, help="triton, http; may be repeated.  [default: both]")
+@click.option("--clients", type=click.IntRange(1), default=32, show_default=True, help="At the same time.")
+@click.option("--requests", type=click.IntRange(1), default=96, show_default=True, help="Of a throughput round.")
+@click.option("--candidates", type=click.IntRange(2), default=100, show_default=True, help="Documents of a request.")
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Interleaved, of the throughput.")
+@click.option("--minutes", type=float, default=5.0, show_default=True, help="Of mixed load, for each server.")
+@click.option("--data", type=click.Path(path_type=Path), help="Retrieval set in BEIR form.  [default: own passages]")
+@click.option("--max-length", default=512, show_default=True, help="Tokens that pairs are truncated to.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the result there, too.")
+def load_test(
+    artifact: Path, servers: tuple[str, ...], clients: int, requests: int, candidates: int, rounds: int,
+    minutes: float, data: Path | None, max_length: int, json_path: Path | None,
+) -> None:  # fmt: skip
+    """Many clients against Triton and ettin-serve: throughput, latencies, lost and wrong answers, memory.
+
+    First every client asks for all candidates, in rounds beside the runtime in process; then for one document or for
+    all, at random.
+    """
+    try:
+        from ettin.bench.load import run
+    except ModuleNotFoundError as error:
+        raise MissingDependency("ettin-bench load", str(error.name), "bench,serve,triton") from None
+    pairs = pairs_to_score(data, 2000)
+    with console.step(f"{rounds} rounds of {requests} requests, then {minutes:g} min of mixed load"):
+        found = run(
+            artifact, servers or ("triton", "http"), pairs, clients=clients, requests=requests, candidates=candidates,
+            rounds=rounds, minutes=minutes, max_length=max_length,
+        )  # fmt: skip
+    _report(json_path, "load", {"data": data.name if data else "passages", **found})
+
+
 @command.command("gpu-bundle", epilog=console.example_epilog("ettin-bench gpu-bundle for-the-gpu"))
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="Trained, for parity.  [default: the embedded one]")

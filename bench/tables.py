@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from tabulate import tabulate
@@ -142,9 +143,30 @@ def _profile(results: Sequence[Result]) -> list[list[str]]:
     return rows
 
 
+def _load(results: Sequence[Result]) -> list[list[str]]:
+    """One line for each server."""
+    rows = [
+        ["server", "pairs/s", "of the same in process", "p50 / p95 / p99, all candidates", "… one document",
+         "answers", "wrong", "lost", "memory, first to last"]
+    ]  # fmt: skip
+    names = {"triton": "Triton, gRPC", "http": "`ettin-serve`, HTTP"}
+    for result in results:
+        for name, row in result["servers"].items():
+            mixed, memory = row["mixed"], row["memory_mib"]
+            latencies = (mixed["latency_ms"].get(str(count), {}) for count in (result["candidates"], 1))
+            times = [" / ".join(f"{value / 1000:.2f}" for value in each.values()) + " s" for each in latencies]
+            answers = [mixed[key] + row["full"][key] for key in ("answers", "wrong", "lost")]
+            rows.append([
+                names[name], f"{median(row['pairs_per_s']):.3g}", f"{row['share_of_in_process']:.0%}", *times,
+                *map(str, answers), f"{memory[0]:.0f} – {memory[-1]:.0f} MiB",
+            ])  # fmt: skip
+    return rows
+
+
 TABLES: dict[str, Callable[[Sequence[Result]], list[list[str]]]] = {
     "cpu": _cpu,
     "shapes": _shapes,
     "quality": _quality,
     "profile": _profile,
+    "load": _load,
 }
