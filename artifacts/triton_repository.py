@@ -254,6 +254,7 @@ def _engine_config(stage: Path, manifest: Manifest, name: str, options: TritonOp
     }
     if backend == "tensorrt":
         config["platform"] = "tensorrt_plan"
+        config["parameters"] = {"tensorrt_version": {"stringValue": manifest.needs.version}}  # for whoever looks
     if backend == "openvino" and manifest.precision == "bf16":
         config["parameters"] = {"HINT_BF16": {"stringValue": "YES"}}
     return config

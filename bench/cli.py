@@ -6,11 +6,11 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from ettin.artifacts.errors import InputError, MissingDependency, UsageError
+from ettin.artifacts.errors import EttinError, InputError, MissingDependency, UsageError
 from ettin.artifacts.manifest import Manifest
 from ettin.artifacts.metrics import score_error
 from ettin.bench.beir import read_beir
@@ -24,6 +24,9 @@ from ettin.export.sizes import DEMO_FOLDER
 from ettin.runtimes import Runtime, console, load
 from ettin.runtimes.batch import Batch
 from ettin.runtimes.cpu import isa_limit
+
+if TYPE_CHECKING:
+    from ettin.bench.quality import Quality
 
 
 @click.group()
@@ -77,7 +80,7 @@ def quality(
     """
     try:
         from ettin.bench.first_stage import bm25_candidates
-        from ettin.bench.quality import Quality, change, first_stage_ndcg, rerank_quality
+        from ettin.bench.quality import Quality, change, first_stage_ndcg, kendall, rerank_quality
     except ModuleNotFoundError as error:
         raise MissingDependency("ettin-bench quality", str(error.name), "bench") from None
     rows = read_beir(data, split)
@@ -89,16 +92,17 @@ def quality(
     if reference:
         with console.step("rerank with the reference"):
             gold = rerank_quality(rows, candidates, _reference(reference, max_length))
-        results.append({"artifact": "reference, fp32", "ndcg10": gold.ndcg10, "seconds": gold.seconds})
+        results.append({"artifact": "reference, fp32", **_means(gold)})
     for path in artifacts:
         with load(path) as runtime, console.step(f"rerank with {path}"):
             predict = functools.partial(runtime.predict, max_length=max_length, activation_fn="identity")
             found = rerank_quality(rows, candidates, predict)
-            results.append({**_artifact(runtime), "ndcg10": found.ndcg10, "seconds": found.seconds})
+            results.append({**_artifact(runtime), **_means(found)})
         if gold:
             delta = score_error(found.scores, gold.scores)
             moved, low, high = change(found, gold)
-            results[-1] |= {"ndcg10_change": moved, "ndcg10_change_95": [low, high], **delta.figures()}
+            tau = kendall(found.scores, gold.scores)
+            results[-1] |= {"ndcg10_change": moved, "ndcg10_change_95": [low, high], **delta.figures(), "kendall": tau}
     settings = {"data": rows.name, "queries": len(candidates), "candidates": count, "max_length": max_length}
     _report(json_path, "quality", {**settings, "first_stage_ndcg10": first_stage, "rows": results})
 
@@ -220,6 +224,83 @@ def load_test(
     _report(json_path, "load", {"data": data.name if data else "passages", **found})
 
 
+@command.command(
+    epilog=console.example_epilog("ettin-bench lengths my-model/openvino-int8 --checkpoint my-model --peer st-fp32")
+)
+@click.argument("artifacts", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="What the artifacts were made from, for the peers.")
+@click.option("--peer", "peers", multiple=True, help=f"{', '.join(PEERS)}; may be repeated.")
+@click.option("--lengths", "steps", default="64,128,256,512,1024,2048,4096,7999", show_default=True, help="In tokens.")
+@click.option("--tokens", default=16384, show_default=True, help="Tokens in a pass, roughly.")
+@click.option("--rounds", default=3, show_default=True, help="Interleaved passes of each contestant.")
+@click.option("--data", type=click.Path(path_type=Path), help="Retrieval set in BEIR form.  [default: own passages]")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the result there, too.")
+def lengths(
+    artifacts: tuple[Path, ...], checkpoint: Path | None, peers: tuple[str, ...], steps: str, tokens: int,
+    rounds: int, data: Path | None, json_path: Path | None,
+) -> None:  # fmt: skip
+    """Speed by length: every pair filled to the same number of tokens, from short to the longest."""
+    found = []
+    for length in _numbers(steps):
+        entries = contestants(artifacts, {}, checkpoint, peers)
+        pairs = pairs_to_score(data, max(2, tokens // length), length)
+        with console.step(f"{rounds} rounds of {len(pairs)} pairs of {length} tokens"):
+            compare(entries, pairs, candidates=1, max_length=length, rounds=rounds, isa="all")
+        results = [result(entry, len(pairs), None) for entry in entries]
+        found.append({"max_length": length, "pairs": len(pairs), "contestants": results})
+    weights = {Manifest.read(path).source.weights for path in artifacts}
+    settings = {"name": artifacts[0].parent.name, "data": data.name if data else "passages", "rounds": rounds}
+    _report(json_path, "lengths", {**settings, "weights": "/".join(sorted(weights)), "lengths": found})
+
+
+@command.command(epilog=console.example_epilog("ettin-bench report bench/results --output report.html"))
+@click.argument("results", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
+@click.option("--output", type=click.Path(path_type=Path), default=Path("report.html"), show_default=True)
+@click.option("--pictures", type=click.Path(path_type=Path), help="Also write the plots as SVG files into this folder.")
+def report(results: tuple[Path, ...], output: Path, pictures: Path | None) -> None:
+    """One self-contained HTML page of RESULTS: files, or folders of them."""
+    try:
+        from ettin.bench.report import page, read_results, write_pictures
+    except ModuleNotFoundError as error:
+        raise MissingDependency("ettin-bench report", str(error.name), "bench") from None
+    records = read_results(results)
+    output.write_text(page(records), encoding="utf-8")
+    if pictures:
+        write_pictures(records, pictures)
+    click.echo(output)
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(each) for each in text.split(",")]
+    except ValueError:
+        raise UsageError(f"--lengths is '{text}', expected numbers with commas between them") from None
+
+
+@command.command("compare", epilog=console.example_epilog("ettin-bench compare before.json after.json"))
+@click.argument("old", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.argument("new", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.option("--baseline", help="Contestant that the others are divided by.  [default: sentence-transformers fp32]")
+@click.option("--check", is_flag=True, help="Fail if something is slower or worse.")
+def compare_results(old: Path, new: Path, baseline: str | None, check: bool) -> None:
+    """What changed between two results of cpu, load, throughput or quality, as far as it can be told from noise."""
+    try:
+        from ettin.bench.compare import compare as verdicts_on
+    except ModuleNotFoundError as error:
+        raise MissingDependency("ettin-bench compare", str(error.name), "bench") from None
+    verdicts, basis = verdicts_on(old, new, baseline)
+    form = "{:+.4f}" if basis.startswith("nDCG") else "{:+.1%}"
+    rows = [
+        [each.name, form.format(each.change), f"{form.format(each.low)} … {form.format(each.high)}", each.word]
+        for each in verdicts
+    ]
+    console.table(rows, ["what", "change", "95 %", "verdict"])
+    console.note(basis)
+    lost = [each.name for each in verdicts if each.word in ("slower", "worse")]
+    if check and lost:
+        raise EttinError(f"{', '.join(lost)}: {new} is slower or worse than {old}")
+
+
 @command.command("gpu-bundle", epilog=console.example_epilog("ettin-bench gpu-bundle for-the-gpu"))
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="Trained, for parity.  [default: the embedded one]")
@@ -244,6 +325,13 @@ def tables(file: Path, check: bool) -> None:
         raise InputError(f"{file}: a table is not what its results say. Run: ettin-bench tables {file}")
     if after != before:
         file.write_text(after, encoding="utf-8")
+
+
+def _means(found: "Quality") -> dict[str, Any]:
+    return {
+        "ndcg10": found.ndcg10, "map": found.map, "mrr10": found.mrr10, "seconds": found.seconds,
+        "ndcg10_by_query": found.by_query,
+    }  # fmt: skip
 
 
 def _reference(folder: Path, max_length: int) -> Any:

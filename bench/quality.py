@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import bootstrap
+from scipy.stats import bootstrap, kendalltau
 
-from ettin.artifacts.metrics import ndcg
+from ettin.artifacts.metrics import mean_metrics, ndcg
 from ettin.bench.beir import RetrievalSet
 
 Scorer = Callable[[Sequence[tuple[str, str]]], NDArray[np.float32]]
@@ -20,12 +20,16 @@ class Quality:
 
     Args:
         ndcg10: mean nDCG@10 over the queries.
+        map: mean average precision over the candidates.
+        mrr10: mean reciprocal rank, up to place 10.
         by_query: nDCG@10 by query id.
         scores: float32 [pairs], in the order of queries and candidates.
         seconds: time of scoring.
     """
 
     ndcg10: float
+    map: float
+    mrr10: float
     by_query: dict[str, float]
     scores: NDArray[np.float32]
     seconds: float
@@ -37,12 +41,15 @@ def rerank_quality(data: RetrievalSet, candidates: Mapping[str, list[str]], scor
     start = time.perf_counter()
     scores = np.asarray(scorer(pairs), np.float32)
     seconds = time.perf_counter() - start
-    by_query, at = {}, 0
-    for query, found in candidates.items():
+    rankings, at = [], 0
+    for found in candidates.values():
         order = np.argsort(-scores[at : at + len(found)], kind="stable")
-        by_query[query] = ndcg([found[place] for place in order], data.qrels[query])
+        rankings.append([found[place] for place in order])
         at += len(found)
-    return Quality(float(np.mean(list(by_query.values()))), by_query, scores, seconds)
+    gains = [data.qrels[query] for query in candidates]
+    by_query = {query: ndcg(ranked, each) for query, ranked, each in zip(candidates, rankings, gains, strict=True)}
+    means = mean_metrics(rankings, gains)
+    return Quality(means["ndcg10"], means["map"], means["mrr10"], by_query, scores, seconds)
 
 
 def first_stage_ndcg(data: RetrievalSet, candidates: Mapping[str, list[str]]) -> float:
@@ -63,3 +70,8 @@ def change(found: Quality, reference: Quality) -> tuple[float, float, float]:
         (differences,), np.mean, n_resamples=10_000, method="percentile", rng=np.random.default_rng(0)
     ).confidence_interval
     return float(differences.mean()), float(interval.low), float(interval.high)
+
+
+def kendall(scores: NDArray[np.float32], reference: NDArray[np.float32]) -> float:
+    """Kendall's tau-b of two score lists."""
+    return float(kendalltau(scores, reference).statistic)

@@ -57,7 +57,8 @@ def _read(path: Path) -> Result:
     return result
 
 
-def _label(name: str) -> str:
+def label(name: str) -> str:
+    """What a contestant is called."""
     if name in _NAMES:
         return _NAMES[name]
     target, _, precision = name.rsplit("/", 1)[-1].partition("-")
@@ -82,11 +83,11 @@ def _cpu(results: Sequence[Result]) -> list[list[str]]:
     rows = [["what runs", "pairs/s", "×", f"one query, {count} documents", "load", "peak memory", "largest error"]]
     for row in result["contestants"]:
         if "pairs_per_s" not in row:
-            rows.append([_label(row["name"]), *["–"] * 5, str(row["problem"])[:80]])
+            rows.append([label(row["name"]), *["–"] * 5, str(row["problem"])[:80]])
             continue
         times = f"{row['pairs_per_s'] / base['pairs_per_s']:.1f}" if base else ""
         rows.append([
-            _label(row["name"]), f"{row['pairs_per_s']:.3g}", times, f"{row['latency_p50_ms']:.0f} ms",
+            label(row["name"]), f"{row['pairs_per_s']:.3g}", times, f"{row['latency_p50_ms']:.0f} ms",
             f"{row['load_s']:.1f} s", f"{row['peak_rss_mib']:.0f} MiB", _error(row),
         ])  # fmt: skip
     return rows
@@ -163,10 +164,22 @@ def _load(results: Sequence[Result]) -> list[list[str]]:
     return rows
 
 
+def _lengths(results: Sequence[Result]) -> list[list[str]]:
+    """One line for each length: pairs per second of every contestant."""
+    (result,) = results
+    names = [row["name"] for row in result["lengths"][0]["contestants"]]
+    rows = [["tokens", *map(label, names)]]
+    for step in result["lengths"]:
+        speeds = {row["name"]: f"{row['pairs_per_s']:.3g}" for row in step["contestants"] if "pairs_per_s" in row}
+        rows.append([str(step["max_length"]), *(speeds.get(name, "–") for name in names)])
+    return rows
+
+
 TABLES: dict[str, Callable[[Sequence[Result]], list[list[str]]]] = {
     "cpu": _cpu,
     "shapes": _shapes,
     "quality": _quality,
     "profile": _profile,
     "load": _load,
+    "lengths": _lengths,
 }

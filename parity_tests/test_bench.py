@@ -37,7 +37,7 @@ def test_natural_pairs_repeat_and_filled_pairs_are_full() -> None:
 
 def quality_of(*values: float) -> Quality:
     by_query = {f"q{at}": value for at, value in enumerate(values)}
-    return Quality(float(np.mean(values)), by_query, np.zeros(len(values), np.float32), 1.0)
+    return Quality(float(np.mean(values)), 0.0, 0.0, by_query, np.zeros(len(values), np.float32), 1.0)
 
 
 def test_bootstrap_interval_is_paired() -> None:

@@ -15,6 +15,7 @@ from ettin.artifacts.metrics import score_error
 from ettin.artifacts.tolerances import FP32, INT8_SPEARMAN, REDUCED_RATIO
 from ettin.export.checkpoint import read_checkpoint
 from ettin.export.pipeline import Export, Job, Options
+from ettin.export.proof_pairs import natural_pairs
 from ettin.export.sizes import DEMO_FOLDER
 from ettin.runtimes import Batch, load
 
@@ -72,7 +73,10 @@ def test_recorded_on_a_gpu(golden: Path, variant: tuple[str, str], artifacts: An
 @pytest.fixture(scope="module")
 def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
     golden = tmp_path_factory.mktemp("golden") / "fa2-ettin-reranker-demo.json"
-    options = ["--device", "cpu", "--sizes", "tiny", "--minutes", "0.02", "--golden", golden]
+    pairs = golden.with_name("pairs.jsonl")
+    lines = [json.dumps({"query": each.query, "document": each.document}) for each in natural_pairs()[::4]]
+    pairs.write_text("\n".join(lines))
+    options = ["--device", "cpu", "--sizes", "tiny", "--minutes", "0.02", "--golden", golden, "--pairs", pairs]
     command = [sys.executable, ROOT / "bench" / "gpu.py", *options, "--checkpoint", DEMO_FOLDER]
     subprocess.run(list(map(str, command)), check=True, capture_output=True)
     return golden

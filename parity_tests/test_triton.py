@@ -7,6 +7,7 @@ import signal
 import socket
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -265,6 +266,16 @@ def test_response_cache(demo_artifacts: Artifacts, tmp_path: Path) -> None:
         assert answers[0] == answers[1] == answers[2] != ask(client, "reranker", QUERY + "?", DOCUMENTS)
         found = client.get_inference_statistics("reranker")["model_stats"][0]["inference_stats"]
         assert int(found["cache_hit"]["count"]) == 2
+
+
+def test_what_waits_is_a_metric(server: TritonServer) -> None:
+    with grpc_client(server) as client:
+        ask(client, "onnx-fp32", QUERY, DOCUMENTS)
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.metrics_port}/metrics") as answer:
+        text = answer.read().decode()
+    for name in ("ettin_waiting_pairs", "ettin_queue_seconds"):
+        assert f"# TYPE {name} gauge" in text
+        assert f'{name}{{model="onnx-fp32",version="1"}} 0' in text
 
 
 def test_server_that_does_not_start(tmp_path: Path) -> None:

@@ -50,6 +50,17 @@ class Settings:
                 raise UsageError(f"{name}: {where} has no such setting. Leave it out")
 
 
+class Evaluations:
+    """Results of sentence-transformers' evaluators: by evaluator's name, metric → value."""
+
+    def __init__(self) -> None:
+        self.metrics: dict[str, dict[str, Any]] = {}
+
+    def set_evaluation_metrics(self, evaluator: Any, metrics: dict[str, Any], epoch: int = 0, step: int = 0) -> None:
+        """Called by an evaluator at its end."""
+        self.metrics[evaluator.name] = dict(metrics)
+
+
 class Runtime(ABC):
     """A loaded artifact. Safe to use from several threads; close it or use it as a context manager.
 
@@ -71,6 +82,7 @@ class Runtime(ABC):
         pad = manifest.tokenizer.pad_token_id
         self._feeder = Feeder(self.tokenizer, lambda batch: self.score(batch), limits, pad)  # noqa: PLW0108
         self._closed = False
+        self.evaluations = Evaluations()
 
     @abstractmethod
     def score(self, batch: Batch) -> NDArray[np.float32]:
@@ -108,6 +120,8 @@ class Runtime(ABC):
         convert_to_numpy: bool = True,
         convert_to_tensor: bool = False,
         max_length: int | None = None,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
     ) -> Any:
         """Scores pairs, as `CrossEncoder.predict` does.
 
@@ -121,6 +135,8 @@ class Runtime(ABC):
             convert_to_numpy: accepted likewise; scores are NumPy either way.
             convert_to_tensor: must be False: no torch here. Use `torch.from_numpy`.
             max_length: tokens that pairs are truncated to (`longest_first`); None: as loaded.
+            prompt_name: must be None: these models have no prompts.
+            prompt: must be None.
 
         Returns:
             float32 [pairs] in the order of the pairs; a float32 scalar for one pair.
@@ -131,6 +147,8 @@ class Runtime(ABC):
         """
         if convert_to_tensor:
             raise UsageError("convert_to_tensor: scores are NumPy arrays here. Use torch.from_numpy(scores)")
+        if prompt_name is not None or prompt is not None:
+            raise UsageError("prompt: Ettin rerankers have none. Write it into the query")
         if batch_size is not None and batch_size <= 0:
             raise UsageError(f"batch_size is {batch_size}, expected a positive number")
         activation = resolved(activation_fn, self.manifest.activation)
@@ -192,6 +210,11 @@ class Runtime(ABC):
             for hit in hits:
                 hit["text"] = candidates[hit["corpus_id"]]
         return hits
+
+    @property
+    def model_card_data(self) -> "Evaluations":
+        """Where sentence-transformers' evaluators leave what they found."""
+        return self.evaluations
 
     def close(self) -> None:
         """Frees the engine. Using the runtime afterwards is an error; closing twice is not."""

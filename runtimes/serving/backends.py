@@ -40,7 +40,7 @@ class Backend(ABC):
 
     @property
     def counters(self) -> dict[str, float]:
-        """For metrics: batches, pairs and tokens so far, pairs that wait; empty where they are not known."""
+        """For metrics: batches, pairs, tokens so far, pairs that wait and for how long; empty where not known."""
         return {}
 
     @abstractmethod
@@ -77,6 +77,7 @@ class LocalBackend(Backend):
             "pairs": batcher.pairs,
             "tokens": batcher.tokens,
             "waiting_pairs": batcher.waiting_pairs,
+            "queue_seconds": batcher.queue_s,
         }
 
     async def close(self) -> None:
@@ -155,7 +156,7 @@ def _triton_client() -> Any:
     try:
         import tritonclient.grpc.aio as module
     except ModuleNotFoundError as error:
-        raise MissingDependency("a gateway to Triton", str(error.name), "serve") from None
+        raise MissingDependency("a gateway to Triton", str(error.name), "gateway") from None
     return module
 
 

@@ -59,9 +59,10 @@ class _Engine(Collector):
             "pairs": "Pairs scored",
             "tokens": "Tokens scored",
             "waiting_pairs": "Pairs accepted and not scored yet",
+            "queue_seconds": "Time that these will take, at the measured speed",
         }
         for name, value in self._backend.counters.items():
-            kind = GaugeMetricFamily if name == "waiting_pairs" else CounterMetricFamily
+            kind = GaugeMetricFamily if name in ("waiting_pairs", "queue_seconds") else CounterMetricFamily
             yield kind(f"ettin_{name}", texts[name], value=value)
 
 

@@ -23,6 +23,7 @@ from ettin.runtimes.serving.batcher import Batcher, Scored
 from ettin.runtimes.tokenizer import PairTokenizer
 
 _ASK_EVERY_S = 0.1  # whether a client is still there: a question to the server's process
+_REPORT_EVERY_S = 0.25
 _PADDED_TOKENS = 4096  # of a batch for a native engine that takes rectangles
 _PADDED_MULTIPLE = 16
 
@@ -46,6 +47,7 @@ class _Model(ABC):
             self._batcher = self._loaded(Path(args["model_repository"]) / version / ARTIFACT, version, parameters)
         except EttinError as error:
             raise pb_utils.TritonModelException(str(error)) from None
+        self._gauges = _Gauges(self._batcher, {"model": args["model_name"], "version": version})
 
     @abstractmethod
     def _loaded(self, artifact: Path, version: str, parameters: dict[str, str]) -> Batcher:
@@ -62,7 +64,8 @@ class _Model(ABC):
             except EttinError as error:
                 _fail(sender, error)
                 continue
-            future.add_done_callback(_Answer(sender, shape))
+            future.add_done_callback(_Answer(sender, shape, self._gauges))
+        self._gauges.report()
 
     def finalize(self) -> None:
         """Triton's: unloads, after what was accepted is done."""
@@ -132,13 +135,40 @@ class _Gone:
         return bool(self._sender.is_cancelled())
 
 
+class _Gauges:
+    """Among Triton's own metrics, what waits in here: Triton takes for computing what is still in our queue."""
+
+    def __init__(self, batcher: Batcher, labels: dict[str, str]) -> None:
+        self._batcher, self._lock, self._reported = batcher, threading.Lock(), 0.0
+        texts = {
+            "ettin_waiting_pairs": "Pairs accepted and not scored yet",
+            "ettin_queue_seconds": "Time that these will take, at the measured speed",
+        }
+        try:
+            self._families = [pb_utils.MetricFamily(*each, kind=pb_utils.MetricFamily.GAUGE) for each in texts.items()]
+            self._metrics = [family.Metric(labels=labels) for family in self._families]
+        except pb_utils.TritonModelException:  # the server was started with --allow-metrics=false
+            self._metrics = []
+
+    def report(self) -> None:
+        """Now and then, and always that nothing waits."""
+        with self._lock:
+            waiting, now = self._batcher.waiting_pairs, time.monotonic()
+            if not self._metrics or (waiting and now - self._reported < _REPORT_EVERY_S):
+                return
+            self._reported = now
+            for metric, value in zip(self._metrics, (waiting, self._batcher.queue_s), strict=True):
+                metric.set(value)
+
+
 class _Answer:
     """Sends a result."""
 
-    def __init__(self, sender: Any, shape: tuple[int, ...]) -> None:
-        self._sender, self._shape = sender, shape
+    def __init__(self, sender: Any, shape: tuple[int, ...], gauges: "_Gauges") -> None:
+        self._sender, self._shape, self._gauges = sender, shape, gauges
 
     def __call__(self, future: "Future[Scored]") -> None:
+        self._gauges.report()
         if future.cancelled():
             _fail(self._sender, None)
             return

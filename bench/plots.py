@@ -1,0 +1,156 @@
+"""Results as pictures: matplotlib figures, one idea each."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+from ettin.bench import published
+from ettin.bench.tables import label
+
+Result = Mapping[str, Any]
+
+# Okabe and Ito's colours, which all kinds of eyes tell apart: ours first, peers grey.
+_OURS = ("#0072B2", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9")
+_PEERS = ("#444444", "#777777", "#AAAAAA", "#CCCCCC")
+_STYLE = {
+    "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#E6E6E6",
+    "axes.axisbelow": True, "svg.fonttype": "none", "legend.frameon": False, "figure.constrained_layout.use": True,
+}  # fmt: skip
+
+
+def _figure(width: float = 7.2, height: float = 3.6) -> tuple[Figure, Any]:
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(width, height))
+        axes = figure.subplots()
+    return figure, axes
+
+
+def _is_ours(name: str) -> bool:
+    return "/" in name
+
+
+def _colours(names: Sequence[str]) -> dict[str, str]:
+    ours = [name for name in names if _is_ours(name)]
+    peers = [name for name in names if not _is_ours(name)]
+    found = {name: _OURS[at % len(_OURS)] for at, name in enumerate(ours)}
+    return found | {name: _PEERS[at % len(_PEERS)] for at, name in enumerate(peers)}
+
+
+def plain(name: str) -> str:
+    """A contestant's name without Markdown."""
+    return label(name).replace("`", "")
+
+
+def speeds(result: Result) -> Figure:
+    """Pairs per second of every contestant of one run, with each round as a dot."""
+    rows = [each for each in result["contestants"] if "pairs_per_s" in each][::-1]
+    with mpl.rc_context(_STYLE):
+        figure, axes = _figure(height=0.9 + 0.3 * len(rows))
+        colours = _colours([each["name"] for each in rows[::-1]])
+        for at, row in enumerate(rows):
+            axes.barh(at, row["pairs_per_s"], color=colours[row["name"]], height=0.7)
+            rounds = [result["pairs"] / seconds for seconds in row["passes_s"]]
+            axes.plot(rounds, [at] * len(rounds), ".", color="black", markersize=3)
+            axes.annotate(
+                f"{row['pairs_per_s']:.3g}", (max(rounds), at), (4, 0), textcoords="offset points", va="center"
+            )
+        axes.set_yticks(range(len(rows)), [plain(each["name"]) for each in rows])
+        axes.set_xlabel("pairs per second (bars: median, dots: rounds)")
+        axes.margins(x=0.1)
+        axes.grid(visible=False, axis="y")
+    return figure
+
+
+def memory(result: Result) -> Figure:
+    """Peak memory of every contestant of one run."""
+    rows = [each for each in result["contestants"] if "peak_rss_mib" in each][::-1]
+    with mpl.rc_context(_STYLE):
+        figure, axes = _figure(height=0.9 + 0.3 * len(rows))
+        colours = _colours([each["name"] for each in rows[::-1]])
+        for at, row in enumerate(rows):
+            axes.barh(at, row["peak_rss_mib"], color=colours[row["name"]], height=0.7)
+            axes.annotate(
+                f"{row['peak_rss_mib']:.0f}", (row["peak_rss_mib"], at), (4, 0), textcoords="offset points", va="center"
+            )
+        axes.set_yticks(range(len(rows)), [plain(each["name"]) for each in rows])
+        axes.set_xlabel("peak memory of the process, MiB")
+        axes.margins(x=0.1)
+        axes.grid(visible=False, axis="y")
+    return figure
+
+
+def lengths(result: Result) -> Figure:
+    """Tokens per second by length, of every contestant."""
+    series: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    for step in result["lengths"]:
+        for row in step["contestants"]:
+            if "pairs_per_s" in row:
+                series[row["name"]].append((step["max_length"], row["pairs_per_s"] * step["max_length"]))
+    with mpl.rc_context(_STYLE):
+        figure, axes = _figure(height=4.0)
+        colours = _colours(list(series))
+        for name, points in series.items():
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=3.5, color=colours[name], label=plain(name))
+        axes.set_xscale("log", base=2)
+        ticks = [step["max_length"] for step in result["lengths"]]
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.minorticks_off()
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("tokens of every pair")
+        axes.set_ylabel("tokens per second")
+        axes.legend()
+    return figure
+
+
+def trade(results: Sequence[Result]) -> Figure:
+    """Speed against quality by size: published curves, and measured speeds at the published quality of their size."""
+    with mpl.rc_context(_STYLE):
+        figure, axes = _figure(height=4.0)
+        for (name, values), colour in zip(published.PAIRS_PER_S.items(), _PEERS, strict=False):
+            axes.plot(
+                values, published.NANOBEIR_NDCG10, "--o", color=colour, markersize=3.5, label=f"published: {name}"
+            )
+        groups: dict[str, dict[int, float]] = defaultdict(dict)
+        for result in results:
+            for row in result["contestants"]:
+                size = row["name"].split("/")[0].removesuffix("-lexical").removesuffix("-random")
+                if "pairs_per_s" in row and size in published.SIZES and row["name"].endswith("openvino-int8"):
+                    limit = "" if result["isa"] == "all" else f", {result['isa'].upper().replace('_', '-')} only"
+                    groups[f"openvino int8, this machine{limit}"][published.SIZES.index(size)] = row["pairs_per_s"]
+        for (name, points), colour in zip(groups.items(), _OURS, strict=False):
+            order = sorted(points)
+            qualities = [published.NANOBEIR_NDCG10[at] for at in order]
+            axes.plot([points[at] for at in order], qualities, "-o", color=colour, label=name)
+        for size, speed, quality in zip(
+            published.SIZES, published.PAIRS_PER_S["i7-13700K, fp32"], published.NANOBEIR_NDCG10, strict=True
+        ):
+            axes.annotate(size, (speed, quality), (-6, 4), textcoords="offset points", ha="right", color="#666666")
+        axes.set_xscale("log")
+        axes.set_xlabel("pairs per second")
+        axes.set_ylabel("published NanoBEIR mean nDCG@10 of the size")
+        axes.legend(loc="lower left", fontsize=8)
+    return figure
+
+
+def latencies(result: Result) -> Figure:
+    """Time to answer under mixed load, by server and number of documents."""
+    groups = [
+        (f"{server}, {count} document{'s' if count != '1' else ''}", times)
+        for server, row in result["servers"].items()
+        for count, times in row["mixed"]["latency_ms"].items()
+    ][::-1]
+    with mpl.rc_context(_STYLE):
+        figure, axes = _figure(height=0.9 + 0.35 * len(groups))
+        for at, (_, times) in enumerate(groups):
+            axes.plot([times["p50"] / 1000, times["p99"] / 1000], [at, at], color="#BBBBBB", linewidth=5)
+            for key, colour in (("p50", _OURS[0]), ("p95", _OURS[4]), ("p99", _OURS[2])):
+                axes.plot(times[key] / 1000, at, "o", color=colour, label=key if at == 0 else None)
+        axes.set_yticks(range(len(groups)), [name for name, _ in groups])
+        axes.set_xlim(left=0)
+        axes.set_xlabel(f"seconds, {result['clients']} clients at the same time")
+        axes.legend()
+        axes.grid(visible=False, axis="y")
+    return figure

@@ -1,0 +1,12 @@
+# Triton Inference Server with what the models of ettin-triton need in its Python. Build in the repository's root:
+#   docker build -f deploy/triton.Dockerfile --build-arg RELEASE=26.08 -t ettin-triton .
+#   docker run --rm --shm-size=1g -p 8000-8002:8000-8002 -v "$PWD/models:/models:ro" ettin-triton
+# RELEASE decides the TensorRT version: build engines with the trtexec of the same image, see deploy/README.md.
+ARG RELEASE=26.08
+FROM nvcr.io/nvidia/tritonserver:${RELEASE}-py3
+
+COPY . /src
+# The server's Python is Ubuntu's, which otherwise refuses packages of pip's.
+RUN pip install --no-cache-dir --break-system-packages "/src[onnx,openvino]" && rm -rf /src
+EXPOSE 8000 8001 8002
+CMD ["tritonserver", "--model-repository=/models", "--model-control-mode=poll", "--repository-poll-secs=30"]

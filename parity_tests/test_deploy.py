@@ -1,0 +1,105 @@
+"""`deploy/`: manifests against Kubernetes' schemas, and what they name against the code."""
+
+import re
+import shlex
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from ettin.runtimes import cli_serve
+
+ROOT = Path(__file__).parents[1]
+DEPLOY = ROOT / "deploy"
+kubernetes_validate = pytest.importorskip("kubernetes_validate", reason='needs pip install "ettin-export[dev]"')
+yaml = pytest.importorskip("yaml")
+
+RESOURCES = [
+    pytest.param(each, id=f"{file.stem}-{each['kind']}")
+    for file in sorted((DEPLOY / "kubernetes").glob("*.yaml"))
+    if file.stem in ("triton", "gateway")
+    for each in yaml.safe_load_all(file.read_text())
+]
+
+
+def resource(kind: str, name: str) -> Any:
+    return next(each.values[0] for each in RESOURCES
+                if each.values[0]["kind"] == kind and each.values[0]["metadata"]["name"] == name)  # fmt: skip
+
+
+@pytest.mark.parametrize("found", RESOURCES)
+def test_kubernetes_accepts_it(found: Any) -> None:
+    kubernetes_validate.validate(found, "1.31", strict=True)
+
+
+def test_the_schemas_see_a_mistake() -> None:
+    wrong = {**resource("Service", "ettin-triton"), "spec": {"ports": [{"prot": 1}]}}
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(wrong, "1.31", strict=True)
+
+
+@pytest.mark.parametrize("name", ["ettin-triton", "ettin-gateway"])
+def test_services_reach_their_pods(name: str) -> None:
+    deployment, service = resource("Deployment", name), resource("Service", name)
+    template = deployment["spec"]["template"]
+    assert (
+        service["spec"]["selector"] == template["metadata"]["labels"] == deployment["spec"]["selector"]["matchLabels"]
+    )
+    (container,) = template["spec"]["containers"]
+    ports = {each["name"]: each["containerPort"] for each in container["ports"]}
+    assert {each["targetPort"]: each["port"] for each in service["spec"]["ports"]} == ports
+    probes = [container[key] for key in container if key.endswith("Probe")]
+    assert {(each.get("httpGet") or each["tcpSocket"])["port"] for each in probes} <= ports.keys()
+    volumes = {each["name"] for each in template["spec"].get("volumes", [])}
+    assert {each["name"] for each in container.get("volumeMounts", [])} == volumes
+
+
+def test_scaled_by_a_metric_that_exists() -> None:
+    (metric,) = resource("HorizontalPodAutoscaler", "ettin-triton")["spec"]["metrics"]
+    name = metric["pods"]["metric"]["name"]
+    assert f'"{name}"' in (ROOT / "runtimes" / "serving" / "triton_model.py").read_text()
+    (rule,) = yaml.safe_load((DEPLOY / "kubernetes" / "prometheus-adapter.yaml").read_text())["rules"]["custom"]
+    assert rule["name"]["as"] == name and rule["seriesQuery"].startswith(name)
+    scaled = resource("HorizontalPodAutoscaler", "ettin-triton")["spec"]["scaleTargetRef"]
+    assert resource(scaled["kind"], scaled["name"])["apiVersion"] == scaled["apiVersion"]
+
+
+def test_everything_is_in_the_kustomization() -> None:
+    listed = yaml.safe_load((DEPLOY / "kubernetes" / "kustomization.yaml").read_text())["resources"]
+    assert set(listed) == {"triton.yaml", "gateway.yaml"}
+    patch = yaml.safe_load((DEPLOY / "kubernetes" / "gpu.yaml").read_text())
+    target = resource(patch["kind"], patch["metadata"]["name"])["spec"]["template"]["spec"]["containers"]
+    assert [each["name"] for each in patch["spec"]["template"]["spec"]["containers"]] == [
+        each["name"] for each in target
+    ]
+
+
+def serve_options(words: list[str]) -> None:
+    """Fails unless `ettin-serve` takes these."""
+    cli_serve.command.make_context("ettin-serve", words, resilient_parsing=False)
+
+
+def test_commands_have_these_options() -> None:
+    unit = (DEPLOY / "ettin-serve.service").read_text()
+    line = re.search(r"^ExecStart=(.*)$", unit, re.M)
+    assert line
+    program, *words = shlex.split(line[1])
+    assert program.endswith("/ettin-serve")
+    serve_options(words)
+    entry = re.search(r"^ENTRYPOINT (\[.*\])$", (DEPLOY / "serve.Dockerfile").read_text(), re.M)
+    assert entry
+    serve_options(yaml.safe_load(entry[1])[1:])
+    (container,) = resource("Deployment", "ettin-gateway")["spec"]["template"]["spec"]["containers"]
+    assert container["command"] == ["ettin-serve"]
+    serve_options(container["args"])
+    with pytest.raises(click.NoSuchOption):
+        serve_options(["--prot", "1"])
+
+
+def test_images_install_extras_that_exist() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for file in DEPLOY.glob("*.Dockerfile"):
+        named = re.search(r"/src\[([\w,-]+)\]", file.read_text())
+        assert named and set(named[1].split(",")) <= extras.keys(), file

@@ -1,0 +1,144 @@
+"""An artifact and what runs it in one archive, for machines without a network."""
+
+import importlib.metadata
+import io
+import json
+import subprocess
+import sys
+import tarfile
+import tempfile
+import urllib.parse
+from collections.abc import Iterable
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from ettin.artifacts.errors import MissingDependency, OutputError
+from ettin.artifacts.manifest import Manifest
+from ettin.runtimes.registry import ENGINES
+
+_PROJECT = "ettin-export"
+_README = """# {name}, packed
+
+For {system} with Python {python}; nothing is fetched but what `wheels/` lacks.
+
+    python3 -m venv env
+    env/bin/pip install --no-index --find-links wheels -r requirements.txt
+    env/bin/ettin-verify artifact     # its scores on this machine, without PyTorch
+    env/bin/ettin-serve artifact      # http://127.0.0.1:8080/rerank
+{missing}"""
+_MISSING = """
+`wheels/` holds this project alone. Bring the others: on a machine with a network and the same system and Python, run
+`pip download -r requirements.txt -d wheels --find-links wheels`.
+"""
+
+
+def requirements(extras: Iterable[str]) -> list[str]:
+    """This project and everything that it needs for `extras`, pinned to what is installed here, a line each.
+
+    Raises:
+        MissingDependency: something of that is not installed.
+    """
+    pinned: dict[str, str] = {}
+    wanted = [(_PROJECT, frozenset(extras))]
+    seen: set[tuple[str, frozenset[str]]] = set()
+    while wanted:
+        name, chosen = wanted.pop()
+        if (name, chosen) in seen:
+            continue
+        seen.add((name, chosen))
+        try:
+            distribution = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:
+            raise MissingDependency("the archive", name, ",".join(sorted(extras))) from None
+        pinned[name] = distribution.version
+        for line in distribution.requires or ():
+            needed = Requirement(line)
+            environments = [{"extra": extra} for extra in chosen] or [{"extra": ""}]
+            if needed.marker is None or any(needed.marker.evaluate(each) for each in environments):
+                wanted.append((canonicalize_name(needed.name), frozenset(needed.extras)))
+    project = f"{_PROJECT}[{','.join(sorted(extras))}]=={pinned.pop(_PROJECT)}"
+    return [project, *(f"{name}=={version}" for name, version in sorted(pinned.items()))]
+
+
+def pack(artifact: Path, manifest: Manifest, archive: Path, *, with_wheels: bool, force: bool = False) -> None:
+    """Writes the archive: artifact, requirements, wheels, and how to install them.
+
+    Args:
+        artifact: its folder, checked.
+        manifest: its manifest.
+        archive: a `.tar.gz`.
+        with_wheels: bring every package, for this system and Python; False: this project alone.
+        force: replace an archive that is there.
+
+    Raises:
+        OutputError: the archive exists, or can't be written; or pip could not bring the wheels.
+        MissingDependency: something that the archive must name is not installed here.
+    """
+    if archive.exists() and not force:
+        raise OutputError(f"{archive}: exists, left as it is. Replace it with --force")
+    lines = requirements({ENGINES[manifest.target].extra, "serve"})
+    name = archive.name.removesuffix(".gz").removesuffix(".tar")
+    readme = _README.format(
+        name=f"{manifest.name}, {manifest.target} {manifest.precision}",
+        system=sys.platform,
+        python=f"{sys.version_info.major}.{sys.version_info.minor}",
+        missing="" if with_wheels else _MISSING,
+    )
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{archive.name}.partial-", dir=archive.absolute().parent) as scratch:
+            wheels = Path(scratch) / "wheels"
+            _collect(wheels, lines if with_wheels else [])
+            part = Path(scratch) / archive.name
+            with tarfile.open(part, "w:gz", compresslevel=6) as tar:
+                _add_text(tar, f"{name}/README.md", readme)
+                _add_text(tar, f"{name}/requirements.txt", "\n".join(lines) + "\n")
+                tar.add(artifact, f"{name}/artifact", filter=_anonymous)
+                tar.add(wheels, f"{name}/wheels", filter=_anonymous)
+            part.replace(archive)
+    except OSError as error:
+        raise OutputError(
+            f"{archive}: can't be written ({error.strerror or error}). Choose another: --output"
+        ) from error
+
+
+def _collect(wheels: Path, lines: list[str]) -> None:
+    """This project's wheel, from where it was installed from, and those of `lines`."""
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
+    _run([*command, "wheel", "--no-deps", "-w", str(wheels), _own_source()])
+    if lines:
+        others = wheels.parent / "others.txt"
+        others.write_text("\n".join(lines[1:]) + "\n", encoding="utf-8")
+        _run([*command, "download", "--no-deps", "--only-binary=:all:", "-d", str(wheels), "-r", str(others)])
+
+
+def _own_source() -> str:
+    """A folder, for a project that was installed from one (PEP 610); else its name and version on the index."""
+    distribution = importlib.metadata.distribution(_PROJECT)
+    origin = json.loads(distribution.read_text("direct_url.json") or "{}")
+    url = urllib.parse.urlsplit(origin.get("url", ""))
+    if url.scheme == "file":
+        return urllib.parse.unquote(url.path)
+    return f"{_PROJECT}=={distribution.version}"
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["it gave no reason"]
+        raise OutputError(f"pip could not bring the wheels: {errors[-1].removeprefix('ERROR: ')}")
+
+
+def _add_text(tar: tarfile.TarFile, name: str, text: str) -> None:
+    content = text.encode()
+    entry = tarfile.TarInfo(name)
+    entry.size, entry.mode = len(content), 0o644
+    tar.addfile(entry, io.BytesIO(content))
+
+
+def _anonymous(entry: tarfile.TarInfo) -> tarfile.TarInfo:
+    """Whose files they were is nobody's business."""
+    entry.uid = entry.gid = 0
+    entry.uname = entry.gname = ""
+    return entry
