@@ -4,6 +4,7 @@ A repository is `NAME/config.pbtxt` and `NAME/VERSION/…`. A version appears wh
 never changed; publishing again adds the next, to which a server that polls, or is told to load, switches.
 """
 
+import re
 import shutil
 import struct
 import tempfile
@@ -77,6 +78,8 @@ def publish(artifact: Path, manifest: Manifest, repository: Path, name: str, opt
         MissingDependency: no tritonclient, which knows the form of the configuration.
     """
     _check(manifest, options)
+    if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):
+        raise UsageError(f"model name '{name}': expected letters, digits, '.', '_' and '-'")
     if options.native:
         version = _next_version(repository, name, name + ENGINE_SUFFIX)
         with _staged(repository, name + ENGINE_SUFFIX, version) as stage:
@@ -143,10 +146,13 @@ def _staged(repository: Path, name: str, version: int) -> Iterator[Path]:
         if not model.exists():
             stage.rename(model)
             return
-        for entry in sorted(stage.iterdir()):  # the version's number sorts first, and is there before its settings
-            if entry.is_dir() and not entry.name.isdigit():
-                continue  # warm-up text does not change
-            entry.rename(model / entry.name)
+        # The warm-up is that of the version before: what there is to warm up does not change.
+        (stage / str(version)).rename(model / str(version))
+        try:
+            (stage / "config.pbtxt").replace(model / "config.pbtxt")
+        except OSError:
+            shutil.rmtree(model / str(version))
+            raise
     except OSError as error:
         raise OutputError(f"{model}: can't be written ({error.strerror or error}). Nothing was published") from error
     finally:

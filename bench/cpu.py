@@ -14,7 +14,11 @@ from typing import Any
 import numpy as np
 
 from ettin.artifacts.errors import EttinError, UsageError
+from ettin.artifacts.manifest import Manifest
 from ettin.artifacts.metrics import score_error
+from ettin.bench.texts import pairs_to_score
+from ettin.runtimes import console
+from ettin.runtimes.tokenizer import PairTokenizer
 
 # Variables that limit each library to an instruction set. MLAS (OpenVINO's f32 GEMM, all of ONNX Runtime) obeys none of
 # them, and torch's ATen knows no VNNI: see the notes of the result.
@@ -199,3 +203,62 @@ def result(entry: Contestant, pairs: int, reference: Contestant | None) -> dict[
     if reference and reference.scores and not figures["nan"]:
         figures |= score_error(entry.scores, reference.scores).figures()
     return figures
+
+
+@dataclass(frozen=True)
+class CpuRun:
+    """One interleaved comparison on CPUs; see `cpu` and `all`."""
+
+    artifacts: Sequence[Path]
+    checkpoint: Path | None
+    peers: Sequence[str]
+    data: Path | None = None
+    count: int = 400
+    rounds: int = 5
+    max_length: int = 512
+    fill: bool = False
+    streams: int | None = None
+    cache_dir: Path | None = None
+    isa: str = "all"
+
+    def measured(self) -> dict[str, Any]:
+        """Runs it; the result."""
+        random_weights = any(Manifest.read(path).source.weights == "random" for path in self.artifacts)
+        chosen = {"streams": self.streams, "cache_dir": str(self.cache_dir) if self.cache_dir else None}
+        settings = {key: value for key, value in chosen.items() if value}
+        entries = contestants(self.artifacts, settings, self.checkpoint, self.peers)
+        pairs = pairs_to_score(self.data, self.count, self.max_length if self.fill else None)
+        candidates = min(100, len(pairs))
+        with console.step(f"{self.rounds} rounds of {len(pairs)} pairs"):
+            compare(
+                entries, pairs, candidates=candidates, max_length=self.max_length, rounds=self.rounds, isa=self.isa,
+                warm=bool(self.cache_dir),
+            )  # fmt: skip
+        reference = next((entry for entry in entries if entry.name.startswith("st-fp32")), None)
+        results = [result(entry, len(pairs), reference) for entry in entries]
+        tokenizer = PairTokenizer(self.artifacts[0] / "tokenizer.json")
+        tokens = sum(len(ids) for ids in tokenizer.pairs(pairs, self.max_length))
+        sizes = {f"{path.parent.name}/{path.name}": _size_mib(path) for path in self.artifacts}
+        for each in results:
+            if "pairs_per_s" in each:
+                each["tokens_per_s"] = each["pairs_per_s"] * tokens / len(pairs)
+                each["size_mib"] = sizes.get(each["name"])
+            console.note(f"{each['name']}: {each.get('description') or each['problem']}")
+        return {
+            "data": self.data.name if self.data else "passages",
+            "pairs": len(pairs),
+            "tokens_per_pair": tokens / len(pairs),
+            "candidates": candidates,
+            "rounds": self.rounds,
+            "max_length": self.max_length,
+            "filled": self.fill,
+            "model_cache": bool(self.cache_dir),
+            "weights": "random" if random_weights else "checkpoint",
+            "isa": self.isa,
+            "isa_note": NOTES[self.isa],
+            "contestants": results,
+        }
+
+
+def _size_mib(artifact: Path) -> float:
+    return round(sum(each.size_bytes for each in Manifest.read(artifact).files) / 2**20, 1)

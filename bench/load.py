@@ -1,13 +1,8 @@
 """Many clients against a server of ours: is every score right, what does serving cost, does memory stay."""
 
 import random
-import socket
-import subprocess
-import sys
-import tempfile
 import threading
 import time
-from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,145 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from statistics import median
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
-import psutil
-from numpy.typing import NDArray
 
-from ettin.artifacts.errors import ServerError, UsageError
-from ettin.artifacts.manifest import Manifest
-from ettin.artifacts.triton_repository import TritonOptions, publish
+from ettin.artifacts.errors import UsageError
+from ettin.bench.load_servers import SERVERS, Ask, Asked, Served
 from ettin.runtimes import Runtime, load
-from ettin.runtimes.serving.tritonserver import TritonServer
 
-_TIMEOUT_S = 120.0
 _SINGLES = 0.5  # of the requests under mixed load bring one document
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A request and what it must be answered with.
-
-    Args:
-        query: text.
-        documents: texts.
-        gold: logits of each pair scored alone in process, float32 [documents].
-    """
-
-    query: str
-    documents: Sequence[str]
-    gold: NDArray[np.float32]
-
-
-class Served(ABC):
-    """A server in a process of its own, and how it is asked."""
-
-    @abstractmethod
-    def client(self) -> Callable[[Asked], NDArray[np.float32]]:
-        """For one thread: sends a request, returns raw logits in the order of its documents."""
-
-    @property
-    @abstractmethod
-    def pid(self) -> int:
-        """Of the server."""
-
-    def memory_mib(self) -> float:
-        """Of the server and its children, resident."""
-        root = psutil.Process(self.pid)
-        return sum(float(each.memory_info().rss) for each in [root, *root.children(recursive=True)]) / 2**20
-
-    def __enter__(self) -> Self:
-        return self
-
-    @abstractmethod
-    def __exit__(self, *_: object) -> None: ...
-
-
-class InTriton(Served):
-    """The artifact in Triton Inference Server, asked over gRPC."""
-
-    def __init__(self, artifact: Path, max_length: int) -> None:
-        self._stack = ExitStack()
-        folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
-        options = TritonOptions(runtime={"max_length": str(max_length)})
-        publish(artifact, Manifest.read(artifact), folder / "models", "reranker", options)
-        self._server = self._stack.enter_context(TritonServer(folder / "models"))
-
-    def client(self) -> Callable[[Asked], NDArray[np.float32]]:
-        from tritonclient import grpc
-
-        client = self._stack.enter_context(grpc.InferenceServerClient(f"127.0.0.1:{self._server.grpc_port}"))
-
-        def ask(asked: Asked) -> NDArray[np.float32]:
-            tensors = []
-            for name, texts in (("query", [asked.query]), ("documents", asked.documents)):
-                tensor = grpc.InferInput(name, [1, len(texts)], "BYTES")
-                tensor.set_data_from_numpy(np.array([[text.encode() for text in texts]], np.object_))
-                tensors.append(tensor)
-            found = client.infer("reranker", tensors, client_timeout=_TIMEOUT_S).as_numpy("scores")
-            return np.asarray(found[0], np.float32)
-
-        return ask
-
-    @property
-    def pid(self) -> int:
-        return self._server.pid or 0
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-
-class InHttp(Served):
-    """The artifact in `ettin-serve`, asked over text-embeddings-inference's route."""
-
-    def __init__(self, artifact: Path, max_length: int) -> None:
-        import httpx
-
-        self._httpx = httpx
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self._port = probe.getsockname()[1]
-        code = "from ettin.runtimes.cli_serve import main; main()"
-        options = ["--port", str(self._port), "--max-length", str(max_length), "--log-level", "warning"]
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", code, str(artifact), *options], stderr=subprocess.DEVNULL
-        )
-        self._clients: list[Any] = []
-        deadline = time.monotonic() + _TIMEOUT_S
-        while time.monotonic() < deadline and self._process.poll() is None:
-            try:
-                if httpx.get(f"http://127.0.0.1:{self._port}/health").status_code == 200:
-                    return
-            except httpx.TransportError:
-                time.sleep(0.1)
-        self._process.kill()
-        raise ServerError(f"ettin-serve did not start. Run: ettin-serve {artifact}")
-
-    def client(self) -> Callable[[Asked], NDArray[np.float32]]:
-        client = self._httpx.Client(base_url=f"http://127.0.0.1:{self._port}", timeout=_TIMEOUT_S)
-        self._clients.append(client)
-
-        def ask(asked: Asked) -> NDArray[np.float32]:
-            body = {"query": asked.query, "texts": asked.documents, "raw_scores": True}
-            hits = client.post("/rerank", json=body).raise_for_status().json()
-            found = np.full(len(asked.documents), np.nan, np.float32)
-            found[[hit["index"] for hit in hits]] = [hit["score"] for hit in hits]
-            return found
-
-        return ask
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    def __exit__(self, *_: object) -> None:
-        for client in self._clients:
-            client.close()
-        self._process.terminate()
-        self._process.wait(60)
-
-
-SERVERS: dict[str, Callable[[Path, int], Served]] = {"triton": InTriton, "http": InHttp}
 
 
 @dataclass
@@ -170,7 +35,7 @@ class Tally:
     seconds: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def ask(self, client: Callable[[Asked], NDArray[np.float32]], asked: Asked) -> None:
+    def ask(self, client: Ask, asked: Asked) -> None:
         """Asks, and compares the answer."""
         started = time.perf_counter()
         try:
@@ -291,12 +156,12 @@ def _timed(run: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def _once_each(clients: Sequence[Callable[[Asked], NDArray[np.float32]]], asked: Sequence[Asked], tally: Tally) -> None:
+def _once_each(clients: Sequence[Ask], asked: Sequence[Asked], tally: Tally) -> None:
     left: SimpleQueue[Asked] = SimpleQueue()
     for each in asked:
         left.put(each)
 
-    def work(client: Callable[[Asked], NDArray[np.float32]]) -> None:
+    def work(client: Ask) -> None:
         while True:
             try:
                 tally.ask(client, left.get_nowait())
@@ -308,7 +173,7 @@ def _once_each(clients: Sequence[Callable[[Asked], NDArray[np.float32]]], asked:
 
 
 def _mixed(
-    served: Served, clients: Sequence[Callable[[Asked], NDArray[np.float32]]], asked: Sequence[Asked],
+    served: Served, clients: Sequence[Ask], asked: Sequence[Asked],
     tolerance: float, seconds: float,
 ) -> tuple[Tally, list[float]]:  # fmt: skip
     """Every client asks for one document or for all, at once again; memory every twentieth of the time."""

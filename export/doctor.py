@@ -17,6 +17,13 @@ _PACKAGES = (
     "torch", "transformers", "sentence_transformers", "huggingface_hub", "safetensors", "tokenizers", "onnx",
     "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx",
 )  # fmt: skip
+# What serves, its extra, and what that installs.
+_SERVERS = (
+    ("ettin-serve", "serve", ("fastapi", "uvicorn", "prometheus_client")),
+    ("ettin-serve --triton", "gateway", ("fastapi", "uvicorn", "prometheus_client", "tritonclient")),
+    ("ettin-triton", "triton", ("tritonclient",)),
+    ("ettin-triton --serve", "triton", ("pytriton", "tritonclient")),
+)
 _GOLD = ("torch", "transformers", "sentence_transformers", "safetensors")
 
 
@@ -39,7 +46,7 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Looks at the machine without changing it or importing an engine."""
-    return [*_machine(), *_packages(), *_targets()]
+    return [*_machine(), *_packages(), *_targets(), *_servers()]
 
 
 def _machine() -> list[Finding]:
@@ -98,6 +105,15 @@ def _engine_detail(target: str, missing: list[str]) -> str:
         return f"{here}; to run, no GPU"
     run = f"; to run, no {', '.join(missing)}" if missing else " and run"
     return f"build{run}: {found[0].arch}"
+
+
+def _servers() -> list[Finding]:
+    findings = []
+    for what, extra, modules in _SERVERS:
+        missing = [module for module in modules if not _has(module)]
+        detail = f"no {', '.join(missing)}" if missing else "installed"
+        findings.append(Finding(what, not missing, detail, f'pip install "ettin-export[{extra}]"' if missing else ""))
+    return findings
 
 
 def _targets() -> list[Finding]:

@@ -9,7 +9,8 @@ import pytest
 from click.testing import CliRunner
 
 from ettin.bench.cli import command
-from ettin.bench.load import Asked, Tally
+from ettin.bench.load import Tally
+from ettin.bench.load_servers import Asked
 
 HAS_TRITON = importlib.util.find_spec("pytriton") is not None
 

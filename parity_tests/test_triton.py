@@ -5,6 +5,8 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 import urllib.request
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from ettin.artifacts.errors import ServerError
@@ -292,6 +295,29 @@ def test_stop_leaves_nothing(repository: Path, demo_artifacts: Artifacts, tmp_pa
     assert not scratch.exists()
     with pytest.raises(ProcessLookupError):
         os.kill(pid, signal.SIGTERM)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_command_serves_and_takes_its_server_along(
+    demo_artifacts: Artifacts, tmp_path: Path, sent: signal.Signals
+) -> None:
+    ports = []
+    for _ in range(3):
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            ports.append(probe.getsockname()[1])
+    options = [f"--{kind}-port={port}" for kind, port in zip(("http", "grpc", "metrics"), ports, strict=True)]
+    code = "from ettin.runtimes.cli_triton import main; main()"
+    artifact = str(demo_artifacts["onnx", "fp32"])
+    words = [sys.executable, "-c", code, artifact, "--repository", str(tmp_path / "models"), "--serve", *options]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr
+        lines = [next(process.stderr) for _ in range(3)]
+        assert f"serving on http://127.0.0.1:{ports[0]}" in lines[-1], lines
+        servers = psutil.Process(process.pid).children(recursive=True)
+        assert any(each.name() == "tritonserver" for each in servers)
+        process.send_signal(sent)
+        assert process.wait(60) == 0
+    assert not psutil.wait_procs(servers, 10)[1]
 
 
 # The engine in a backend of Triton's own. None of those is here: Triton reads the configuration and looks for the

@@ -154,6 +154,7 @@ def test_command(demo_artifacts: Artifacts, tmp_path: Path) -> None:
         ([], "nothing to do: name an ARTIFACT, or --serve"),
         (["{artifact}", "{artifact}", "--name", "one"], "--name is for one artifact, 2 are named"),
         (["{artifact}", "--instances", "2"], "--instances is for --native"),
+        (["{artifact}", "--name", "../up"], "model name '../up': expected letters"),
         (["nowhere"], "nowhere: no manifest.json"),
     ],
 )

@@ -1,5 +1,6 @@
 """`ettin-triton`: artifacts into a model repository of Triton Inference Server, and a server on it."""
 
+import signal
 from pathlib import Path
 from typing import NoReturn
 
@@ -77,10 +78,12 @@ def _serve(repository: Path, address: str, http_port: int, grpc_port: int, metri
     server = TritonServer(
         repository, address=address, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port
     )
-    with console.step("start tritonserver"):
-        server.__enter__()
-    console.note(f"serving on {server.url} (gRPC {grpc_port}, metrics {metrics_port}); Ctrl-C ends it")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # or tritonserver would outlive this process
     try:
+        with console.step("start tritonserver"):
+            server.start()
+            server.wait_ready()
+        console.note(f"serving on {server.url} (gRPC {grpc_port}, metrics {metrics_port}); Ctrl-C ends it")
         code = server.wait()
         raise ServerError(f"tritonserver ended with exit code {code}: {server.last_error()}")
     except KeyboardInterrupt:
