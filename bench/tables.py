@@ -65,6 +65,11 @@ def label(name: str) -> str:
     return f"`{target}` {precision}"
 
 
+def number(value: float) -> str:
+    """Three digits, and all of those before the point."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def _by_name(result: Result) -> dict[str, Result]:
     return {each["name"]: each for each in result["contestants"]}
 
@@ -87,7 +92,7 @@ def _cpu(results: Sequence[Result]) -> list[list[str]]:
             continue
         times = f"{row['pairs_per_s'] / base['pairs_per_s']:.1f}" if base else ""
         rows.append([
-            label(row["name"]), f"{row['pairs_per_s']:.3g}", times, f"{row['latency_p50_ms']:.0f} ms",
+            label(row["name"]), number(row['pairs_per_s']), times, f"{row['latency_p50_ms']:.0f} ms",
             f"{row['load_s']:.1f} s", f"{row['peak_rss_mib']:.0f} MiB", _error(row),
         ])  # fmt: skip
     return rows
@@ -101,11 +106,11 @@ def _shapes(results: Sequence[Result]) -> list[list[str]]:
         ours = next(row for name, row in entries.items() if name.endswith("openvino-int8"))
         shape = ours["name"].split("/")[0]
         speeds = [entries[peer]["pairs_per_s"] for peer in ("st-fp32", "st-fp32-tuned")]
-        peers = [text for speed in speeds for text in (f"{speed:.3g}", f"{ours['pairs_per_s'] / speed:.1f}")]
+        peers = [text for speed in speeds for text in (number(speed), f"{ours['pairs_per_s'] / speed:.1f}")]
         kind = "random" if result["weights"] == "random" else "trained"
         limit = "all" if result["isa"] == "all" else result["isa"].upper().replace("_", "-")
         where = f"{result['data'].split('-')[0]}, {result['pairs']} pairs"
-        rows.append([f"{shape}, {kind} ({where})", limit, f"{ours['pairs_per_s']:.3g}", *peers])
+        rows.append([f"{shape}, {kind} ({where})", limit, number(ours["pairs_per_s"]), *peers])
     return rows
 
 
@@ -158,7 +163,7 @@ def _load(results: Sequence[Result]) -> list[list[str]]:
             times = [" / ".join(f"{value / 1000:.2f}" for value in each.values()) + " s" for each in latencies]
             answers = [mixed[key] + row["full"][key] for key in ("answers", "wrong", "lost")]
             rows.append([
-                names[name], f"{median(row['pairs_per_s']):.3g}", f"{row['share_of_in_process']:.0%}", *times,
+                names[name], number(median(row['pairs_per_s'])), f"{row['share_of_in_process']:.0%}", *times,
                 *map(str, answers), f"{memory[0]:.0f} – {memory[-1]:.0f} MiB",
             ])  # fmt: skip
     return rows
@@ -170,7 +175,7 @@ def _lengths(results: Sequence[Result]) -> list[list[str]]:
     names = [row["name"] for row in result["lengths"][0]["contestants"]]
     rows = [["tokens", *map(label, names)]]
     for step in result["lengths"]:
-        speeds = {row["name"]: f"{row['pairs_per_s']:.3g}" for row in step["contestants"] if "pairs_per_s" in row}
+        speeds = {row["name"]: number(row["pairs_per_s"]) for row in step["contestants"] if "pairs_per_s" in row}
         rows.append([str(step["max_length"]), *(speeds.get(name, "–") for name in names)])
     return rows
 
