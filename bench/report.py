@@ -39,8 +39,8 @@ class Part:
 
 _SECTIONS: dict[str, tuple[str, str]] = {
     "trade": ("Throughput and quality", "Each point is a size. Dashed: figures published with the release (PyTorch). "
-              "Solid: pairs per second measured here with weights of the same shape, at the quality published for the "
-              "size; what int8 changes in ranking is measured below, on trained stand-ins."),
+              "Solid: pairs per second measured here (the fastest of several runs) with weights of the same shape, at "
+              "the quality published for the size; what int8 changes in ranking is measured below, on stand-ins."),
     "cpu": ("Throughput", "Tokenising included, natural lengths, a process each, rounds interleaved."),
     "lengths": ("Length scaling", "Every pair filled to the same number of tokens."),
     "load": ("Under load", "Many clients at the same time; every score was compared with that pair scored alone."),
