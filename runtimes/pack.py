@@ -115,12 +115,13 @@ def _collect(wheels: Path, lines: list[str]) -> None:
 
 def _own_source() -> str:
     """A folder, for a project that was installed from one (PEP 610); else its name and version on the index."""
-    distribution = importlib.metadata.distribution(_PROJECT)
-    origin = json.loads(distribution.read_text("direct_url.json") or "{}")
-    url = urllib.parse.urlsplit(origin.get("url", ""))
-    if url.scheme == "file":
-        return urllib.parse.unquote(url.path)
-    return f"{_PROJECT}=={distribution.version}"
+    # All of that name: a checkout that is the current folder has a record of its own, without the origin.
+    for distribution in importlib.metadata.distributions(name=_PROJECT):
+        origin = json.loads(distribution.read_text("direct_url.json") or "{}")
+        url = urllib.parse.urlsplit(origin.get("url", ""))
+        if url.scheme == "file":
+            return urllib.parse.unquote(url.path)
+    return f"{_PROJECT}=={importlib.metadata.version(_PROJECT)}"
 
 
 def _run(command: list[str]) -> None:
