@@ -151,6 +151,11 @@ class Manifest(_Strict):
         return _digest(self.model_dump(mode="json"))
 
     @property
+    def full_name(self) -> str:
+        """Checkpoint, target and precision in a word: what servers call it."""
+        return f"{self.name}-{self.target}-{self.precision}"
+
+    @property
     def is_build_kit(self) -> bool:
         """Whether its engine is still to be built."""
         return self.engine is not None and self.entry not in {each.path for each in self.files}

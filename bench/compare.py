@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import bootstrap, ttest_ind
+from scipy.stats import ttest_ind
 
 from ettin.artifacts.errors import InputError, UsageError
+from ettin.bench.quality import paired_change
 
 # What must be equal in both, or they did not measure the same.
 _SETTINGS = ("data", "pairs", "candidates", "max_length", "filled", "isa", "clients", "requests", "queries", "weights")
@@ -129,11 +130,7 @@ def _rankings(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Verdict]:
             continue
         pairs = [(value, other["ndcg10_by_query"][query]) for query, value in row["ndcg10_by_query"].items()]
         differences = np.array([one - another for one, another in pairs])
-        low = high = change = float(differences.mean())
-        if np.ptp(differences):
-            rng = np.random.default_rng(0)
-            interval = bootstrap((differences,), np.mean, n_resamples=10_000, method="percentile", rng=rng)
-            low, high = (float(each) for each in interval.confidence_interval)
+        change, low, high = paired_change(differences)
         word = "better" if low > 0 else "worse" if high < 0 else "no difference"
         verdicts.append(Verdict(row["artifact"], change, low, high, word))
     return verdicts

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ettin.artifacts.errors import UsageError
+from ettin.bench.cli_shared import about
 from ettin.bench.load_servers import SERVERS, Ask, Asked, Served
 from ettin.runtimes import Runtime, load
 
@@ -211,8 +212,7 @@ def run(
             artifact, servers, asked, tolerance, runtime, clients=clients, rounds=rounds, minutes=minutes,
             max_length=length,
         )  # fmt: skip
-        about = {"artifact": f"{runtime.manifest.name}/{runtime.manifest.target}-{runtime.manifest.precision}",
-                 "weights": runtime.manifest.source.weights, "runtime": runtime.description}  # fmt: skip
+        facts = about(runtime)
     settings = {"clients": clients, "requests": requests, "candidates": candidates, "rounds": rounds,
                 "minutes": minutes, "max_length": length}  # fmt: skip
-    return {**about, **settings, **found}
+    return {**facts, **settings, **found}

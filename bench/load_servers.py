@@ -1,6 +1,5 @@
 """Our servers in processes of their own, and how a client asks them."""
 
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 from ettin.artifacts.errors import ServerError
 from ettin.artifacts.manifest import Manifest
 from ettin.artifacts.triton_repository import TritonOptions, publish
-from ettin.runtimes.serving.tritonserver import TritonServer
+from ettin.runtimes.serving.tritonserver import TritonServer, free_port
 
 TIMEOUT_S = 120.0
 
@@ -107,8 +106,7 @@ class InHttp(Served):
         import httpx
 
         self._httpx = httpx
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self._port = probe.getsockname()[1]
+        self._port = free_port()
         code = "from ettin.runtimes.cli_serve import main; main()"
         options = ["--port", str(self._port), "--max-length", str(max_length), "--log-level", "warning"]
         self._process = subprocess.Popen(

@@ -1,14 +1,14 @@
 """Results as pictures: matplotlib figures, one idea each."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from ettin.bench import published
-from ettin.bench.tables import label
+from ettin.bench.tables import label, number
 
 Result = Mapping[str, Any]
 
@@ -23,10 +23,9 @@ _STYLE = {
 
 
 def _figure(width: float = 7.2, height: float = 3.6) -> tuple[Figure, Any]:
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(width, height))
-        axes = figure.subplots()
-    return figure, axes
+    """Called within the style, which what is drawn later needs, too."""
+    figure = Figure(figsize=(width, height))
+    return figure, figure.subplots()
 
 
 def _is_ours(name: str) -> bool:
@@ -47,37 +46,36 @@ def plain(name: str) -> str:
 
 def speeds(result: Result) -> Figure:
     """Pairs per second of every contestant of one run, with each round as a dot."""
-    rows = [each for each in result["contestants"] if "pairs_per_s" in each][::-1]
-    with mpl.rc_context(_STYLE):
-        figure, axes = _figure(height=0.9 + 0.3 * len(rows))
-        colours = _colours([each["name"] for each in rows[::-1]])
-        for at, row in enumerate(rows):
-            axes.barh(at, row["pairs_per_s"], color=colours[row["name"]], height=0.7)
-            rounds = [result["pairs"] / seconds for seconds in row["passes_s"]]
-            axes.plot(rounds, [at] * len(rounds), ".", color="black", markersize=3)
-            axes.annotate(
-                f"{row['pairs_per_s']:.3g}", (max(rounds), at), (4, 0), textcoords="offset points", va="center"
-            )
-        axes.set_yticks(range(len(rows)), [plain(each["name"]) for each in rows])
-        axes.set_xlabel("pairs per second (bars: median, dots: rounds)")
-        axes.margins(x=0.1)
-        axes.grid(visible=False, axis="y")
-    return figure
+    rounds = {
+        row["name"]: [result["pairs"] / seconds for seconds in row["passes_s"]]
+        for row in result["contestants"]
+        if "pairs_per_s" in row
+    }
+    return _bars(result, "pairs_per_s", number, "pairs per second (bars: median, dots: rounds)", rounds)
 
 
 def memory(result: Result) -> Figure:
     """Peak memory of every contestant of one run."""
-    rows = [each for each in result["contestants"] if "peak_rss_mib" in each][::-1]
+    return _bars(result, "peak_rss_mib", "{:.0f}".format, "peak memory of the process, MiB", {})
+
+
+def _bars(
+    result: Result, key: str, text: Callable[[float], str], axis: str, dots: Mapping[str, Sequence[float]]
+) -> Figure:
+    """One figure of every contestant that has it, the first at the top."""
+    rows = [each for each in result["contestants"] if key in each][::-1]
     with mpl.rc_context(_STYLE):
         figure, axes = _figure(height=0.9 + 0.3 * len(rows))
         colours = _colours([each["name"] for each in rows[::-1]])
         for at, row in enumerate(rows):
-            axes.barh(at, row["peak_rss_mib"], color=colours[row["name"]], height=0.7)
-            axes.annotate(
-                f"{row['peak_rss_mib']:.0f}", (row["peak_rss_mib"], at), (4, 0), textcoords="offset points", va="center"
-            )
+            axes.barh(at, row[key], color=colours[row["name"]], height=0.7)
+            marks = dots.get(row["name"], [])
+            if marks:
+                axes.plot(marks, [at] * len(marks), ".", color="black", markersize=3)
+            end = max(marks, default=row[key])
+            axes.annotate(text(row[key]), (end, at), (4, 0), textcoords="offset points", va="center")
         axes.set_yticks(range(len(rows)), [plain(each["name"]) for each in rows])
-        axes.set_xlabel("peak memory of the process, MiB")
+        axes.set_xlabel(axis)
         axes.margins(x=0.1)
         axes.grid(visible=False, axis="y")
     return figure

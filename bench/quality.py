@@ -64,6 +64,11 @@ def change(found: Quality, reference: Quality) -> tuple[float, float, float]:
         The change and both ends of the interval: percentiles of 10,000 resamples, seed 0.
     """
     differences = np.array([found.by_query[query] - value for query, value in reference.by_query.items()])
+    return paired_change(differences)
+
+
+def paired_change(differences: NDArray[np.float64]) -> tuple[float, float, float]:
+    """Mean of paired differences [queries], and its bootstrap interval as `change` has it."""
     if np.ptp(differences) == 0:
         return (float(differences[0]),) * 3
     interval = bootstrap(

@@ -2,7 +2,6 @@
 
 import io
 import json
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -73,12 +72,9 @@ def read_results(paths: Sequence[Path]) -> list[Record]:
 
 def page(records: Sequence[Record]) -> str:
     """The HTML page."""
-    grouped: dict[str, list[Record]] = defaultdict(list)
-    for record in records:
-        grouped[record["kind"]].append(record)
     sections = []
     for key, (title, about) in _SECTIONS.items():
-        parts = _PARTS[key](grouped["cpu" if key == "trade" else key])
+        parts = _parts(key, records)
         if parts:
             shown = [_shown(part, f"{key}-{number}") for number, part in enumerate(parts)]
             sections.append({"key": key, "title": title, "about": about, "parts": shown})
@@ -94,8 +90,7 @@ def write_pictures(records: Sequence[Record], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for key in _SECTIONS:
-        chosen = [record for record in records if record["kind"] == ("cpu" if key == "trade" else key)]
-        for number, part in enumerate(_PARTS[key](chosen)):
+        for number, part in enumerate(_parts(key, records)):
             for at, (figure, _) in enumerate(part.pictures):
                 file = folder / f"{key}-{part.records[0]['file'].removesuffix('.json')}-{at}.svg"
                 if key == "trade":
@@ -103,6 +98,12 @@ def write_pictures(records: Sequence[Record], folder: Path) -> list[Path]:
                 file.write_text(_svg(figure, file.stem), encoding="utf-8")
                 written.append(file)
     return written
+
+
+def _parts(key: str, records: Sequence[Record]) -> list[Part]:
+    """Of one section."""
+    kind = "cpu" if key == "trade" else key
+    return _PARTS[key]([record for record in records if record["kind"] == kind])
 
 
 def _shown(part: Part, name: str) -> dict[str, Any]:

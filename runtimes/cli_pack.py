@@ -21,7 +21,7 @@ def command(artifact: Path, output: Path | None, wheels: bool, force: bool) -> N
     Where it is unpacked, pip installs it without a network, and ettin-verify, ettin-rerank and ettin-serve run.
     """
     manifest = checked_manifest(artifact)
-    archive = output or Path(f"{manifest.name}-{manifest.target}-{manifest.precision}.tar.gz")
+    archive = output or Path(f"{manifest.full_name}.tar.gz")
     with console.step(f"pack {archive.name}"):
         pack(artifact, manifest, archive, with_wheels=wheels, force=force)
     console.note(f"  {archive.stat().st_size / 2**20:.0f} MiB")

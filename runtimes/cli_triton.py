@@ -60,7 +60,7 @@ def command(
             native=native, on_gpu=on_gpu, instances=instances, environment=environment,
             response_cache=response_cache, runtime=given,
         )  # fmt: skip
-        model = name or f"{manifest.name}-{manifest.target}-{manifest.precision}"
+        model = name or manifest.full_name
         with console.step(f"publish {model}"):
             version = publish(artifact, manifest, repository, model, options)
         click.echo(repository / model / str(version))

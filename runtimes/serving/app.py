@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from http import HTTPStatus
 from typing import Any
 
+import numpy as np
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -91,11 +92,10 @@ def create_app(
     @app.post("/rerank", response_model_exclude_none=True, summary="text-embeddings-inference's route")
     async def tei(request: Request, body: TeiRequest) -> list[TeiHit]:
         found = await scored(request, body.query, body.texts)
-        if body.truncate is False and backend.max_length and (found.tokens >= backend.max_length).any():
-            at = int((found.tokens >= backend.max_length).argmax())
-            raise _Refused(
-                HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"texts.{at}: fills the {backend.max_length} tokens of the model"
-            )
+        if body.truncate is False and backend.max_length:
+            for at in np.flatnonzero(found.tokens >= backend.max_length):
+                text = f"texts.{at}: fills the {backend.max_length} tokens of the model"
+                raise _Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, text)
         values = (found.logits if body.raw_scores else sigmoid(found.logits)).tolist()
         return [
             TeiHit(index=at, score=values[at], text=body.texts[at] if body.return_text else None)

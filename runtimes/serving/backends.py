@@ -57,8 +57,7 @@ class LocalBackend(Backend):
     """
 
     def __init__(self, runtime: Runtime, max_waiting_pairs: int) -> None:
-        manifest = runtime.manifest
-        self.name = f"{manifest.name}-{manifest.target}-{manifest.precision}"
+        self.name = runtime.manifest.full_name
         self.description, self.max_length = runtime.description, runtime.max_length
         runtime.predict([("what is warmed up", text) for text in ("the model", "its kernels " * 40)])
         self._runtime, self._batcher = runtime, Batcher.of(runtime, max_waiting_pairs)

@@ -53,7 +53,7 @@ class TritonServer:
         self._package = _package()
         self.repository, self._address, self._arguments = repository, address, arguments
         self.http_port, self.grpc_port, self.metrics_port = (
-            port or _free_port() for port in (http_port, grpc_port, metrics_port)
+            port or free_port() for port in (http_port, grpc_port, metrics_port)
         )
         self._scratch = Path(tempfile.mkdtemp(prefix="ettin-triton-"))
         self.log = log or self._scratch / "server.log"
@@ -173,7 +173,8 @@ def _package() -> Path:
     return Path(spec.origin).parent
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """One that nothing listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
