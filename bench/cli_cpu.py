@@ -6,10 +6,10 @@ from pathlib import Path
 import click
 
 from ettin.artifacts.errors import UsageError
-from ettin.artifacts.manifest import Manifest
 from ettin.bench.cli_shared import show_and_write
-from ettin.bench.cpu import ISAS, PEERS, CpuRun, compare, contestants, result
-from ettin.bench.texts import pairs_to_score
+from ettin.bench.contest import PEERS, Contest, contestants, result, weights_of
+from ettin.bench.cpu import ISAS, CpuRun
+from ettin.bench.texts import pairs_to_score, text_name
 from ettin.runtimes import console
 
 
@@ -21,7 +21,7 @@ from ettin.runtimes import console
 @click.argument("artifacts", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="What the artifacts were made from, for the peers.")
 @click.option("--peer", "peers", multiple=True, help=f"{', '.join(PEERS)}; may be repeated.")
-@click.option("--data", type=click.Path(path_type=Path), help="Retrieval set in BEIR form.  [default: own passages]")
+@click.option("--data", type=click.Path(path_type=Path), help="Retrieval set in BEIR form.  [default: own text]")
 @click.option("--pairs", "count", default=400, show_default=True, help="Pairs in a pass.")
 @click.option("--rounds", default=5, show_default=True, help="Interleaved passes of each contestant.")
 @click.option("--max-length", default=512, show_default=True, help="Tokens that pairs are truncated to.")
@@ -52,7 +52,7 @@ def cpu(
 @click.option("--lengths", "steps", default="64,128,256,512,1024,2048,4096,7999", show_default=True, help="In tokens.")
 @click.option("--tokens", default=16384, show_default=True, help="Tokens in a pass, roughly.")
 @click.option("--rounds", default=3, show_default=True, help="Interleaved passes of each contestant.")
-@click.option("--data", type=click.Path(path_type=Path), help="Retrieval set in BEIR form.  [default: own passages]")
+@click.option("--data", type=click.Path(path_type=Path), help="Retrieval set in BEIR form.  [default: own text]")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the result there, too.")
 def lengths(
     artifacts: tuple[Path, ...], checkpoint: Path | None, peers: tuple[str, ...], steps: str, tokens: int,
@@ -64,12 +64,11 @@ def lengths(
         entries = contestants(artifacts, {}, checkpoint, peers)
         pairs = pairs_to_score(data, max(2, tokens // length), length)
         with console.step(f"{rounds} rounds of {len(pairs)} pairs of {length} tokens"):
-            compare(entries, pairs, candidates=1, max_length=length, rounds=rounds, isa="all")
+            Contest(pairs, 1, length, rounds).run(entries)
         results = [result(entry, len(pairs), None) for entry in entries]
         found.append({"max_length": length, "pairs": len(pairs), "contestants": results})
-    weights = {Manifest.read(path).source.weights for path in artifacts}
-    settings = {"name": artifacts[0].parent.name, "data": data.name if data else "passages", "rounds": rounds}
-    show_and_write(json_path, "lengths", {**settings, "weights": "/".join(sorted(weights)), "lengths": found})
+    settings = {"name": artifacts[0].parent.name, "data": text_name(data), "rounds": rounds}
+    show_and_write(json_path, "lengths", {**settings, "weights": weights_of(artifacts), "lengths": found})
 
 
 @click.command(
@@ -84,7 +83,7 @@ def lengths(
     show_default=True,
     help="Where artifacts are made, and kept for the next time.",
 )
-@click.option("--data", type=click.Path(path_type=Path), help="Retrieval set in BEIR form.  [default: own passages]")
+@click.option("--data", type=click.Path(path_type=Path), help="Retrieval set in BEIR form.  [default: own text]")
 @click.option("--rounds", default=3, show_default=True, help="Interleaved passes of each contestant.")
 @click.option("--max-length", default=512, show_default=True, help="Tokens that pairs are truncated to.")
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="Folder, for random weights.")

@@ -91,16 +91,14 @@ def _read(path: Path) -> dict[str, Any]:
 def _speeds(found: Mapping[str, Any]) -> dict[str, list[float]]:
     """Pairs per second of each round, by contestant."""
     result = found["result"]
-    if found["kind"] == "cpu":
+    if found["kind"] in ("cpu", "throughput"):
         return {
             each["name"]: [result["pairs"] / seconds for seconds in each["passes_s"]]
             for each in result["contestants"]
             if each.get("passes_s")
         }
-    if found["kind"] == "load":
-        servers = {name: each["pairs_per_s"] for name, each in result["servers"].items()}
-        return {"in process": result["in_process_pairs_per_s"], **servers}
-    return {result["artifact"]: result["pairs_per_s"]}
+    servers = {name: each["pairs_per_s"] for name, each in result["servers"].items()}
+    return {"in process": result["in_process_pairs_per_s"], **servers}
 
 
 def _relative(speeds: Mapping[str, Sequence[float]], name: str, baseline: str | None) -> list[float]:
@@ -130,7 +128,7 @@ def _rankings(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Verdict]:
             continue
         pairs = [(value, other["ndcg10_by_query"][query]) for query, value in row["ndcg10_by_query"].items()]
         differences = np.array([one - another for one, another in pairs])
-        change, low, high = paired_change(differences)
+        change, low, high = paired_change([differences])
         word = "better" if low > 0 else "worse" if high < 0 else "no difference"
         verdicts.append(Verdict(row["artifact"], change, low, high, word))
     return verdicts

@@ -9,6 +9,7 @@ from typing import Protocol
 from ettin.artifacts.errors import EttinError, UsageError
 from ettin.artifacts.manifest import MANIFEST_NAME
 from ettin.artifacts.targets import TARGETS
+from ettin.bench.texts import text_name
 from ettin.export.checkpoint import Checkpoint, read_checkpoint
 from ettin.export.pipeline import Export, Job, Options
 from ettin.export.random_checkpoint import write_random_checkpoint
@@ -95,5 +96,5 @@ def pairs_for(num_parameters: int) -> int:
 
 def result_name(kind: str, checkpoint: Checkpoint, data: Path | None, date: str) -> str:
     """A file name such as 2026-11-21-cpu-17m-random-squad.json."""
-    words: Sequence[str] = (date, kind, checkpoint.id.rsplit("/", 1)[-1], (data.name if data else "passages"))
+    words: Sequence[str] = (date, kind, checkpoint.id.rsplit("/", 1)[-1], text_name(data))
     return "-".join(words) + ".json"

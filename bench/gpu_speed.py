@@ -26,14 +26,22 @@ Predict = Callable[[Pairs, int], NDArray[np.float32]]
 
 
 @torch.inference_mode()
-def stock_loop(model: Any, tokenizer: Any, place: Place, pairs: Pairs, batch_size: int, unpadded: bool) -> Any:
+def stock_loop(
+    model: Any,
+    tokenizer: Any,
+    place: Place,
+    pairs: Pairs,
+    batch_size: int,
+    unpadded: bool,
+    max_length: int = MAX_LENGTH,
+) -> Any:
     """What sentence-transformers 6.2 does in `predict`: sort by characters, tokenise and score batch after batch."""
     order = sorted(range(len(pairs)), key=lambda at: -len(pairs[at][0]) - len(pairs[at][1]))
     scores = []
     for start in range(0, len(pairs), batch_size):
         chosen = [list(pairs[at]) for at in order[start : start + batch_size]]
         features = tokenizer(
-            chosen, padding=not unpadded, truncation="longest_first", max_length=MAX_LENGTH,
+            chosen, padding=not unpadded, truncation="longest_first", max_length=max_length,
             return_tensors=None if unpadded else "pt",
         )  # fmt: skip
         if unpadded:
@@ -47,7 +55,9 @@ def stock_loop(model: Any, tokenizer: Any, place: Place, pairs: Pairs, batch_siz
     return found
 
 
-def settings(subject: Subject, tokenizer_file: Path) -> dict[str, tuple[Callable[[], Predict], int]]:
+def settings(
+    subject: Subject, tokenizer_file: Path, max_length: int = MAX_LENGTH
+) -> dict[str, tuple[Callable[[], Predict], int]]:
     """By name: what makes a setting ready, and its first batch size (pairs; for ours, tokens)."""
     place = subject.place
     stock_tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_file), pad_token="[PAD]")  # noqa: S106
@@ -56,7 +66,7 @@ def settings(subject: Subject, tokenizer_file: Path) -> dict[str, tuple[Callable
         def ready() -> Predict:
             model = subject.stock(dtype, attention)
             unpadded = attention == "flash"
-            return lambda pairs, size: stock_loop(model, stock_tokenizer, place, pairs, size, unpadded)
+            return lambda pairs, size: stock_loop(model, stock_tokenizer, place, pairs, size, unpadded, max_length)
 
         return ready
 
@@ -73,7 +83,7 @@ def settings(subject: Subject, tokenizer_file: Path) -> dict[str, tuple[Callable
             def predict(pairs: Pairs, tokens: int) -> NDArray[np.float32]:
                 feeder = Feeder(tokenizer, score, Limits(2, tokens, in_parallel=False), 0)
                 try:
-                    return feeder.logits(pairs, MAX_LENGTH, None, progress=False)
+                    return feeder.logits(pairs, max_length, None, progress=False)
                 finally:
                     feeder.close()
 

@@ -54,6 +54,29 @@ def speeds(result: Result) -> Figure:
     return _bars(result, "pairs_per_s", number, "pairs per second (bars: median, dots: rounds)", rounds)
 
 
+def probes(result: Result) -> Figure:
+    """Speed by batch size of every contestant, as share of its best."""
+    with mpl.rc_context(_STYLE):
+        figure, axes = _figure()
+        tokens = result["tokens_per_pair"]
+        colours = _colours([each["name"] for each in result["contestants"]])
+        for row in result["contestants"]:
+            probed = row["batch"].get("probed")
+            if not probed:
+                continue
+            scale = 1 if row["batch"]["unit"] == "tokens" else tokens
+            best = max(probed.values())
+            sizes = [int(size) * scale for size in probed]
+            shares = [speed / best for speed in probed.values()]
+            axes.plot(sizes, shares, marker="o", markersize=3.5, color=colours[row["name"]], label=plain(row["name"]))
+        axes.set_xscale("log", base=2)
+        axes.set_ylim(0, 1.05)
+        axes.set_xlabel("tokens of a batch (PyTorch: pairs × mean length)")
+        axes.set_ylabel("share of the best speed")
+        axes.legend()
+    return figure
+
+
 def memory(result: Result) -> Figure:
     """Peak memory of every contestant of one run."""
     return _bars(result, "peak_rss_mib", "{:.0f}".format, "peak memory of the process, MiB", {})
@@ -117,7 +140,9 @@ def trade(results: Sequence[Result]) -> Figure:
             for row in result["contestants"]:
                 size = row["name"].split("/")[0].removesuffix("-lexical").removesuffix("-random")
                 if "pairs_per_s" in row and size in published.SIZES and row["name"].endswith("openvino-int8"):
-                    limit = "" if result["isa"] == "all" else f", {result['isa'].upper().replace('_', '-')} only"
+                    limit = (
+                        "" if result.get("isa", "all") == "all" else f", {result['isa'].upper().replace('_', '-')} only"
+                    )
                     points = groups[f"openvino int8, measured{limit}"]
                     at = published.SIZES.index(size)
                     points[at] = max(points.get(at, 0.0), row["pairs_per_s"])

@@ -69,8 +69,8 @@ def _kind(entry: Any) -> str:
     return "attention" if entry.node_type == "Subgraph" else str(entry.node_type)
 
 
-def _compiled(model: ov.Model, hint: str) -> ov.InferRequest:
-    options = {"INFERENCE_PRECISION_HINT": hint, "NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": 1, "PERF_COUNT": True}
+def _compiled(model: ov.Model, hint: str, threads: int = 1) -> ov.InferRequest:
+    options = {"INFERENCE_PRECISION_HINT": hint, "NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": threads, "PERF_COUNT": True}
     return ov.Core().compile_model(model, "CPU", options).create_infer_request()
 
 
@@ -93,17 +93,18 @@ def _total(parts: dict[str, Part]) -> float:
     return sum(part.milliseconds for part in parts.values())
 
 
-def peak_gops(hint: str, *, int8: bool) -> float:
-    """The best of OpenVINO's square matrix products of several sizes, one thread, in 10⁹ operations per second.
+def peak_gops(hint: str, *, int8: bool, threads: int = 1) -> float:
+    """The best of OpenVINO's square matrix products of several sizes, in 10⁹ operations per second.
 
     Args:
         hint: precision of what is not int8.
         int8: 8-bit inputs and weights.
+        threads: that share each product.
     """
-    return max(_product_gops(size, hint, int8) for size in _PEAK_SIZES)
+    return max(_product_gops(size, hint, int8, threads) for size in _PEAK_SIZES)
 
 
-def _product_gops(size: int, hint: str, int8: bool) -> float:
+def _product_gops(size: int, hint: str, int8: bool, threads: int) -> float:
     rng = np.random.default_rng(0)
     x = op.parameter([size, size], ov.Type.f32)
     inner: ov.Node = x
@@ -114,5 +115,5 @@ def _product_gops(size: int, hint: str, int8: bool) -> float:
         rows = op.constant(rng.integers(-127, 128, (size, size)).astype(np.int8))
         weight = op.multiply(op.convert(rows, "f32"), op.constant(np.full((size, 1), 0.01, np.float32)))
     model = ov.Model([op.matmul(inner, weight, False, True)], [x])
-    parts = _best(_compiled(model, hint), [rng.standard_normal((size, size)).astype(np.float32)])
+    parts = _best(_compiled(model, hint, threads), [rng.standard_normal((size, size)).astype(np.float32)])
     return 2.0 * size**3 / parts["int8 linear" if int8 else "float linear"].milliseconds / 1e6

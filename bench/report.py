@@ -40,7 +40,11 @@ _SECTIONS: dict[str, tuple[str, str]] = {
     "trade": ("Throughput and quality", "Each point is a size. Dashed: figures published with the release (PyTorch). "
               "Solid: pairs per second measured here (the fastest of several runs) with weights of the same shape, at "
               "the quality published for the size; what int8 changes in ranking is measured below, on stand-ins."),
-    "cpu": ("Throughput", "Tokenising included, natural lengths, a process each, rounds interleaved."),
+    "throughput": ("Throughput at the best batch size", "The release's method: batches doubled until that brings "
+                   "nothing, then passes in turns, a process each. Of peak: the published model's work in that time, "
+                   "against the machine's fastest matrix product of that precision."),
+    "cpu": ("Throughput as everybody comes", "Tokenising included, natural lengths, a process each, in turns."),
+    "peers": ("What a user would pick instead", "Each in an environment of its own, same pairs, in turns."),
     "lengths": ("Length scaling", "Every pair filled to the same number of tokens."),
     "load": ("Under load", "Many clients at the same time; every score was compared with that pair scored alone."),
     "quality": ("Ranking quality", "Reranking BM25's candidates; changes with paired bootstrap intervals (95 %)."),
@@ -102,8 +106,8 @@ def write_pictures(records: Sequence[Record], folder: Path) -> list[Path]:
 
 def _parts(key: str, records: Sequence[Record]) -> list[Part]:
     """Of one section."""
-    kind = "cpu" if key == "trade" else key
-    return _PARTS[key]([record for record in records if record["kind"] == kind])
+    kinds = ("cpu", "throughput") if key == "trade" else (key,)
+    return _PARTS[key]([record for record in records if record["kind"] in kinds])
 
 
 def _shown(part: Part, name: str) -> dict[str, Any]:
@@ -154,13 +158,16 @@ def _trade(records: Sequence[Record]) -> list[Part]:
     return [Part("By size", measured, [(plots.trade([each["result"] for each in measured]), "")])] if measured else []
 
 
-def _cpu(records: Sequence[Record]) -> list[Part]:
+def _speeds(records: Sequence[Record]) -> list[Part]:
     parts = []
     for record in records:
         result = record["result"]
         name = next((row["name"].split("/")[0] for row in result["contestants"] if "/" in row["name"]), "")
         pictures = [(plots.speeds(result), ""), (plots.memory(result), "")]
-        parts.append(Part(f"{name}: {_setting(result)}", [record], pictures, TABLES["cpu"]([result])))
+        if any("probed" in row.get("batch", {}) for row in result["contestants"]):
+            pictures.append((plots.probes(result), "What a larger batch brings."))
+        table = TABLES[record["kind"]]([result])
+        parts.append(Part(f"{name}: {_setting(result)}", [record], pictures, table))
     return parts
 
 
@@ -218,7 +225,9 @@ def _gpu(records: Sequence[Record]) -> list[Part]:
 
 _PARTS: dict[str, Callable[[Sequence[Record]], list[Part]]] = {
     "trade": _trade,
-    "cpu": _cpu,
+    "throughput": _speeds,
+    "cpu": _speeds,
+    "peers": _speeds,
     "lengths": _lengths,
     "load": _load,
     "quality": _plain("quality"),

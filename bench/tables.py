@@ -22,6 +22,9 @@ _NAMES = {
     "traced-int8": "the same, int8 by stock NNCF",
 }
 
+_AT_ITS_BEST = {"st-fp32": "sentence-transformers fp32", "st-bf16": "sentence-transformers bf16"}
+_LATENCIES = ("latency_p50_ms", "latency_p95_ms", "latency_p99_ms")
+
 Result = dict[str, Any]
 
 
@@ -59,8 +62,8 @@ def _read(path: Path) -> Result:
 
 def label(name: str) -> str:
     """What a contestant is called."""
-    if name in _NAMES:
-        return _NAMES[name]
+    if "/" not in name:
+        return _NAMES.get(name, name)
     target, _, precision = name.rsplit("/", 1)[-1].partition("-")
     return f"`{target}` {precision}"
 
@@ -74,6 +77,13 @@ def _by_name(result: Result) -> dict[str, Result]:
     return {each["name"]: each for each in result["contestants"]}
 
 
+def _base(result: Result) -> Result | None:
+    """What the others are divided by, if it ran."""
+    found = _by_name(result)
+    chosen = found.get("st-fp32") or found.get("sentence-transformers fp32")
+    return chosen if chosen and "pairs_per_s" in chosen else None
+
+
 def _error(row: Result) -> str:
     if row["nan"]:
         return f"{row['nan']} scores are NaN"
@@ -83,7 +93,7 @@ def _error(row: Result) -> str:
 def _cpu(results: Sequence[Result]) -> list[list[str]]:
     """Every contestant of one run."""
     (result,) = results
-    base = _by_name(result).get("st-fp32")
+    base = _base(result)
     count = result["candidates"]
     rows = [["what runs", "pairs/s", "×", f"one query, {count} documents", "load", "peak memory", "largest error"]]
     for row in result["contestants"]:
@@ -96,6 +106,39 @@ def _cpu(results: Sequence[Result]) -> list[list[str]]:
             f"{row['load_s']:.1f} s", f"{row['peak_rss_mib']:.0f} MiB", _error(row),
         ])  # fmt: skip
     return rows
+
+
+def _throughput(results: Sequence[Result]) -> list[list[str]]:
+    """Every contestant of one run, at its best batch."""
+    (result,) = results
+    base = _base(result)
+    count = result["candidates"]
+    rows = [["what runs", "pairs/s", "×", "batch", "padding", "of peak", f"p50 / p95 / p99, {count} documents",
+             "load", "peak memory", "size"]]  # fmt: skip
+    for row in result["contestants"]:
+        if "pairs_per_s" not in row:
+            rows.append([label(row["name"]), *["–"] * 8, str(row["problem"])[:80]])
+            continue
+        times = " / ".join(f"{row[key]:.0f}" for key in _LATENCIES if key in row) + " ms"
+        batch = f"{row['batch']['best']} {row['batch']['unit']}" if "best" in row["batch"] else ""
+        memory = f"{row['peak_rss_mib']:.0f} MiB" + (f", GPU {row['peak_gpu_mib']:.0f}" if row["peak_gpu_mib"] else "")
+        rows.append([
+            _AT_ITS_BEST.get(row["name"]) or label(row["name"]), number(row["pairs_per_s"]),
+            f"{row['pairs_per_s'] / base['pairs_per_s']:.1f}" if base else "", batch,
+            _percent(row["padding_share"]), _percent(row["share_of_peak"]), times, f"{row['load_s']:.1f} s", memory,
+            f"{row['size_mib']:.0f} MiB" if row["size_mib"] else "",
+        ])  # fmt: skip
+    return _without_empty(rows)
+
+
+def _without_empty(rows: list[list[str]]) -> list[list[str]]:
+    """The table without columns that hold nothing."""
+    kept = [at for at in range(len(rows[0])) if any(row[at] for row in rows[1:])]
+    return [[row[at] for at in kept] for row in rows]
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.0%}"
 
 
 def _shapes(results: Sequence[Result]) -> list[list[str]]:
@@ -115,22 +158,43 @@ def _shapes(results: Sequence[Result]) -> list[list[str]]:
 
 
 def _quality(results: Sequence[Result]) -> list[list[str]]:
-    """One line for each artifact, a group of columns for each set."""
-    rows = [["what ranks"]]
+    """One line for each artifact, a group of columns for each set; of a single set, all figures."""
+    names = list(dict.fromkeys(row["artifact"] for result in results for row in result["rows"]))
+    rows = [["what ranks"], *([label(name)] for name in names)]
     for result in results:
+        columns = _QUALITY if len(results) > 1 else _QUALITY | _MORE_QUALITY
+        found = {row["artifact"]: row for row in result["rows"]}
+        shown = {title: show for title, show in columns.items() if any(map(show, found.values()))}
         name = result["data"].replace("/", ", ")
-        rows[0] += [f"{name}: nDCG@10", "change (95 %)", "largest error", "Spearman"]
-        for at, row in enumerate(result["rows"], 1):
-            if len(rows) <= at:
-                rows.append([row["artifact"].split("/")[-1].replace("openvino-", "`openvino` ")])
-            rows[at].append(f"{row['ndcg10']:.4f}")
-            if "ndcg10_change" in row:
-                low, high = row["ndcg10_change_95"]
-                change = f"{row['ndcg10_change']:+.4f} ({low:+.4f} … {high:+.4f})"
-                rows[at] += [change, f"{row['max_abs_error']:.0e}", f"{row['spearman']:.5f}"]
-            else:
-                rows[at] += ["", "", ""]
+        rows[0] += [f"{name}: {title}" if at == 0 else title for at, title in enumerate(shown)]
+        for name, line in zip(names, rows[1:], strict=True):
+            line += [show(found[name]) if name in found else "–" for show in shown.values()]
     return rows
+
+
+def _figure(key: str, form: str) -> Callable[[Result], str]:
+    return lambda row: form.format(row[key]) if row.get(key) is not None else ""
+
+
+def _change(row: Result) -> str:
+    if "ndcg10_change" not in row:
+        return ""
+    low, high = row["ndcg10_change_95"]
+    return f"{row['ndcg10_change']:+.4f} ({low:+.4f} … {high:+.4f})"
+
+
+_QUALITY: dict[str, Callable[[Result], str]] = {
+    "nDCG@10": _figure("ndcg10", "{:.4f}"),
+    "change (95 %)": _change,
+    "largest error": _figure("max_abs_error", "{:.0e}"),
+    "Spearman": _figure("spearman", "{:.5f}"),
+}
+_MORE_QUALITY = {
+    "Kendall": _figure("kendall", "{:.5f}"),
+    "MAP": _figure("map", "{:.4f}"),
+    "MRR@10": _figure("mrr10", "{:.4f}"),
+    "published": _figure("published_ndcg10", "{:.4f}"),
+}
 
 
 def _profile(results: Sequence[Result]) -> list[list[str]]:
@@ -182,6 +246,8 @@ def _lengths(results: Sequence[Result]) -> list[list[str]]:
 
 TABLES: dict[str, Callable[[Sequence[Result]], list[list[str]]]] = {
     "cpu": _cpu,
+    "peers": _cpu,
+    "throughput": _throughput,
     "shapes": _shapes,
     "quality": _quality,
     "profile": _profile,

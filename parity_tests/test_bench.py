@@ -10,7 +10,8 @@ import pytest
 
 from ettin.artifacts.errors import InputError, UsageError
 from ettin.bench.beir import read_beir
-from ettin.bench.cpu import ISAS, NOTES, PEERS, Contestant, compare, contestants, result
+from ettin.bench.contest import PEERS, Contest, Contestant, contestants, result
+from ettin.bench.cpu import ISAS, NOTES
 from ettin.bench.profile import peak_gops, profiled
 from ettin.bench.quality import Quality, change
 from ettin.bench.tables import filled
@@ -33,6 +34,13 @@ def test_natural_pairs_repeat_and_filled_pairs_are_full() -> None:
     tokenizer = PairTokenizer(DEMO_FOLDER / "tokenizer.json")
     assert [len(ids) for ids in tokenizer.pairs(filled, 1000)] == [1000] * 3
     assert len({document for _, document in filled}) == 3
+
+
+def test_own_text_is_as_long_as_natural_questions() -> None:
+    words = sorted(len(document.split()) for _, document in pairs_to_score(None, 1000))
+    assert words[0] >= 24 and words[-1] <= 340
+    assert words[500] == pytest.approx(114, abs=2) and sum(words) / 1000 == pytest.approx(124, abs=2)
+    assert pairs_to_score(None, 50) == pairs_to_score(None, 50)
 
 
 def quality_of(*values: float) -> Quality:
@@ -79,11 +87,12 @@ def test_comparison_in_child_processes(demo_artifacts: dict[tuple[str, str], Pat
     settings = {"streams": 1, "cache_dir": str(tmp_path / "cache")}
     entries = contestants([artifact, tmp_path / "missing"], settings, DEMO_FOLDER, ["st-fp32"])
     pairs = pairs_to_score(None, 6)
-    compare(entries, pairs, candidates=3, max_length=64, rounds=2, isa="avx2_vnni", warm=True)
+    Contest(pairs, 3, 64, rounds=2, environment=ISAS["avx2_vnni"], warm=True).run(entries)
     ours, missing, peer = (result(entry, len(pairs), entries[2]) for entry in entries)
     assert len(ours["passes_s"]) == 2 and ours["max_abs_error"] < 1e-4 and "1 at a time" in ours["description"]
     assert list((tmp_path / "cache").rglob("*.blob"))
-    assert "no manifest.json" in missing["problem"] and peer["description"].endswith("SDPA, batch 32")
+    assert "no manifest.json" in missing["problem"] and "SDPA, batch 32" in peer["description"]
+    assert ours["padding_share"] < peer["padding_share"] < 0.9
 
 
 def test_profile_counts_the_linear_layers(demo_artifacts: dict[tuple[str, str], Path]) -> None:

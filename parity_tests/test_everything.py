@@ -14,7 +14,8 @@ from ettin.artifacts.errors import UsageError
 from ettin.artifacts.manifest import Manifest
 from ettin.bench import everything
 from ettin.bench.cli import command
-from ettin.bench.cpu import CpuRun, compare, contestants
+from ettin.bench.contest import Contest, contestants
+from ettin.bench.cpu import CpuRun
 from ettin.export.sizes import SIZES
 
 RESULTS = Path(__file__).parents[1] / "bench" / "results"
@@ -66,7 +67,7 @@ def test_command(demo_artifacts: Artifacts, tmp_path: Path, monkeypatch: pytest.
     done = CliRunner().invoke(command, ["all", "demo", *options], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     (file,) = (tmp_path / "results").iterdir()
-    assert file.name.endswith("-cpu-ettin-reranker-demo-passages.json") and str(file) in done.stdout
+    assert file.name.endswith("-cpu-ettin-reranker-demo-generated.json") and str(file) in done.stdout
     assert json.loads(file.read_text())["result"]["missing"].keys() == {"trt-bf16", "trt-rtx-bf16"}
     assert len(asked[0].artifacts) == len(demo_artifacts) and asked[0].peers == ("st-fp32", "st-fp32-tuned", "st-bf16")
 
@@ -75,5 +76,5 @@ def test_memory_is_the_contestants_own(demo_artifacts: Artifacts) -> None:
     """A child begins with its parent's peak in what `getrusage` says."""
     ballast = np.ones(900 << 17)  # 900 MiB
     entries = contestants([demo_artifacts["openvino", "int8"]], {}, None, ())
-    compare(entries, [("a", "b")] * 4, candidates=2, max_length=64, rounds=1, isa="all")
+    Contest([("a", "b")] * 4, 2, 64, rounds=1).run(entries)
     assert ballast[-1] == 1 and 50 < entries[0].facts["peak_rss_mib"] < 700

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -30,6 +30,7 @@ class Settings:
             pairs.
         cache_dir: where the engine may keep its compiled form; None: nowhere.
         max_length: tokens that pairs are truncated to; None: the artifact's.
+        batch_tokens: token budget of a batch, padding included; None: the backend's, chosen by measurement.
     """
 
     device: str = "cpu"
@@ -37,6 +38,7 @@ class Settings:
     streams: int | None = None
     cache_dir: Path | None = None
     max_length: int | None = None
+    batch_tokens: int | None = None
 
     def refuse(self, target: str, *names: str) -> None:
         """For a backend that has no use for some settings.
@@ -75,6 +77,8 @@ class Runtime(ABC):
     """
 
     def __init__(self, folder: Path, manifest: Manifest, settings: Settings, limits: Limits) -> None:
+        if settings.batch_tokens is not None:
+            limits = replace(limits, batch_tokens=settings.batch_tokens)
         self.folder, self.manifest, self.limits = folder, manifest, limits
         self.tokenizer = PairTokenizer(folder / "tokenizer.json")
         self.max_length = self._checked_length(settings.max_length)

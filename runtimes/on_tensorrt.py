@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ettin.artifacts.errors import DamagedArtifact, HardwareError, ShapeError
+from ettin.artifacts.errors import DamagedArtifact, HardwareError, ShapeError, UsageError
 from ettin.artifacts.manifest import Engine, Manifest
 from ettin.runtimes.base import Runtime, Settings
 from ettin.runtimes.batch import Batch, round_up
@@ -59,9 +59,12 @@ class TensorRtRuntime(Runtime):
                 f"{self._module.__version__}, which can't run it. Export again: {manifest.command}"
             )
         graph = manifest.graph
+        most = int(graph["batch_tokens"])
+        if settings.batch_tokens is not None and settings.batch_tokens > most:
+            raise UsageError(f"batch_tokens is {settings.batch_tokens}, the engine was compiled for at most {most}")
         limits = Limits(
             concurrency=_SLOTS,
-            batch_tokens=int(graph["batch_tokens"]),
+            batch_tokens=most,
             length_multiple=_LONGEST_MULTIPLE,
             batch_pairs=int(graph["batch_pairs"]),
             in_parallel=False,

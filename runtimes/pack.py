@@ -106,14 +106,14 @@ def pack(artifact: Path, manifest: Manifest, archive: Path, *, with_wheels: bool
 def _collect(wheels: Path, lines: list[str]) -> None:
     """This project's wheel, from where it was installed from, and those of `lines`."""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
-    _run([*command, "wheel", "--no-deps", "-w", str(wheels), _own_source()])
+    _run([*command, "wheel", "--no-deps", "-w", str(wheels), own_source()])
     if lines:
         others = wheels.parent / "others.txt"
         others.write_text("\n".join(lines[1:]) + "\n", encoding="utf-8")
         _run([*command, "download", "--no-deps", "--only-binary=:all:", "-d", str(wheels), "-r", str(others)])
 
 
-def _own_source() -> str:
+def own_source() -> str:
     """A folder, for a project that was installed from one (PEP 610); else its name and version on the index."""
     # All of that name: a checkout that is the current folder has a record of its own, without the origin.
     for distribution in importlib.metadata.distributions(name=_PROJECT):

@@ -61,6 +61,7 @@ def load(
     streams: int | None = None,
     cache_dir: str | Path | None = None,
     max_length: int | None = None,
+    batch_tokens: int | None = None,
     checksums: bool = True,
     allow_unverified: bool = False,
 ) -> Runtime:
@@ -77,6 +78,7 @@ def load(
         cache_dir: folder where OpenVINO may keep the compiled model, so that the next load is faster; it takes about
             the artifact's own size. None: nothing is kept.
         max_length: tokens that pairs are truncated to; None: the artifact's.
+        batch_tokens: token budget of a batch, padding included; None: the backend's own, chosen by measurement.
         checksums: compare every file with the manifest; False: names and sizes only.
         allow_unverified: load an artifact whose scores nobody has proven yet.
 
@@ -96,12 +98,12 @@ def load(
             f"{folder}: int8 sums overflow on {model_name()}, which has no VNNI. Export another precision: "
             f"{manifest.command} --precision fp32"
         )
-    for name, count in (("threads", threads), ("streams", streams)):
+    for name, count in (("threads", threads), ("streams", streams), ("batch_tokens", batch_tokens)):
         if count is not None and count < 1:
             raise UsageError(f"{name} is {count}, expected 1 or more")
     if device not in ("cpu", "cuda"):
         raise UsageError(f"unknown device '{device}', expected one of: cpu, cuda")
-    settings = Settings(device, threads, streams, Path(cache_dir) if cache_dir else None, max_length)
+    settings = Settings(device, threads, streams, Path(cache_dir) if cache_dir else None, max_length, batch_tokens)
     runtime: Runtime = runtime_class(target.name)(folder, manifest, settings)
     return runtime
 
