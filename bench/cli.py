@@ -9,7 +9,7 @@ import click
 from ettin.artifacts.errors import MissingDependency, UsageError
 from ettin.bench.bundle import assemble
 from ettin.bench.cli_cpu import cpu, everything, lengths
-from ettin.bench.cli_quality import quality
+from ettin.bench.cli_quality import parity, quality
 from ettin.bench.cli_results import compare_results, report, tables
 from ettin.bench.cli_shared import about, show_and_write
 from ettin.bench.cli_speed import make_peers, peers, throughput
@@ -106,7 +106,7 @@ def gpu_bundle(folder: Path, checkpoint: Path | None, data: Path | None, count: 
     click.echo(folder)
 
 
-for each in (throughput, quality, cpu, peers, make_peers, lengths, everything, compare_results, report, tables):
+for each in (throughput, quality, parity, cpu, peers, make_peers, lengths, everything, compare_results, report, tables):
     command.add_command(each)
 
 

@@ -1,4 +1,4 @@
-"""`ettin-bench quality`: how well artifacts rank."""
+"""`ettin-bench quality`, `parity`: how well artifacts rank, and how near they are to the reference."""
 
 import functools
 from collections.abc import Iterator, Mapping
@@ -12,6 +12,7 @@ from ettin.artifacts.manifest import Manifest
 from ettin.bench import published
 from ettin.bench.beir import RetrievalSet, read_beir
 from ettin.bench.cli_shared import about, show_and_write
+from ettin.bench.contest import artifact_name, size_mib
 from ettin.bench.hub_sets import NANOBEIR, nanobeir
 from ettin.runtimes import console, load
 
@@ -140,3 +141,18 @@ def _published(artifact: Path) -> float | None:
     if source.weights == "random" or size not in published.SIZES:
         return None
     return published.NANOBEIR_NDCG10[published.SIZES.index(size)]
+
+
+@click.command(epilog=console.example_epilog("ettin-bench parity ettin-reranker-17m-v1/*"))
+@click.argument("artifacts", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the result there, too.")
+def parity(artifacts: tuple[Path, ...], json_path: Path | None) -> None:
+    """What was proven of artifacts at their export, and their size: as their manifests say."""
+    rows = []
+    for path in artifacts:
+        made = Manifest.read(path)
+        proven = made.parity.model_dump(mode="json", exclude={"reference", "rule"})
+        source = {"weights": made.source.weights, "weights_sha256": made.source.weights_sha256}
+        rows.append({"artifact": artifact_name(path), **source, **proven, "size_mib": size_mib(path)})
+    name = ", ".join(sorted({Manifest.read(path).name for path in artifacts}))
+    show_and_write(json_path, "parity", {"data": name, "rows": rows})

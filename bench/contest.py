@@ -218,6 +218,7 @@ def result(entry: Contestant, pairs: int, reference: Contestant | None) -> dict[
         "pairs_per_s": pairs / float(np.median(entry.passes_s)),
         "pairs_per_s_best": pairs / min(entry.passes_s),
         "passes_s": entry.passes_s,
+        "latencies_ms": milliseconds.round(2).tolist(),
         **{f"latency_p{each}_ms": float(np.percentile(milliseconds, each)) for each in percentiles},
         "nan": int(np.isnan(entry.scores).sum()),
     }
@@ -228,7 +229,7 @@ def result(entry: Contestant, pairs: int, reference: Contestant | None) -> dict[
 
 def with_sizes(results: Sequence[dict[str, Any]], artifacts: Sequence[Path], tokens_per_pair: float) -> None:
     """Adds tokens per second, and the size of artifacts."""
-    sizes = {artifact_name(path): _size_mib(path) for path in artifacts}
+    sizes = {artifact_name(path): size_mib(path) for path in artifacts}
     for each in results:
         if "pairs_per_s" in each:
             each["tokens_per_s"] = each["pairs_per_s"] * tokens_per_pair
@@ -241,5 +242,6 @@ def weights_of(artifacts: Sequence[Path]) -> str:
     return "random" if "random" in found else "checkpoint"
 
 
-def _size_mib(artifact: Path) -> float:
+def size_mib(artifact: Path) -> float:
+    """Of an artifact's files."""
     return round(sum(each.size_bytes for each in Manifest.read(artifact).files) / 2**20, 1)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 Pairs = Sequence[tuple[str, str]]
-Predict = Callable[[Pairs], Any]
 
 _BATCHES = (4, 8, 16, 32)  # that a tuned peer chooses from
 
@@ -25,18 +24,16 @@ class Padding:
     """Counts tokens that an engine was given, and how many of them were real."""
 
     def __init__(self) -> None:
-        self.given = self.real = 0
+        self._batches: list[tuple[int, int]] = []
 
     def add(self, mask: Any) -> None:
-        """A batch's attention mask."""
-        self.given += mask.size if isinstance(mask.size, int) else mask.numel()
-        self.real += int(mask.sum())
+        """A batch's attention mask; from any thread."""
+        self._batches.append((mask.size if isinstance(mask.size, int) else mask.numel(), int(mask.sum())))
 
     def share(self) -> float | None:
         """Of padding since the last call; None: nothing was counted."""
-        given, real = self.given, self.real
-        self.given = self.real = 0
-        return 1 - real / given if given else None
+        batches, self._batches = self._batches, []
+        return 1 - sum(real for _, real in batches) / sum(given for given, _ in batches) if batches else None
 
 
 PADDING = Padding()
@@ -59,23 +56,23 @@ class Artifact(Kind):
         from ettin.runtimes import batch as batches
 
         self._path, self._settings = path, json.loads(settings)
+        self._runtime: Any = None
         self._budget: int | None = None
-        self._load()
         batches.Batch.padded = _counted(batches.Batch.padded)  # type: ignore[method-assign]
-        concurrency = self._runtime.limits.concurrency
-        self.description = f"{self._runtime.description}, {concurrency} at a time"
-
-    def _load(self) -> None:
-        from ettin.runtimes import load
-
-        self._runtime = load(self._path, batch_tokens=self._budget, **self._settings)
 
     def predict(self, pairs: Pairs, max_length: int, batch: int | None) -> Any:
-        if batch != self._budget:
-            self._runtime.close()
-            self._budget = batch
-            self._load()
+        if self._runtime is None or batch != self._budget:
+            self._load(batch)
         return self._runtime.predict(pairs, max_length=max_length, activation_fn="identity")
+
+    def _load(self, budget: int | None) -> None:
+        from ettin.runtimes import load
+
+        if self._runtime is not None:
+            self._runtime.close()
+        self._budget = budget
+        self._runtime = load(self._path, batch_tokens=budget, **self._settings)
+        self.description = f"{self._runtime.description}, {self._runtime.limits.concurrency} at a time"
 
 
 class CrossEncoder(Kind):

@@ -100,8 +100,10 @@ def _make(peer: Peer, folder: Path) -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         venv.create(folder, with_pip=True)
         pip = [str(python_of(folder)), "-m", "pip", "--disable-pip-version-check", "-q"]
+        # pip keeps what it compiled, whatever variables it was compiled with.
+        fresh = ["--no-cache-dir"] if peer.variables else []
         for package in peer.packages:  # one after the other: torch's version is settled before others ask for it
-            _run([*pip, "install", _wanted(package)], dict(peer.variables))
+            _run([*pip, "install", *fresh, _wanted(package)], dict(peer.variables))
         for package in peer.sources:
             _unpack_source(pip, package, folder / "src")
         installed = _run([*pip, "freeze"], {}).splitlines()

@@ -73,7 +73,23 @@ def probes(result: Result) -> Figure:
         axes.set_ylim(0, 1.05)
         axes.set_xlabel("tokens of a batch (PyTorch: pairs × mean length)")
         axes.set_ylabel("share of the best speed")
-        axes.legend()
+        figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+    return figure
+
+
+def requests(result: Result) -> Figure:
+    """Share of the latency requests that were answered by then, of every contestant of one run."""
+    rows = [each for each in result["contestants"] if each.get("latencies_ms")]
+    with mpl.rc_context(_STYLE):
+        figure, axes = _figure()
+        colours = _colours([each["name"] for each in rows])
+        for row in rows:
+            axes.ecdf(row["latencies_ms"], color=colours[row["name"]], label=plain(row["name"]))
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_xlabel(f"milliseconds for one query with {result['candidates']} documents")
+        axes.set_ylabel("share of the requests")
+        figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     return figure
 
 

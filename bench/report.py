@@ -13,7 +13,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from ettin.artifacts.errors import InputError
-from ettin.bench import plots
+from ettin.bench import plots, published
 from ettin.bench.tables import TABLES
 
 Record = dict[str, Any]
@@ -43,11 +43,12 @@ _SECTIONS: dict[str, tuple[str, str]] = {
     "throughput": ("Throughput at the best batch size", "The release's method: batches doubled until that brings "
                    "nothing, then passes in turns, a process each. Of peak: the published model's work in that time, "
                    "against the machine's fastest matrix product of that precision."),
-    "cpu": ("Throughput as everybody comes", "Tokenising included, natural lengths, a process each, in turns."),
+    "cpu": ("Throughput with default settings", "Tokenising included, natural lengths, a process each, in turns."),
     "peers": ("What a user would pick instead", "Each in an environment of its own, same pairs, in turns."),
     "lengths": ("Length scaling", "Every pair filled to the same number of tokens."),
     "load": ("Under load", "Many clients at the same time; every score was compared with that pair scored alone."),
     "quality": ("Ranking quality", "Reranking BM25's candidates; changes with paired bootstrap intervals (95 %)."),
+    "parity": ("Parity at export", "Every artifact against the reference, on the pairs that it was proven with."),
     "profile": ("Where the time goes", "One batch on one thread."),
     "gpu": ("GPUs", "Parity on the card, then the release's settings and ours."),
 }  # fmt: skip
@@ -160,15 +161,22 @@ def _trade(records: Sequence[Record]) -> list[Part]:
 
 def _speeds(records: Sequence[Record]) -> list[Part]:
     parts = []
-    for record in records:
+    for record in sorted(records, key=_size):
         result = record["result"]
         name = next((row["name"].split("/")[0] for row in result["contestants"] if "/" in row["name"]), "")
         pictures = [(plots.speeds(result), ""), (plots.memory(result), "")]
         if any("probed" in row.get("batch", {}) for row in result["contestants"]):
-            pictures.append((plots.probes(result), "What a larger batch brings."))
+            pictures += [(plots.requests(result), ""), (plots.probes(result), "What a larger batch brings.")]
         table = TABLES[record["kind"]]([result])
         parts.append(Part(f"{name}: {_setting(result)}", [record], pictures, table))
     return parts
+
+
+def _size(record: Record) -> int:
+    """Released sizes in their order; what is none, before them."""
+    name = next((row["name"] for row in record["result"]["contestants"] if "/" in row["name"]), "")
+    size = name.split("/")[0].split("-")[0]
+    return published.SIZES.index(size) if size in published.SIZES else -1
 
 
 def _lengths(records: Sequence[Record]) -> list[Part]:
@@ -231,6 +239,7 @@ _PARTS: dict[str, Callable[[Sequence[Record]], list[Part]]] = {
     "lengths": _lengths,
     "load": _load,
     "quality": _plain("quality"),
+    "parity": _plain("parity"),
     "profile": _plain("profile"),
     "gpu": _gpu,
 }

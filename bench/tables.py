@@ -197,6 +197,20 @@ _MORE_QUALITY = {
 }
 
 
+def _parity(results: Sequence[Result]) -> list[list[str]]:
+    """One line for each artifact."""
+    rows = [["target", "precision", "pairs", "largest / mean error", "Spearman", "size"]]
+    for row in (row for result in results for row in result["rows"]):
+        _, target, precision = label(row["artifact"]).split("`")
+        errors = (
+            f"{row['max_abs_error']:.0e} / {row['mean_abs_error']:.0e}" if row["status"] == "verified" else "unproven"
+        )
+        spearman = f"{row['spearman']:.5f}" if row["spearman"] is not None else ""
+        size = f"{row['size_mib']:.0f} MiB"
+        rows.append([f"`{target}`", precision.strip(), str(row["pairs"]), errors, spearman, size])
+    return rows
+
+
 def _profile(results: Sequence[Result]) -> list[list[str]]:
     """Where the time goes, a group of columns for each run."""
     rows = [["part"]]
@@ -250,6 +264,7 @@ TABLES: dict[str, Callable[[Sequence[Result]], list[list[str]]]] = {
     "throughput": _throughput,
     "shapes": _shapes,
     "quality": _quality,
+    "parity": _parity,
     "profile": _profile,
     "load": _load,
     "lengths": _lengths,

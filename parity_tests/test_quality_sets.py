@@ -192,3 +192,14 @@ def test_nanobeir_from_the_hub() -> None:
     data, ranked = hub_sets.nanobeir("SciFact")
     assert len(data.queries) == 50 and all(len(found) >= 100 for found in ranked.values())
     assert len(pairs_to_score(NATURAL_QUESTIONS, 1000)) == 1000
+
+
+def test_parity_is_the_manifests(demo_artifacts: Artifacts, tmp_path: Path) -> None:
+    artifacts = [str(demo_artifacts[key]) for key in (("openvino", "int8"), ("onnx", "fp32"))]
+    done = CliRunner().invoke(command, ["parity", *artifacts, "--json", str(tmp_path / "p.json")])
+    assert done.exit_code == 0, done.output
+    rows = json.loads((tmp_path / "p.json").read_text())["result"]["rows"]
+    for row, path in zip(rows, artifacts, strict=True):
+        proven = Manifest.read(Path(path)).parity
+        assert row["max_abs_error"] == proven.max_abs_error and row["status"] == "verified" and row["size_mib"] > 1
+    assert "`openvino`" in done.output and "int8" in done.output
