@@ -15,7 +15,10 @@ from ettin.runtimes import console
 @click.option("--baseline", help="Contestant that the others are divided by.  [default: sentence-transformers fp32]")
 @click.option("--check", is_flag=True, help="Fail if something is slower or worse.")
 def compare_results(old: Path, new: Path, baseline: str | None, check: bool) -> None:
-    """What changed between two results of cpu, load, throughput or quality, as far as it can be told from noise."""
+    """What changed between two results of a kind, as far as it can be told from noise.
+
+    Of cpu, throughput, peers and load: pairs per second; of quality: nDCG@10.
+    """
     try:
         from ettin.bench.compare import compare as verdicts_on
     except ModuleNotFoundError as error:

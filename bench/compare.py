@@ -13,7 +13,10 @@ from ettin.artifacts.errors import InputError, UsageError
 from ettin.bench.quality import paired_change
 
 # What must be equal in both, or they did not measure the same.
-_SETTINGS = ("data", "pairs", "candidates", "max_length", "filled", "isa", "clients", "requests", "queries", "weights")
+_SETTINGS = ("data", "pairs", "candidates", "max_length", "filled", "isa", "clients", "requests", "queries", "weights",
+             "always_rerank_positives", "device")  # fmt: skip
+_WITH_CONTESTANTS = ("cpu", "peers", "throughput")
+_BASELINES = ("st-fp32", "sentence-transformers fp32", "in process")
 # A machine's mood moves even a ratio of one run by this much.
 FLOOR = 0.03
 
@@ -57,7 +60,7 @@ def compare(old: Path, new: Path, baseline: str | None = None) -> tuple[list[Ver
     if before["kind"] != after["kind"]:
         raise InputError(f"{old} is of '{before['kind']}', {new} of '{after['kind']}'. Compare two of a kind")
     for key in _SETTINGS:
-        first, second = before["result"].get(key), after["result"].get(key)
+        first, second = (each["result"].get(key) or None for each in (before, after))  # what is off may be left out
         if first != second:
             raise InputError(f"{key}: {first} in {old}, {second} in {new}. Compare two runs with the same settings")
     if before["kind"] == "quality":
@@ -66,7 +69,7 @@ def compare(old: Path, new: Path, baseline: str | None = None) -> tuple[list[Ver
     common = [name for name in speeds if name in others]
     if baseline is not None and baseline not in common:
         raise UsageError(f"baseline '{baseline}' is not in both, which have: {', '.join(common)}")
-    chosen = baseline or next((name for name in ("st-fp32", "in process") if name in common), None)
+    chosen = baseline or next((name for name in _BASELINES if name in common), None)
     verdicts = []
     for name in common:
         if name != chosen:
@@ -80,7 +83,7 @@ def compare(old: Path, new: Path, baseline: str | None = None) -> tuple[list[Ver
 def _read(path: Path) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if found["schema"] != 1 or found["kind"] not in ("cpu", "load", "quality", "throughput"):
+        if found["schema"] != 1 or found["kind"] not in (*_WITH_CONTESTANTS, "load", "quality"):
             raise ValueError(f"schema {found['schema']}, kind '{found['kind']}'")
         _ = found["result"], found["machine"]["cpu"]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -91,7 +94,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _speeds(found: Mapping[str, Any]) -> dict[str, list[float]]:
     """Pairs per second of each round, by contestant."""
     result = found["result"]
-    if found["kind"] in ("cpu", "throughput"):
+    if found["kind"] in _WITH_CONTESTANTS:
         return {
             each["name"]: [result["pairs"] / seconds for seconds in each["passes_s"]]
             for each in result["contestants"]

@@ -43,6 +43,15 @@ def test_verdicts(tmp_path: Path, factor: float, mood: float, word: str) -> None
     assert verdict.change == pytest.approx(factor - 1, abs=0.05) and "st-fp32" in basis
 
 
+@pytest.mark.parametrize(("kind", "baseline"), [("throughput", "st-fp32"), ("peers", "sentence-transformers fp32")])
+def test_everything_with_contestants_can_be_compared(tmp_path: Path, kind: str, baseline: str) -> None:
+    files = cpu(tmp_path / "old", 6.0, 1.0, 1), cpu(tmp_path / "new", 7.5, 0.7, 2)
+    for file in files:
+        file.write_text(file.read_text().replace('"kind": "cpu"', f'"kind": "{kind}"').replace("st-fp32", baseline))
+    (verdict,), basis = compare(*files)
+    assert verdict.word == "faster" and f"'{baseline}'" in basis
+
+
 def test_equal_machines_are_seldom_called_different(tmp_path: Path) -> None:
     words = [
         compare(cpu(tmp_path / "old", 6.0, 1.0, seed), cpu(tmp_path / "new", 6.0, 0.8, seed + 1000))[0][0].word
