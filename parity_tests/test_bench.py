@@ -92,7 +92,19 @@ def test_comparison_in_child_processes(demo_artifacts: dict[tuple[str, str], Pat
     assert len(ours["passes_s"]) == 2 and ours["max_abs_error"] < 1e-4 and "1 at a time" in ours["description"]
     assert list((tmp_path / "cache").rglob("*.blob"))
     assert "no manifest.json" in missing["problem"] and "SDPA, batch 32" in peer["description"]
-    assert ours["padding_share"] < peer["padding_share"] < 0.9
+    assert ours["padding_share"] == peer["padding_share"] == 0  # every pair fills its 64 tokens
+
+
+def test_padding_is_counted(demo_artifacts: dict[tuple[str, str], Path]) -> None:
+    entries = contestants([demo_artifacts["onnx", "fp32"]], {"streams": 1}, DEMO_FOLDER, ["st-fp32"])
+    pairs = [("a", "b"), ("a", "b " * 30)]
+    tokenizer = PairTokenizer(DEMO_FOLDER / "tokenizer.json")
+    short, long = (len(ids) for ids in tokenizer.pairs(pairs, 64))
+    for entry in entries:
+        entry.batch = 2 * long if entry.kind == "artifact" else 2
+    Contest(pairs, 2, 64, rounds=1).run(entries)
+    for entry in entries:
+        assert entry.facts["padding_share"] == pytest.approx(1 - (short + long) / (2 * long)), entry
 
 
 def test_profile_counts_the_linear_layers(demo_artifacts: dict[tuple[str, str], Path]) -> None:
@@ -181,7 +193,7 @@ def test_tables_command(tmp_path: Path) -> None:
     assert bench("tables", "page.md", "--check", cwd=tmp_path).returncode == 0
     with pytest.raises(InputError, match="unknown table 'plot'"):
         filled("<!-- table: plot r.json -->\n<!-- end of table -->", tmp_path)
-    with pytest.raises(InputError, match="table 'quality': its results lack 'data'"):
+    with pytest.raises(InputError, match="table 'quality': its results lack 'rows'"):
         filled("<!-- table: quality r.json -->\n<!-- end of table -->", tmp_path)
     with pytest.raises(InputError, match=r"missing\.json: not a result"):
         filled("<!-- table: cpu missing.json -->\n<!-- end of table -->", tmp_path)

@@ -16,7 +16,7 @@ from ettin.export.pipeline import Export, Job, Options
 from ettin.runtimes import load
 
 
-@pytest.mark.parametrize("queries", [6, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("queries", [3, pytest.param(300, marks=pytest.mark.slow)])
 def test_scifact_ndcg_is_the_references(queries: int, shared: Callable[[str], Path], tmp_path: Path) -> None:
     checkpoint = read_checkpoint(shared("checkpoints/17m-lexical"))
     assert Export(checkpoint, Options(max_length=512), quiet).run(Job("openvino", "fp32", tmp_path / "artifact"))

@@ -81,8 +81,8 @@ def test_types_are_in_the_graph(typed: Path) -> None:
 
 def test_typed_graph_is_as_exact_as_torch_in_bf16(typed: Path, demo_artifacts: dict[tuple[str, str], Path]) -> None:
     """Run by ONNX's reference evaluator: ONNX Runtime's CPU provider has no MatMul in bf16."""
-    cases = [case for case in read_parity(demo_artifacts["openvino", "bf16"]) if len(case.ids) <= 130][::3]
-    assert len(cases) >= 50 and max(len(case.ids) for case in cases) > 100
+    cases = [case for case in read_parity(demo_artifacts["openvino", "bf16"]) if len(case.ids) <= 130][::6]
+    assert len(cases) >= 25 and max(len(case.ids) for case in cases) > 100
     evaluator = ReferenceEvaluator(str(typed))
     found = []
     for start in range(0, len(cases), 16):

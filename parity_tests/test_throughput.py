@@ -78,7 +78,7 @@ def test_work_of_a_pair_by_counting() -> None:
 
 
 def test_everybody_at_its_best_batch(demo_artifacts: Artifacts, tmp_path: Path) -> None:
-    options = ["--checkpoint", str(DEMO_FOLDER), "--setting", "st-fp32", "--pairs", "12", "--passes", "1"]
+    options = ["--checkpoint", str(DEMO_FOLDER), "--setting", "st-fp32", "--pairs", "5", "--passes", "1"]
     options += ["--requests", "2", "--candidates", "5", "--json", str(tmp_path / "t.json")]
     done = CliRunner().invoke(command, ["throughput", str(demo_artifacts["onnx", "fp32"]), *options])
     assert done.exit_code == 0, done.output

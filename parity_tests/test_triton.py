@@ -309,14 +309,27 @@ def test_command_serves_and_takes_its_server_along(
     code = "from ettin.runtimes.cli_triton import main; main()"
     artifact = str(demo_artifacts["onnx", "fp32"])
     words = [sys.executable, "-c", code, artifact, "--repository", str(tmp_path / "models"), "--serve", *options]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr
-        lines = [next(process.stderr) for _ in range(3)]
-        assert f"serving on http://127.0.0.1:{ports[0]}" in lines[-1], lines
-        servers = psutil.Process(process.pid).children(recursive=True)
-        assert any(each.name() == "tritonserver" for each in servers)
-        process.send_signal(sent)
-        assert process.wait(60) == 0
+
+    def hear_interrupts() -> None:  # what a shell starts in the background, it starts deaf to them
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(
+        words,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=hear_interrupts,  # noqa: PLW1509
+    ) as process:
+        try:
+            assert process.stderr
+            lines = [next(process.stderr) for _ in range(3)]
+            assert f"serving on http://127.0.0.1:{ports[0]}" in lines[-1], lines
+            servers = psutil.Process(process.pid).children(recursive=True)
+            assert any(each.name() == "tritonserver" for each in servers)
+            process.send_signal(sent)
+            assert process.wait(60) == 0
+        finally:
+            process.terminate()  # or `with` would wait for ever for one that did not end
     assert not psutil.wait_procs(servers, 10)[1]
 
 
