@@ -197,14 +197,12 @@ class Optimum(Kind):
 class FastEmbed(Kind):
     """fastembed with a custom model in a folder. batch: pairs."""
 
-    def __init__(self, path: str, batch: str = "64") -> None:
+    def __init__(self, path: str, model_file: str, batch: str = "64") -> None:
         import fastembed
         from fastembed.common.model_description import ModelSource
         from fastembed.rerank.cross_encoder import TextCrossEncoder
 
-        TextCrossEncoder.add_custom_model(
-            model="ettin", model_file="onnx/model.onnx", sources=ModelSource(hf="from/a-folder")
-        )
+        TextCrossEncoder.add_custom_model(model="ettin", model_file=model_file, sources=ModelSource(hf="from/a-folder"))
         self._model = TextCrossEncoder("ettin", specific_model_path=path)
         self._own = int(batch)
         self.description = f"fastembed {fastembed.__version__}, batch {batch}"
@@ -230,9 +228,9 @@ class FlashRank(Kind):
 
 
 class LlamaCpp(Kind):
-    """llama.cpp with rank pooling. batch: tokens."""
+    """llama.cpp with rank pooling, batches as large as its own default: it attends across all that is in one."""
 
-    def __init__(self, path: str, batch_tokens: str = "2048") -> None:
+    def __init__(self, path: str, batch_tokens: str = "512") -> None:
         import os
 
         import llama_cpp

@@ -35,7 +35,7 @@ class Peer:
         kind: see `contestant.KINDS`.
         source: what it runs: "checkpoint", or a target of ours.
         packages: what pip installs; "SELF[extras]" is this project, "torch" the version that is installed here.
-        arguments: of the kind, after what it runs.
+        arguments: of the kind, after what it runs; "{entry}" is the file that the artifact's engine opens.
         variables: of pip, for packages that are compiled.
         sources: packages whose source is unpacked beside the environment.
     """
@@ -58,7 +58,7 @@ PEERS: dict[str, Peer] = {
     "sentence-transformers fp32": Peer("cross-encoder", "checkpoint", _SENTENCE_TRANSFORMERS, ("float32",)),
     "sentence-transformers bf16": Peer("cross-encoder", "checkpoint", _SENTENCE_TRANSFORMERS, ("bfloat16",)),
     "Optimum": Peer("optimum", "onnx", ("torch", "optimum-onnx[onnxruntime]")),
-    "fastembed": Peer("fastembed", "onnx", ("fastembed",)),
+    "fastembed": Peer("fastembed", "onnx", ("fastembed",), ("{entry}",)),
     "FlashRank": Peer("flashrank", "onnx", ("FlashRank",)),
     "llama.cpp q8_0": Peer(
         "llama-cpp", "transformers", ("torch", "transformers", "sentencepiece", "llama-cpp-python==0.3.36"),
@@ -188,9 +188,11 @@ def peer_entries(
 def _prepared(entry: Contestant, peer: Peer, source: Path, environment: Path, scratch: Path) -> None:
     prepare: Callable[[Path, Path, Path], Path] = _CONVERTED.get(peer.kind, lambda source, *_: source)
     try:
-        entry.arguments = [str(prepare(source, environment, scratch)), *peer.arguments]
+        entry.arguments = [str(prepare(source, environment, scratch))]
     except EttinError as error:
         entry.problem = str(error)
+    for argument in peer.arguments:
+        entry.arguments.append(Manifest.read(source).entry if argument == "{entry}" else argument)
 
 
 def _gguf(source: Path, environment: Path, scratch: Path) -> Path:
