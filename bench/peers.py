@@ -106,7 +106,8 @@ def _make(peer: Peer, folder: Path) -> None:
             _run([*pip, "install", *fresh, _wanted(package)], dict(peer.variables))
         for package in peer.sources:
             _unpack_source(pip, package, folder / "src")
-        installed = _run([*pip, "list", "--format=freeze"], {}).splitlines()  # names and versions, no paths
+        lines = _run([*pip, "freeze"], {}).splitlines()
+        installed = [line.partition(" @ ")[0] for line in lines]  # where a package came from is a path of this machine
         (folder / _MARK).write_text(json.dumps({"packages": peer.packages, "installed": installed}, indent=1))
     except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)

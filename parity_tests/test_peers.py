@@ -34,8 +34,7 @@ def test_environments_are_made_whole_or_not_at_all(tmp_path: Path, small: dict[s
     assert problems.keys() == {"nowhere"} and "no-such-package-anywhere" in problems["nowhere"]
     assert [each.name for each in tmp_path.iterdir()] == ["fastembed"]
     assert peers.python_of(tmp_path / "fastembed").exists()
-    (installed,) = peers.installed_in(tmp_path, list(small)).values()
-    assert installed and all(" @ " not in line and "==" in line for line in installed)  # pip's own
+    assert peers.installed_in(tmp_path, list(small)) == {"empty": []}
     mark = tmp_path / "fastembed" / "peer.json"
     before = mark.stat().st_mtime_ns
     peers.make_environments(tmp_path, ["empty"])
