@@ -6,12 +6,11 @@ import click
 
 from ettin.artifacts.errors import EttinError
 from ettin.bench.cli_shared import show_and_write
-from ettin.bench.contest import Contest, artifact_entries, result, weights_of, with_sizes
+from ettin.bench.contest import Contest, artifact_entries, measured, token_lengths, weights_of
 from ettin.bench.peers import PEERS, installed_in, make_environments, peer_entries
 from ettin.bench.texts import pairs_to_score, text_name
 from ettin.bench.throughput import SETTINGS, ThroughputRun
 from ettin.runtimes import console
-from ettin.runtimes.tokenizer import PairTokenizer
 
 DATA = click.option(
     "--data",
@@ -104,18 +103,11 @@ def peers(
     chosen = names or tuple(PEERS)
     pairs = pairs_to_score(data, count)
     contest = Contest(pairs, min(100, len(pairs)), max_length, rounds)
+    lengths = token_lengths(contest, artifacts[0])
     with peer_entries(chosen, environments, checkpoint, artifacts) as others:
         entries = artifact_entries(artifacts, {}) + others
-        with console.step(f"{rounds} rounds of {len(pairs)} pairs"):
-            contest.run(entries)
-    base = next((entry for entry in entries if entry.name == "sentence-transformers fp32"), None)
-    results = [result(entry, len(pairs), base) for entry in entries]
-    tokenizer = PairTokenizer(artifacts[0] / "tokenizer.json")
-    tokens_per_pair = sum(len(ids) for ids in tokenizer.pairs(pairs, max_length)) / len(pairs)
-    with_sizes(results, artifacts, tokens_per_pair)
-    for each in results:
-        console.note(f"{each['name']}: {each.get('description') or each['problem']}")
+        results = measured(contest, entries, artifacts, lengths)
     settings = {"data": text_name(data), "weights": weights_of(artifacts), "pairs": len(pairs), "rounds": rounds}
-    figures = {"tokens_per_pair": tokens_per_pair, "candidates": contest.candidates, "max_length": max_length}
+    figures = {"tokens_per_pair": sum(lengths) / len(pairs), "candidates": contest.candidates, "max_length": max_length}
     installed = installed_in(environments, chosen)
     show_and_write(json_path, "peers", {**settings, **figures, "contestants": results, "environments": installed})

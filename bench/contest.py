@@ -15,6 +15,8 @@ import numpy as np
 from ettin.artifacts.errors import EttinError, UsageError
 from ettin.artifacts.manifest import Manifest
 from ettin.artifacts.metrics import score_error
+from ettin.runtimes import console
+from ettin.runtimes.tokenizer import PairTokenizer
 
 Pairs = Sequence[tuple[str, str]]
 _CONTESTANT = Path(__file__).parent / "contestant.py"
@@ -54,6 +56,9 @@ PEERS: dict[str, tuple[str, ...]] = {
     "traced-f32": ("traced", "f32"),
     "traced-int8": ("traced", "int8"),
 }
+
+# Whose scores the others' are compared with, whichever takes part.
+_REFERENCES = ("st-fp32", "st-fp32-tuned", "sentence-transformers fp32")
 
 
 def artifact_name(path: Path) -> str:
@@ -227,13 +232,38 @@ def result(entry: Contestant, pairs: int, reference: Contestant | None) -> dict[
     return figures
 
 
-def with_sizes(results: Sequence[dict[str, Any]], artifacts: Sequence[Path], tokens_per_pair: float) -> None:
-    """Adds tokens per second, and the size of artifacts."""
+def measured(
+    contest: Contest, entries: Sequence[Contestant], artifacts: Sequence[Path], lengths: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Runs a contest and says who took part, on stderr.
+
+    Args:
+        contest: what is run.
+        entries: the contestants.
+        artifacts: ours among them.
+        lengths: tokens of each pair; see `token_lengths`.
+
+    Returns:
+        The figures of each contestant, errors against sentence-transformers in fp32 if that took part.
+    """
+    count = len(contest.pairs)
+    with console.step(f"{contest.rounds} rounds of {count} pairs"):
+        contest.run(entries)
+    reference = next((entry for entry in entries if entry.name in _REFERENCES), None)
+    results = [result(entry, count, reference) for entry in entries]
     sizes = {artifact_name(path): size_mib(path) for path in artifacts}
     for each in results:
         if "pairs_per_s" in each:
-            each["tokens_per_s"] = each["pairs_per_s"] * tokens_per_pair
+            each["tokens_per_s"] = each["pairs_per_s"] * sum(lengths) / count
             each["size_mib"] = sizes.get(each["name"])
+        console.note(f"{each['name']}: {each.get('description') or each['problem']}")
+    return results
+
+
+def token_lengths(contest: Contest, artifact: Path) -> list[int]:
+    """Tokens of each pair, as the artifact's tokenizer counts them."""
+    tokenizer = PairTokenizer(artifact / "tokenizer.json")
+    return [len(ids) for ids in tokenizer.pairs(contest.pairs, contest.max_length)]
 
 
 def weights_of(artifacts: Sequence[Path]) -> str:

@@ -5,10 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ettin.bench.contest import Contest, contestants, result, weights_of, with_sizes
+from ettin.bench.contest import Contest, contestants, measured, token_lengths, weights_of
 from ettin.bench.texts import pairs_to_score, text_name
-from ettin.runtimes import console
-from ettin.runtimes.tokenizer import PairTokenizer
 
 # Variables that limit each library to an instruction set. MLAS (OpenVINO's f32 GEMM, all of ONNX Runtime) obeys none of
 # them, and torch's ATen knows no VNNI: see the notes of the result.
@@ -60,19 +58,12 @@ class CpuRun:
         contest = Contest(
             pairs, candidates, self.max_length, self.rounds, environment=ISAS[self.isa], warm=bool(self.cache_dir)
         )
-        with console.step(f"{self.rounds} rounds of {len(pairs)} pairs"):
-            contest.run(entries)
-        reference = next((entry for entry in entries if entry.name.startswith("st-fp32")), None)
-        results = [result(entry, len(pairs), reference) for entry in entries]
-        tokenizer = PairTokenizer(self.artifacts[0] / "tokenizer.json")
-        tokens_per_pair = sum(len(ids) for ids in tokenizer.pairs(pairs, self.max_length)) / len(pairs)
-        with_sizes(results, self.artifacts, tokens_per_pair)
-        for each in results:
-            console.note(f"{each['name']}: {each.get('description') or each['problem']}")
+        lengths = token_lengths(contest, self.artifacts[0])
+        results = measured(contest, entries, self.artifacts, lengths)
         return {
             "data": text_name(self.data),
             "pairs": len(pairs),
-            "tokens_per_pair": tokens_per_pair,
+            "tokens_per_pair": sum(lengths) / len(pairs),
             "candidates": candidates,
             "rounds": self.rounds,
             "max_length": self.max_length,

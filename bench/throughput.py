@@ -8,11 +8,10 @@ from typing import Any
 
 from ettin.artifacts.errors import EttinError, UsageError
 from ettin.artifacts.manifest import Manifest
-from ettin.bench.contest import Child, Contest, Contestant, artifact_entries, result, weights_of, with_sizes
+from ettin.bench.contest import Child, Contest, Contestant, artifact_entries, measured, token_lengths, weights_of
 from ettin.bench.texts import pairs_to_score, text_name
 from ettin.runtimes import console
 from ettin.runtimes.graph import ModelShape
-from ettin.runtimes.tokenizer import PairTokenizer
 
 # PyTorch as in the release's ablation table: contestants' kinds and arguments after the checkpoint's folder, for
 # CPUs and, with FlashAttention-2, for GPUs.
@@ -73,17 +72,12 @@ class ThroughputRun:
             pairs, min(self.candidates, len(pairs)), self.max_length, self.passes,
             requests=-(-self.requests // self.passes),
         )  # fmt: skip
-        tokenizer = PairTokenizer(self.artifacts[0] / "tokenizer.json")
-        lengths = [len(ids) for ids in tokenizer.pairs(pairs, self.max_length)]
+        lengths = token_lengths(contest, self.artifacts[0])
         probes: dict[str, dict[str, Any]] = {}
         for entry in entries if self.probe else ():
             with console.step(f"{entry.name}: its best batch"):
                 probes[entry.name] = _probe(contest, entry, most=max(sum(lengths), len(pairs)))
-        with console.step(f"{self.passes} passes of {len(pairs)} pairs, in turns"):
-            contest.run(entries)
-        reference = next((entry for entry in entries if entry.name == "st-fp32"), None)
-        results = [result(entry, len(pairs), reference) for entry in entries]
-        with_sizes(results, self.artifacts, sum(lengths) / len(pairs))
+        results = measured(contest, entries, self.artifacts, lengths)
         manifest = Manifest.read(self.artifacts[0])
         shape = ModelShape.from_json(manifest.source.shape)
         gigaflop = sum(pair_flops(shape, length) for length in lengths) / len(pairs) / 1e9
@@ -93,7 +87,6 @@ class ThroughputRun:
             if "pairs_per_s" in each:
                 peak = peaks.get(self._arithmetic(entry))
                 each["share_of_peak"] = each["pairs_per_s"] * gigaflop / peak if peak else None
-            console.note(f"{each['name']}: {each.get('description') or each['problem']}")
         return {
             "name": manifest.name,
             "data": text_name(self.data),
