@@ -17,7 +17,7 @@ demo: $(INSTALLED)  ## export the embedded checkpoint, rank with it, print parit
 	$(BIN)/ettin-bench throughput $(DEMO)
 
 test: $(INSTALLED)  ## what CI runs
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-slow: $(INSTALLED)  ## the tests that take minutes
 	$(BIN)/python -m pytest -q -m slow

@@ -1,8 +1,10 @@
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from support import TINY, VARIANTS, quiet, shared_path
 
 from ettin.export.checkpoint import Checkpoint, read_checkpoint
@@ -35,12 +37,18 @@ def demo_gold(demo: Checkpoint) -> Any:
 
 
 @pytest.fixture(scope="session")
-def demo_artifacts(demo: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple[str, str], Path]]:
-    """Every target and precision of the embedded checkpoint, exported by the product's own pipeline."""
-    root = tmp_path_factory.mktemp("artifacts")
+def demo_artifacts(demo: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
+    """Every target and precision of the embedded checkpoint, exported by the product's own pipeline.
+
+    Once for all processes of a run: `make test` has several.
+    """
+    is_worker = "PYTEST_XDIST_WORKER" in os.environ
+    root = (tmp_path_factory.getbasetemp().parent if is_worker else tmp_path_factory.getbasetemp()) / "artifacts"
     jobs = [Job(target, precision, root / f"{target}-{precision}") for target, precision in VARIANTS]
-    export = Export(demo, Options(command="ettin-export --size demo --all"), quiet)
-    export.prepare(jobs)
-    for job in jobs:
-        assert export.run(job) is not None
-    yield {(job.target, job.precision): job.output for job in jobs}
+    with FileLock(f"{root}.lock"):
+        if not root.exists():
+            export = Export(demo, Options(command="ettin-export --size demo --all"), quiet)
+            export.prepare(jobs)
+            for job in jobs:
+                assert export.run(job) is not None
+    return {(job.target, job.precision): job.output for job in jobs}

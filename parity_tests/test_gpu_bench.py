@@ -37,7 +37,7 @@ def run(script: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("where", ["checkout", "bundle"])
+@pytest.mark.parametrize("where", [pytest.param("checkout", marks=pytest.mark.slow), "bundle"])
 def test_parity_and_speed(where: str, tmp_path: Path) -> None:
     script, pairs = Path(__file__).parents[1] / "bench" / "gpu.py", tmp_path / "pairs.jsonl"
     pairs.write_text("".join(json.dumps({"query": query, "document": text}) + "\n" for query, text in PAIRS))
