@@ -44,7 +44,7 @@ def profile(artifact: Path, count: int, tokens: int, json_path: Path | None) -> 
         assert isinstance(runtime, OpenVinoRuntime)  # noqa: S101 (the target says so)
         texts = pairs_to_score(None, count, tokens)
         batch = Batch.of(runtime.tokenizer.pairs(texts, tokens), runtime.manifest.tokenizer.pad_token_id)
-        hint, facts = runtime.arithmetic, about(runtime)
+        hint, facts = runtime.precision_hint, about(runtime)
         parts = profiled(runtime, batch)
     peaks = {"int8 linear": peak_gops(hint, int8=True), "float linear": peak_gops(hint, int8=False)}
     total = sum(part.milliseconds for part in parts.values())

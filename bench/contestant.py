@@ -26,9 +26,9 @@ class Padding:
     def __init__(self) -> None:
         self._batches: list[tuple[int, int]] = []
 
-    def add(self, mask: Any) -> None:
-        """A batch's attention mask; from any thread."""
-        self._batches.append((mask.size if isinstance(mask.size, int) else mask.numel(), int(mask.sum())))
+    def add(self, given: int, real: int) -> None:
+        """A batch's tokens; from any thread."""
+        self._batches.append((given, real))
 
     def share(self) -> float | None:
         """Of padding since the last call; None: nothing was counted."""
@@ -59,6 +59,7 @@ class Artifact(Kind):
         self._runtime: Any = None
         self._budget: int | None = None
         batches.Batch.padded = _counted(batches.Batch.padded)  # type: ignore[method-assign]
+        batches.Batch.laid_out = _counted(batches.Batch.laid_out)  # type: ignore[method-assign]
 
     def predict(self, pairs: Pairs, max_length: int, batch: int | None) -> Any:
         if self._runtime is None or batch != self._budget:
@@ -103,18 +104,18 @@ class CrossEncoder(Kind):
         return self._model.predict(texts, batch_size=size, activation_fn=self._identity, show_progress_bar=False)
 
 
-def _counted(padded: Callable[..., Any]) -> Any:
+def _counted(form: Callable[..., Any]) -> Any:
     def counted(batch: Any, multiple: int = 1) -> Any:
-        ids, mask = padded(batch, multiple)
-        PADDING.add(mask)
-        return ids, mask
+        ids, other = form(batch, multiple)
+        PADDING.add(ids.size, len(batch.ids))
+        return ids, other
 
     return counted
 
 
 def _count_mask(_: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-    features = arguments[0] if arguments else named
-    PADDING.add(features["attention_mask"])
+    mask = (arguments[0] if arguments else named)["attention_mask"]
+    PADDING.add(mask.numel(), int(mask.sum()))
 
 
 def _fastest(run: Callable[[int], Any]) -> int:
@@ -187,7 +188,8 @@ class Optimum(Kind):
                 [list(pairs[at]) for at in chosen], padding=True, truncation="longest_first", max_length=max_length,
                 return_tensors="np",
             )  # fmt: skip
-            PADDING.add(inputs["attention_mask"])
+            mask = inputs["attention_mask"]
+            PADDING.add(mask.size, int(mask.sum()))
             logits = self._model(**{name: inputs[name] for name in ("input_ids", "attention_mask")}).logits
             for at, row in zip(chosen, logits, strict=True):
                 scores[at] = float(row[0])

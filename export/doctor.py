@@ -9,8 +9,9 @@ from ettin.artifacts.errors import HardwareError
 from ettin.artifacts.targets import TARGETS
 from ettin.export.tensorrt_builder import FLAVOURS
 from ettin.export.writers import WRITERS
-from ettin.runtimes import cpu
+from ettin.runtimes import cpu, openvino_kernels
 from ettin.runtimes.gpu import gpus
+from ettin.runtimes.pack import own_source
 from ettin.runtimes.registry import ENGINES
 
 _PACKAGES = (
@@ -56,8 +57,20 @@ def _machine() -> list[Finding]:
     return [
         Finding("python", None, f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         Finding("cpu", None, f"{cpu.model_name()}, {cpu.available_cpus()} usable; {' '.join(known)}{limit}; {bf16}"),
+        *_kernels(),
         _gpu(),
     ]
+
+
+def _kernels() -> list[Finding]:
+    if not _has("openvino"):
+        return []
+    problem = openvino_kernels.problem()
+    mendable = problem is not None and "compiled" in problem
+    # Compiled against the OpenVINO that is installed, not against the newest.
+    again = f"pip install --force-reinstall --no-deps --no-cache-dir --no-build-isolation {own_source()}"
+    fix = f"pip install 'setuptools>=77', then {again}" if mendable else ""
+    return [Finding("attention kernel", False if mendable else None, problem or "runs openvino bf16 and int8", fix)]
 
 
 def _gpu() -> Finding:

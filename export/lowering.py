@@ -56,6 +56,8 @@ PACKED = Interface(
     outputs=(TensorSpec(name="logits", dtype="float32", shape=("pairs", 1)),),
 )
 
+RAGGED = Interface(inputs=PACKED.inputs[:2], outputs=PACKED.outputs)
+
 
 @dataclass(frozen=True)
 class Material:

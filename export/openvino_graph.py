@@ -1,13 +1,16 @@
 """The primitive operations written as OpenVINO nodes."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 from openvino import opset15 as op
+from openvino.utils.node_factory import NodeFactory
 
 from ettin.runtimes.graph.ops import SAME_WHEN_SHORT, Kind
+from ettin.runtimes.openvino_kernels import HEAD_DIM, kernels
 
 Weights = Mapping[str, NDArray[np.float32]]
 StoreWeight = Callable[[NDArray[np.float32]], ov.Node]
@@ -137,3 +140,28 @@ class OpenVinoOps:
 
     def attention(self, q: ov.Node, k: ov.Node, v: ov.Node, bias: ov.Node, reader: str) -> ov.Node:
         return op.scaled_dot_product_attention(q, k, v, bias, op.constant(np.float32(1)), causal=False)
+
+    def ragged_attention(
+        self,
+        q: ov.Node,
+        k: ov.Node,
+        v: ov.Node,
+        cu_seqlens: ov.Node,
+        window: int,
+        theta: float,
+        first_only: bool,
+        reader: str,
+    ) -> ov.Node:
+        # OpenVINO drops these conversions where the neighbours compute in bf16.
+        halves = [op.convert(each, "bf16") for each in (q, k, v)]
+        heads = int(q.get_output_partial_shape(0)[-1].get_length()) // HEAD_DIM
+        attributes = {"heads": heads, "window": window, "theta": theta, "first_only": first_only}
+        inputs = [each.output(0) for each in (*halves, cu_seqlens)]
+        return op.convert(_ragged_factory().create("RaggedAttention", inputs, attributes), "f32")
+
+
+@functools.cache
+def _ragged_factory() -> NodeFactory:
+    factory = NodeFactory()
+    factory.add_extension(str(kernels()))
+    return factory

@@ -38,7 +38,8 @@ class Int8OpenVinoOps(OpenVinoOps):
         return product
 
     def linears(self, x: ov.Node, names: Sequence[str], joint: bool) -> list[ov.Node]:
-        return [self.linear(x, name) for name in names]  # int8 products fuse their activations only when apart
+        # int8 products fuse their activations only when apart; a group is left out of int8 together.
+        return super().linears(x, names, joint and names[0] not in self._quantised.input_max)
 
     def attention(self, q: ov.Node, k: ov.Node, v: ov.Node, bias: ov.Node, reader: str) -> ov.Node:
         """Queries, keys and the result are rounded: OpenVINO fuses it all into the attention kernel.
@@ -52,7 +53,24 @@ class Int8OpenVinoOps(OpenVinoOps):
                 self._rounded(x, largest, ONLY_IN_F32)
                 for x, largest in zip((q, k), self._quantised.attention_max[reader], strict=True)
             )
-        mixed = super().attention(q, k, v, bias, reader)
+        return self._rounded_for(reader, super().attention(q, k, v, bias, reader))
+
+    def ragged_attention(
+        self,
+        q: ov.Node,
+        k: ov.Node,
+        v: ov.Node,
+        cu_seqlens: ov.Node,
+        window: int,
+        theta: float,
+        first_only: bool,
+        reader: str,
+    ) -> ov.Node:
+        return self._rounded_for(
+            reader, super().ragged_attention(q, k, v, cu_seqlens, window, theta, first_only, reader)
+        )
+
+    def _rounded_for(self, reader: str, mixed: ov.Node) -> ov.Node:
         if reader not in self._quantised.input_max or not self._quantised.scheme.activations:
             return mixed
         self._rounded_at_source.add(reader)

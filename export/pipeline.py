@@ -271,8 +271,7 @@ class Export:
     def _verify(self, stage: Path, target: str, precision: str) -> Verification:
         with self.step(f"verify {precision}"):
             found = self._passed(verify_in_child(stage))
-        elsewhere = WRITERS[target].verify_also.get(precision)
-        if elsewhere:
+        for elsewhere in WRITERS[target].verify_also.get(precision, ()):
             with self.step(f"verify {precision} with {' '.join(f'{key}={value}' for key, value in elsewhere.items())}"):
                 found = found.joined(self._passed(verify_in_child(stage, elsewhere)))
         return found

@@ -1,7 +1,9 @@
 """Checkpoint → OpenVINO IR for CPUs."""
 
+import hashlib
 from dataclasses import asdict
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import openvino as ov
@@ -9,11 +11,13 @@ import torch
 from numpy.typing import NDArray
 from openvino import opset15 as op
 
-from ettin.artifacts.manifest import Needs
-from ettin.export.lowering import ISA, PADDED, Lowered, Material
+from ettin.artifacts.manifest import Interface, Needs
+from ettin.export.lowering import ISA, PADDED, RAGGED, Lowered, Material
 from ettin.export.openvino_graph import OpenVinoOps
 from ettin.export.openvino_int8 import Int8OpenVinoOps
 from ettin.runtimes.graph import GraphForm, Scorer
+from ettin.runtimes.graph.ragged import RaggedScorer
+from ettin.runtimes.openvino_kernels import HEAD_DIM, RAGGED_NAME, kernels
 
 # Both GeGLU halves in one product: as two, OpenVINO 2026.4.1 fuses them into an LLMMLP node in bf16, which dies with
 # SIGFPE on one thread per stream and is no faster elsewhere.
@@ -32,26 +36,76 @@ def openvino_from_checkpoint(material: Material, precision: str, folder: Path, *
         folder: where to.
         form: speed choices.
     """
-    if material.quantised:
-        ops: OpenVinoOps = Int8OpenVinoOps(material.quantised, _bf16_constant)
-    else:
-        ops = OpenVinoOps(material.folded(), _bf16_constant if precision == "bf16" else op.constant)
+    shape = material.checkpoint.shape
     inputs = [op.parameter([-1, -1], ov.Type.i64, name=each.name) for each in PADDED.inputs]
-    logits = Scorer(ops, material.checkpoint.shape, form).logits(*inputs)
-    for node, spec in zip((*inputs, logits), (*PADDED.inputs, *PADDED.outputs), strict=True):
-        node.output(0).get_tensor().set_names({spec.name})
-    model = ov.Model([logits], inputs, "ettin-reranker")
+    logits = Scorer(_ops(material, precision), shape, form).logits(*inputs)
     path = folder / "openvino" / "openvino_model.xml"
     path.parent.mkdir()
-    # save_model stores weights as fp16 unless told otherwise.
-    ov.save_model(model, path, compress_to_fp16=False)
+    _save(logits, inputs, PADDED, path)
+    is_ragged = precision != "fp32" and shape.head_dim == HEAD_DIM and kernels() is not None
+    if is_ragged:
+        inputs = [op.parameter([-1], ov.Type.i64, name=each.name) for each in RAGGED.inputs]
+        logits = RaggedScorer(_ops(material, precision), shape, form).ragged_logits(*inputs)
+        _save(logits, inputs, RAGGED, path.with_name(RAGGED_NAME))
+        share_weights(path.with_name(RAGGED_NAME), path)
     version = ov.__version__.split("-")[0]
     return Lowered(
         entry=path.relative_to(folder).as_posix(),
         interface=PADDED,
         needs=Needs(device="cpu", isa=ISA.get(precision, ()), package="openvino", version=version),
-        graph=asdict(form),
+        graph={**asdict(form), "ragged": is_ragged},
     )
+
+
+def _ops(material: Material, precision: str) -> OpenVinoOps:
+    if material.quantised:
+        return Int8OpenVinoOps(material.quantised, _bf16_constant)
+    return OpenVinoOps(material.folded(), _bf16_constant if precision == "bf16" else op.constant)
+
+
+def _save(logits: ov.Node, inputs: list[ov.Node], interface: Interface, path: Path) -> None:
+    for node, spec in zip((*inputs, logits), (*interface.inputs, *interface.outputs), strict=True):
+        node.output(0).get_tensor().set_names({spec.name})
+    # save_model stores weights as fp16 unless told otherwise.
+    ov.save_model(ov.Model([logits], inputs, "ettin-reranker"), path, compress_to_fp16=False)
+
+
+def share_weights(path: Path, with_path: Path) -> None:
+    """Makes an IR read its constants from another's `.bin`; its own is removed.
+
+    Args:
+        path: the IR; what the other lacks is added to the other's `.bin`.
+        with_path: the other.
+    """
+    own, other = path.with_suffix(".bin"), with_path.with_suffix(".bin")
+    theirs = other.read_bytes()
+    places = {_digest(theirs, data): int(data.attrib["offset"]) for data in _constants(_parsed(with_path))}
+    del theirs
+    tree, ours = _parsed(path), own.read_bytes()
+    with other.open("ab") as file:
+        for data in _constants(tree):
+            digest = _digest(ours, data)
+            if digest not in places:
+                file.write(b"\0" * (-file.tell() % 64))
+                places[digest] = file.tell()
+                start = int(data.attrib["offset"])
+                file.write(ours[start : start + int(data.attrib["size"])])
+            data.attrib["offset"] = str(places[digest])
+    tree.write(path, encoding="utf-8", xml_declaration=True)
+    own.unlink()
+
+
+def _parsed(path: Path) -> "ElementTree.ElementTree[ElementTree.Element]":
+    return ElementTree.parse(path)  # noqa: S314 (written a moment ago, by OpenVINO)
+
+
+def _constants(tree: "ElementTree.ElementTree[ElementTree.Element]") -> list[ElementTree.Element]:
+    return tree.findall("./layers/layer[@type='Const']/data")
+
+
+def _digest(binary: bytes, data: ElementTree.Element) -> bytes:
+    start = int(data.attrib["offset"])
+    return hashlib.sha256(memoryview(binary)[start : start + int(data.attrib["size"])]).digest()
 
 
 def _bf16_constant(values: NDArray[np.float32]) -> ov.Node:

@@ -1,9 +1,10 @@
 """Which function writes which target. Importing this needs no torch."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from ettin.runtimes.openvino_kernels import SWITCH
 from ettin.runtimes.registry import Engine
 
 if TYPE_CHECKING:  # imports torch
@@ -15,16 +16,17 @@ class Writer(Engine):
     """How a target is written.
 
     Args:
-        verify_also: by precision, variables of a second verification: what other machines will make of the artifact.
+        verify_also: by precision, variables of further verifications: what other machines will make of the artifact.
         proof: the target whose fp32 form proves the graph; None: its own.
     """
 
-    verify_also: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    verify_also: Mapping[str, Sequence[Mapping[str, str]]] = field(default_factory=dict)
     proof: str | None = None
 
 
-# An instruction set without bf16 arithmetic: OpenVINO then computes with a bf16 artifact's weights in f32.
-_WITHOUT_BF16 = {"ONEDNN_MAX_CPU_ISA": "AVX2_VNNI"}
+# OpenVINO's own attention instead of our kernel, and an instruction set without bf16 arithmetic: OpenVINO then computes
+# with a bf16 artifact's weights in f32.
+_ELSEWHERE = ({SWITCH: "off"}, {"ONEDNN_MAX_CPU_ISA": "AVX2_VNNI"})
 
 WRITERS = {
     "onnx": Writer("ettin.export.to_onnx:onnx_from_checkpoint", ("onnx",), "export"),
@@ -32,7 +34,7 @@ WRITERS = {
         "ettin.export.to_openvino:openvino_from_checkpoint",
         ("openvino",),
         "openvino",
-        {"bf16": _WITHOUT_BF16, "int8": _WITHOUT_BF16},
+        {"bf16": _ELSEWHERE, "int8": _ELSEWHERE},
     ),
     "transformers": Writer(
         "ettin.export.to_transformers:transformers_from_checkpoint", ("safetensors", "transformers"), "export"

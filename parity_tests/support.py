@@ -1,10 +1,14 @@
 """What several test files use."""
 
+import json
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from ettin.artifacts.manifest import _digest
 from ettin.artifacts.targets import TARGETS
 from ettin.runtimes.graph import ModelShape
 
@@ -39,3 +43,14 @@ def shared_path(name: str) -> Path:
 
 def quiet(what: str) -> nullcontext[None]:
     return nullcontext()
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Any]], Any], sign: bool = True) -> None:
+    """Edits the manifest; signed, as a program that knows the format could."""
+    path = folder / "manifest.json"
+    content = json.loads(path.read_text())
+    change(content)
+    content.pop("manifest_sha256", None)
+    if sign:
+        content["manifest_sha256"] = _digest(content)
+    path.write_text(json.dumps(content))

@@ -6,12 +6,11 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support import quiet
+from support import quiet, rewrite
 
 from ettin.artifacts import publish
 from ettin.artifacts.errors import (
@@ -26,7 +25,7 @@ from ettin.artifacts.errors import (
     UnverifiedArtifact,
 )
 from ettin.artifacts.files import list_files
-from ettin.artifacts.manifest import Manifest, _digest
+from ettin.artifacts.manifest import Manifest
 from ettin.artifacts.parity import read_parity
 from ettin.artifacts.publish import staged
 from ettin.export import pipeline
@@ -42,17 +41,6 @@ def artifact(demo_artifacts: dict[tuple[str, str], Path], tmp_path: Path) -> Pat
     folder = tmp_path / "artifact"
     shutil.copytree(demo_artifacts["openvino", "fp32"], folder)
     return folder
-
-
-def rewrite(folder: Path, change: Callable[[dict[str, Any]], Any], sign: bool = True) -> None:
-    """Edits the manifest; signed, as a program that knows the format could."""
-    path = folder / "manifest.json"
-    content = json.loads(path.read_text())
-    change(content)
-    content.pop("manifest_sha256", None)
-    if sign:
-        content["manifest_sha256"] = _digest(content)
-    path.write_text(json.dumps(content))
 
 
 def test_manifest_survives_a_round_trip(artifact: Path) -> None:

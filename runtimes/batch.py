@@ -54,6 +54,19 @@ class Batch:
         input_ids[mask] = self.ids
         return input_ids, mask.astype(np.int64)
 
+    def laid_out(self, multiple: int = 1) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The batch as it is, for engines that take bounds.
+
+        Args:
+            multiple: padding is added at the end, to a multiple of this many tokens.
+
+        Returns:
+            input_ids int64 [tokens], cu_seqlens int64 [pairs + 1].
+        """
+        input_ids = np.full(round_up(len(self.ids), multiple), self.pad_token_id, np.int64)
+        input_ids[: len(self.ids)] = self.ids
+        return input_ids, self.cu_seqlens.astype(np.int64)
+
     def packed(self) -> dict[str, NDArray[np.int64]]:
         """The batch as the packed graph takes it.
 

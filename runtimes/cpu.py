@@ -17,6 +17,7 @@ _ISA_ORDER = (
 )  # fmt: skip
 _FIRST_BF16 = _ISA_ORDER.index("AVX512_CORE_BF16")
 _FIRST_VNNI = _ISA_ORDER.index("AVX2_VNNI")
+_FIRST_AMX = _ISA_ORDER.index("AVX512_CORE_AMX")
 
 INTERESTING = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 
@@ -53,6 +54,11 @@ def has_bf16() -> bool:
     OpenVINO's own capability list ignores that limit: a bf16 graph then fails to compile.
     """
     return _limit_reaches(_FIRST_BF16) and bool(flags() & {"avx512_bf16", "amx_bf16"})
+
+
+def has_amx_bf16() -> bool:
+    """Whether matrix products of bf16 are there and not switched off by `ONEDNN_MAX_CPU_ISA`."""
+    return _limit_reaches(_FIRST_AMX) and {"amx_bf16", "avx512_bf16"} <= flags()
 
 
 def lacks_vnni() -> bool:

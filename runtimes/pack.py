@@ -3,12 +3,13 @@
 import importlib.metadata
 import io
 import json
+import os
 import subprocess
 import sys
 import tarfile
 import tempfile
 import urllib.parse
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -89,7 +90,7 @@ def pack(artifact: Path, manifest: Manifest, archive: Path, *, with_wheels: bool
     try:
         with tempfile.TemporaryDirectory(prefix=f".{archive.name}.partial-", dir=archive.absolute().parent) as scratch:
             wheels = Path(scratch) / "wheels"
-            _collect(wheels, lines if with_wheels else [])
+            _collect(wheels, lines, with_wheels)
             part = Path(scratch) / archive.name
             with tarfile.open(part, "w:gz", compresslevel=6) as tar:
                 _add_text(tar, f"{name}/README.md", readme)
@@ -103,11 +104,15 @@ def pack(artifact: Path, manifest: Manifest, archive: Path, *, with_wheels: bool
         ) from error
 
 
-def _collect(wheels: Path, lines: list[str]) -> None:
-    """This project's wheel, from where it was installed from, and those of `lines`."""
+def _collect(wheels: Path, lines: list[str], with_others: bool) -> None:
+    """This project's wheel, from where it was installed from, and those of the other `lines`."""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
-    _run([*command, "wheel", "--no-deps", "-w", str(wheels), own_source()])
-    if lines:
+    # Our kernel works with the OpenVINO that it is compiled against: the one that the archive names.
+    pinned = wheels.parent / "pinned.txt"
+    pinned.write_text("".join(f"{line}\n" for line in lines if line.startswith("openvino==")), encoding="utf-8")
+    for_build = {"PIP_CONSTRAINT": str(pinned), "PIP_BUILD_CONSTRAINT": str(pinned)}  # until pip 25.2, from pip 25.3
+    _run([*command, "wheel", "--no-deps", "-w", str(wheels), own_source()], for_build)
+    if with_others:
         others = wheels.parent / "others.txt"
         others.write_text("\n".join(lines[1:]) + "\n", encoding="utf-8")
         _run([*command, "download", "--no-deps", "--only-binary=:all:", "-d", str(wheels), "-r", str(others)])
@@ -124,8 +129,9 @@ def own_source() -> str:
     return f"{_PROJECT}=={importlib.metadata.version(_PROJECT)}"
 
 
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def _run(command: list[str], variables: Mapping[str, str] | None = None) -> None:
+    environment = {**os.environ, **(variables or {})}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["it gave no reason"]
         raise OutputError(f"pip could not bring the wheels: {errors[-1].removeprefix('ERROR: ')}")

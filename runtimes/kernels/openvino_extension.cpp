@@ -1,0 +1,103 @@
+// `RaggedAttention` as an OpenVINO operation; see `ragged_attention.hpp`.
+#include <algorithm>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <openvino/core/op_extension.hpp>
+#include <openvino/core/parallel.hpp>
+#include <openvino/op/op.hpp>
+
+#include "ragged_attention.hpp"
+
+namespace {
+
+// Tables are shared by all layers of a θ and grow with the longest sequence seen.
+std::shared_ptr<const ettin::RopeTable> rope_table(float theta, int rows) {
+    static std::mutex guard;
+    static std::map<float, std::shared_ptr<const ettin::RopeTable>> tables;
+    const std::lock_guard<std::mutex> lock(guard);
+    auto& table = tables[theta];
+    if (!table || table->rows < rows) table = std::make_shared<ettin::RopeTable>(theta, (rows + 511) / 512 * 512);
+    return table;
+}
+
+// Inputs: queries, keys, values, bf16 [1, tokens, heads · 64]; cu_seqlens [pairs + 1], where each sequence begins and
+// the last ends. Tokens after that belong to none: their result is 0. Queries are [1, pairs, …] with `first_only`.
+class RaggedAttention : public ov::op::Op {
+public:
+    OPENVINO_OP("RaggedAttention", "ettin");
+
+    RaggedAttention() = default;
+    explicit RaggedAttention(const ov::OutputVector& inputs) : Op(inputs) {}
+
+    void validate_and_infer_types() override {
+        OPENVINO_ASSERT(get_input_size() == 4, "RaggedAttention takes queries, keys, values and cu_seqlens");
+        set_output_type(0, get_input_element_type(0), get_input_partial_shape(0));
+    }
+
+    std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
+        auto clone = std::make_shared<RaggedAttention>(inputs);
+        clone->m_heads = m_heads;
+        clone->m_window = m_window;
+        clone->m_theta = m_theta;
+        clone->m_first_only = m_first_only;
+        clone->constructor_validate_and_infer_types();
+        return clone;
+    }
+
+    bool visit_attributes(ov::AttributeVisitor& visitor) override {
+        visitor.on_attribute("heads", m_heads);
+        visitor.on_attribute("window", m_window);
+        visitor.on_attribute("theta", m_theta);
+        visitor.on_attribute("first_only", m_first_only);
+        return true;
+    }
+
+    bool has_evaluate() const override { return true; }
+
+    bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
+        OPENVINO_ASSERT(ettin::has_amx_bf16(), "RaggedAttention needs a processor with AMX");
+        for (int at = 0; at < 3; ++at)
+            OPENVINO_ASSERT(inputs[at].get_element_type() == ov::element::bf16, "RaggedAttention takes bf16, not ",
+                            inputs[at].get_element_type());
+        outputs[0].set_shape(inputs[0].get_shape());
+        const auto bounds = values_of(inputs[3]);
+        const size_t pairs = bounds.size() - 1;
+        int64_t longest = 1;
+        for (size_t pair = 0; pair < pairs; ++pair) longest = std::max(longest, bounds[pair + 1] - bounds[pair]);
+        const auto rope = rope_table(m_theta, int(longest));
+        const auto data = [&](int at) { return static_cast<const uint16_t*>(inputs[at].data()); };
+        auto* out = static_cast<uint16_t*>(outputs[0].data());
+        const ettin::RaggedAttention task{
+            data(0), data(1), data(2), out, rope.get(), int(m_heads), int(m_window), m_first_only};
+        ov::parallel_for(pairs * m_heads, [&](size_t at) {
+            const size_t pair = at / m_heads;
+            if (bounds[pair + 1] > bounds[pair])
+                ettin::attend(task, bounds[pair], bounds[pair + 1], m_first_only ? pair : bounds[pair], at % m_heads);
+        });
+        if (!m_first_only) {
+            const size_t row = m_heads * ettin::kHeadDim;
+            std::fill(out + bounds.back() * row, out + outputs[0].get_size(), uint16_t(0));
+        }
+        return true;
+    }
+
+private:
+    // OpenVINO's CPU plugin hands int64 inputs over as int32.
+    static std::vector<int64_t> values_of(const ov::Tensor& tensor) {
+        if (tensor.get_element_type() == ov::element::i32)
+            return {tensor.data<int32_t>(), tensor.data<int32_t>() + tensor.get_size()};
+        return {tensor.data<int64_t>(), tensor.data<int64_t>() + tensor.get_size()};
+    }
+
+    int64_t m_heads = 1, m_window = -1;
+    float m_theta = 0;
+    bool m_first_only = false;
+};
+
+}  // namespace
+
+OPENVINO_CREATE_EXTENSIONS(std::vector<ov::Extension::Ptr>({std::make_shared<ov::OpExtension<RaggedAttention>>()}));
+
+// For Python, which decides at load whether the graph with this operation is used.
+extern "C" __attribute__((visibility("default"))) bool ettin_has_amx_bf16() { return ettin::has_amx_bf16(); }

@@ -1,0 +1,52 @@
+"""The project's own attention kernel for OpenVINO: `kernels/`, compiled when the package is installed.
+
+It is used where it is there and can run: Linux on x86-64 with AMX, and the very version of OpenVINO that it was
+compiled against, whose C++ interface it uses. Anywhere else OpenVINO's own attention runs, from the same artifact.
+"""
+
+import ctypes
+import functools
+import importlib.util
+import os
+from pathlib import Path
+
+from ettin.runtimes.cpu import has_amx_bf16
+
+LIBRARY = "ettin.runtimes.openvino_kernels_library"
+RAGGED_NAME = "openvino_ragged.xml"  # the graph that uses them, beside the one that does without
+HEAD_DIM = 64  # the only one that they know; all released sizes have it
+SWITCH = "ETTIN_OPENVINO_KERNELS"  # "off": they are left alone
+
+
+def kernels() -> Path | None:
+    """The library, for `ov.Core.add_extension`; None where it can't be used (`problem` says why)."""
+    return None if problem() else _library()
+
+
+def problem() -> str | None:
+    """Why the kernels can't be used here; None: they can."""
+    if os.environ.get(SWITCH) == "off":
+        return f"switched off by {SWITCH}"
+    if not has_amx_bf16():
+        return "no AMX, or switched off by ONEDNN_MAX_CPU_ISA"
+    library = _library()
+    if library is None:
+        return "not compiled at installation, which needs g++ 11 or later"
+    return _unusable(library)
+
+
+def _library() -> Path | None:
+    found = importlib.util.find_spec(LIBRARY)
+    return Path(found.origin) if found and found.origin else None
+
+
+@functools.cache
+def _unusable(library: Path) -> str | None:
+    import openvino  # what the library is linked to must be there first
+
+    try:
+        can_run = ctypes.CDLL(str(library)).ettin_has_amx_bf16
+    except OSError:
+        return f"compiled for another OpenVINO than {openvino.__version__.split('-')[0]}"
+    can_run.restype = ctypes.c_bool
+    return None if can_run() else "the system does not let this process use AMX"

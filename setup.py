@@ -1,0 +1,36 @@
+"""What `pyproject.toml` can't say: the attention kernel is compiled against the OpenVINO of the build environment."""
+
+import platform
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+
+_SOURCES = ("ragged_attention.cpp", "openvino_extension.cpp")
+
+
+def extensions() -> list[Extension]:
+    """The attention kernel, where it can run; without it (no compiler) an install is whole, but slower with AMX."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return []
+    import openvino
+
+    root = Path(openvino.__file__).parent
+    libraries = [next((root / "libs").glob(f"{name}.so.*")) for name in ("libopenvino", "libtbb")]
+    return [
+        Extension(
+            "ettin.runtimes.openvino_kernels_library",
+            sources=[f"runtimes/kernels/{name}" for name in _SOURCES],
+            depends=["runtimes/kernels/ragged_attention.hpp"],
+            include_dirs=[str(root / "include")],
+            define_macros=[("OV_THREAD", "OV_THREAD_TBB_ADAPTIVE")],
+            extra_compile_args=["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wno-maybe-uninitialized"],
+            extra_link_args=[str(each) for each in libraries],
+            language="c++",
+            optional=True,
+            py_limited_api=True,
+        )
+    ]
+
+
+setup(ext_modules=extensions(), options={"bdist_wheel": {"py_limited_api": "cp311"}})
