@@ -6,6 +6,7 @@ from typing import Any
 
 from ettin.artifacts.errors import DownloadError, MissingDependency
 from ettin.bench.beir import RetrievalSet
+from ettin.export.hub import reached
 
 _QUESTIONS = "sentence-transformers/natural-questions"
 _NANO = "sentence-transformers/NanoBEIR-en"
@@ -55,18 +56,14 @@ def _rows(dataset: str, pattern: str) -> Iterator[dict[str, Any]]:
     try:
         import duckdb
         import huggingface_hub
-        from huggingface_hub import errors
     except ModuleNotFoundError as error:
         raise MissingDependency("text from the hub", str(error.name), "bench,export") from None
-    try:
+    with reached(dataset, "Or bring text: --data DIR"):
         names = huggingface_hub.list_repo_files(dataset, repo_type="dataset")
         chosen = [name for name in names if fnmatch(name, pattern)]
         if not chosen:
             raise DownloadError(f"{dataset}: holds no {pattern}, expected what it held in 2026")
         files = [huggingface_hub.hf_hub_download(dataset, name, repo_type="dataset") for name in chosen]
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.HTTPError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DownloadError(f"{dataset}: the hub can't be reached ({reason}). Or bring text: --data DIR") from None
     table = duckdb.connect().read_parquet(files)
     for row in table.fetchall():
         yield dict(zip(table.columns, row, strict=True))

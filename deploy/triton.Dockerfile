@@ -3,10 +3,16 @@
 #   docker run --rm --shm-size=1g -p 8000-8002:8000-8002 -v "$PWD/models:/models:ro" ettin-triton
 # RELEASE decides the TensorRT version: build engines with the trtexec of the same image, see deploy/README.md.
 ARG RELEASE=26.08
+
+# With a compiler, for the attention kernel; the image itself needs none.
+FROM python:3.12 AS wheel
+COPY . /src
+RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels /src
+
 FROM nvcr.io/nvidia/tritonserver:${RELEASE}-py3
 
-COPY . /src
 # The server's Python is Ubuntu's, which otherwise refuses packages of pip's.
-RUN pip install --no-cache-dir --break-system-packages "/src[onnx,openvino]" && rm -rf /src
+RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
+    pip install --no-cache-dir --break-system-packages "$(ls /wheels/*.whl)[onnx,openvino]"
 EXPOSE 8000 8001 8002
 CMD ["tritonserver", "--model-repository=/models", "--model-control-mode=poll", "--repository-poll-secs=30"]

@@ -101,5 +101,5 @@ def test_commands_have_these_options() -> None:
 def test_images_install_extras_that_exist() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for file in DEPLOY.glob("*.Dockerfile"):
-        named = re.search(r"/src\[([\w,-]+)\]", file.read_text())
+        named = re.search(r"\.whl\)\[([\w,-]+)\]", file.read_text())
         assert named and set(named[1].split(",")) <= extras.keys(), file

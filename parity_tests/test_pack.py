@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tarfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -22,11 +23,15 @@ Artifacts = dict[tuple[str, str], Path]
 
 @pytest.fixture
 def no_pip(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Pip is not run: what it would be asked."""
+    """Pip is not run: what it would be asked, and what builds are held to."""
     asked: list[list[str]] = []
 
-    def run(words: list[str]) -> None:
+    def run(words: list[str], variables: Mapping[str, str] | None = None) -> None:
         asked.append(words)
+        if "wheel" in words:
+            assert variables and variables["PIP_CONSTRAINT"] == variables["PIP_BUILD_CONSTRAINT"]
+            held_to = Path(variables["PIP_CONSTRAINT"]).read_text().split()
+            assert held_to == [f"openvino=={importlib.metadata.version('openvino')}"]
         folder = Path(words[words.index("-w" if "wheel" in words else "-d") + 1])
         folder.mkdir(exist_ok=True)
         (folder / "some.whl").write_bytes(b"wheel")
@@ -60,7 +65,7 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("wheels", [True, False])
 def test_archive(demo_artifacts: Artifacts, tmp_path: Path, no_pip: list[list[str]], wheels: bool) -> None:
     archive = tmp_path / "reranker.tar.gz"
-    artifact = str(demo_artifacts["onnx", "fp32"])
+    artifact = str(demo_artifacts["openvino", "int8"])
     done = CliRunner().invoke(command, [artifact, "--output", str(archive), *(["--wheels"] if wheels else [])])
     assert done.exit_code == 0 and done.stdout.strip() == str(archive), done.output
     assert len(no_pip) == 1 + wheels and no_pip[0][-1] == str(Path(__file__).parents[1])
@@ -81,7 +86,7 @@ def test_an_archive_is_not_lost(demo_artifacts: Artifacts, tmp_path: Path, monke
     done = CliRunner().invoke(command, [artifact, "--output", str(archive)])
     assert isinstance(done.exception, OutputError) and "exists, left as it is" in str(done.exception)
 
-    def fail(_: list[str]) -> None:
+    def fail(*_: object) -> None:
         raise OutputError("pip could not bring the wheels: no network")
 
     monkeypatch.setattr(module, "_run", fail)
