@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ettin.artifacts.errors import MissingDependency, UsageError
+from ettin.artifacts.errors import InputError, MissingDependency, UsageError
 from ettin.artifacts.manifest import Manifest
 from ettin.bench import published
 from ettin.bench.beir import RetrievalSet, read_beir
@@ -16,6 +16,7 @@ from ettin.bench.contest import artifact_name, size_mib
 from ettin.bench.hub_sets import NANOBEIR, nanobeir
 from ettin.runtimes import console, load
 
+_REFERENCE = "reference, fp32"
 _First = tuple[RetrievalSet, dict[str, list[str]]]
 
 
@@ -41,7 +42,11 @@ _First = tuple[RetrievalSet, dict[str, list[str]]]
 )
 @click.option("--queries", type=click.IntRange(1), help="Queries of a set, at most.  [default: all]")
 @click.option("--max-length", default=512, show_default=True, help="Tokens that pairs are truncated to.")
-@click.option("--reference", type=click.Path(path_type=Path), help="The checkpoint's folder: compare with gold.")
+@click.option(
+    "--reference",
+    type=click.Path(path_type=Path),
+    help="The checkpoint's folder: compare with gold. An earlier result (.json): with its reference's nDCG@10.",
+)
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the result there, too.")
 def quality(
     artifacts: tuple[Path, ...], folders: tuple[Path, ...], nano: bool, split: str, run_file: Path | None, count: int,
@@ -66,7 +71,7 @@ def quality(
     for data, found in _nano(count, queries) if nano else _folders(folders, split, run_file, count, queries):
         first_stage = first_stage_ndcg(data, found)
         candidates = with_positives(data, found) if always else found
-        rows = _rows(artifacts, data, candidates, max_length, reference)
+        rows = _rows(artifacts, data, candidates, settings, reference)
         figures = {"data": data.name, "queries": len(candidates), "first_stage_ndcg10": first_stage}
         sets.append({**settings, **figures, "rows": rows})
     result: dict[str, Any] = sets[0]
@@ -105,21 +110,42 @@ def _nano(count: int, queries: int | None) -> Iterator[_First]:
 
 
 def _rows(
-    artifacts: tuple[Path, ...], data: RetrievalSet, candidates: Mapping[str, list[str]], max_length: int,
+    artifacts: tuple[Path, ...], data: RetrievalSet, candidates: Mapping[str, list[str]], settings: Mapping[str, Any],
     reference: Path | None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    from ettin.bench.quality import rerank_quality, row
+    from ettin.bench.quality import Quality, rerank_quality, row
 
-    rows, gold = [], None
-    if reference:
+    rows: list[dict[str, Any]] = []
+    gold: Quality | Mapping[str, float] | None = None
+    if reference and reference.suffix == ".json":
+        rows.append(_earlier(reference, data.name, candidates, settings))
+        gold = rows[0]["ndcg10_by_query"]
+    elif reference:
         with console.step(f"{data.name}: rerank with the reference"):
-            gold = rerank_quality(data, candidates, _reference(reference, max_length))
-        rows.append({"artifact": "reference, fp32", **row(gold, None)})
+            gold = rerank_quality(data, candidates, _reference(reference, settings["max_length"]))
+        rows.append({"artifact": _REFERENCE, **row(gold, None)})
     for path in artifacts:
         with load(path) as runtime, console.step(f"{data.name}: rerank with {path}"):
-            predict = functools.partial(runtime.predict, max_length=max_length, activation_fn="identity")
+            predict = functools.partial(runtime.predict, max_length=settings["max_length"], activation_fn="identity")
             rows.append({**about(runtime), **row(rerank_quality(data, candidates, predict), gold)})
     return rows
+
+
+def _earlier(file: Path, data: str, candidates: Mapping[str, list[str]], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The reference's figures of an earlier result; it must be of the same pairs."""
+    from ettin.bench.report import read_results
+
+    (record,) = read_results([file])
+    for found in record["result"].get("sets", [record["result"]]):
+        same = found.get("data") == data and all(found.get(key, False) == value for key, value in settings.items())
+        for row in found.get("rows", []) if same else []:
+            if row["artifact"] == _REFERENCE and row["ndcg10_by_query"].keys() == candidates.keys():
+                return dict(row)
+    wanted = ", ".join(f"{key} {value}" for key, value in settings.items())
+    raise InputError(
+        f"{file}: no reference's quality on {data} with {len(candidates)} queries, {wanted}. "
+        "Name the checkpoint: --reference DIR"
+    )
 
 
 def _reference(folder: Path, max_length: int) -> Any:

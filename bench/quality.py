@@ -69,16 +69,24 @@ def with_positives(data: RetrievalSet, candidates: Mapping[str, list[str]]) -> d
     }
 
 
-def row(found: Quality, gold: Quality | None) -> dict[str, Any]:
-    """The figures of one ranker on one set, and against the reference, if there is one."""
+def row(found: Quality, gold: Quality | Mapping[str, float] | None) -> dict[str, Any]:
+    """The figures of one ranker on one set, and against the reference, if there is one.
+
+    Args:
+        found: the ranker's.
+        gold: the reference's; or its nDCG@10 by query alone, then errors of scores are not known.
+    """
     figures = {
         "ndcg10": found.ndcg10, "map": found.map, "mrr10": found.mrr10, "seconds": found.seconds,
         "ndcg10_by_query": found.by_query,
     }  # fmt: skip
     if gold is None:
         return figures
-    moved, low, high = change(found, gold)
+    by_query = gold.by_query if isinstance(gold, Quality) else gold
+    moved, low, high = change(found, by_query)
     against = {"ndcg10_change": moved, "ndcg10_change_95": [low, high]}
+    if not isinstance(gold, Quality):
+        return {**figures, **against}
     tau = kendall(found.scores, gold.scores)
     return {**figures, **against, **score_error(found.scores, gold.scores).figures(), "kendall": tau}
 
@@ -106,15 +114,16 @@ def mean_rows(sets: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             ]
             moved, low, high = paired_change(differences)
             mean |= {"ndcg10_change": moved, "ndcg10_change_95": [low, high]}
+        if all("max_abs_error" in each for each in rows):
             mean["max_abs_error"] = max(each["max_abs_error"] for each in rows)
             mean |= {key: float(np.mean([each[key] for each in rows])) for key in ("spearman", "kendall")}
         means.append(mean)
     return means
 
 
-def change(found: Quality, reference: Quality) -> tuple[float, float, float]:
-    """Of the mean nDCG@10 on one set; see `paired_change`."""
-    return paired_change([_differences(found.by_query, reference.by_query)])
+def change(found: Quality, reference: Mapping[str, float]) -> tuple[float, float, float]:
+    """Of the mean nDCG@10 on one set, against the reference's by query; see `paired_change`."""
+    return paired_change([_differences(found.by_query, reference)])
 
 
 def _differences(found: Mapping[str, float], reference: Mapping[str, float]) -> NDArray[np.float64]:

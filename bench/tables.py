@@ -158,17 +158,22 @@ def _shapes(results: Sequence[Result]) -> list[list[str]]:
 
 
 def _quality(results: Sequence[Result]) -> list[list[str]]:
-    """One line for each artifact, a group of columns for each set; of a single set, all figures."""
-    names = list(dict.fromkeys(row["artifact"] for result in results for row in result["rows"]))
-    rows = [["what ranks"], *([label(name)] for name in names)]
+    """One line for each artifact, a group of columns for each set; of a single set, all figures.
+
+    Of several results of a set, a later one's line replaces an earlier one's of the same artifact.
+    """
+    sets: dict[str, dict[str, Result]] = {}
     for result in results:
-        columns = _QUALITY if len(results) > 1 else _QUALITY | _MORE_QUALITY
-        found = {row["artifact"]: row for row in result["rows"]}
+        sets.setdefault(result["data"], {}).update({row["artifact"]: row for row in result["rows"]})
+    names = list(dict.fromkeys(name for found in sets.values() for name in found))
+    rows = [["what ranks"], *([label(name)] for name in names)]
+    for data, found in sets.items():
+        columns = _QUALITY if len(sets) > 1 else _QUALITY | _MORE_QUALITY
         shown = {title: show for title, show in columns.items() if any(map(show, found.values()))}
-        name = result["data"].replace("/", ", ")
+        name = data.replace("/", ", ")
         rows[0] += [f"{name}: {title}" if at == 0 else title for at, title in enumerate(shown)]
-        for name, line in zip(names, rows[1:], strict=True):
-            line += [show(found[name]) if name in found else "–" for show in shown.values()]
+        for artifact, line in zip(names, rows[1:], strict=True):
+            line += [show(found[artifact]) if artifact in found else "–" for show in shown.values()]
     return rows
 
 

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner, Result
 
 from ettin.artifacts.errors import InputError, UsageError
 from ettin.bench.beir import read_beir
+from ettin.bench.cli import command
 from ettin.bench.contest import PEERS, Contest, Contestant, contestants, result
 from ettin.bench.cpu import ISAS, NOTES
 from ettin.bench.profile import peak_gops, profiled
@@ -50,13 +52,13 @@ def quality_of(*values: float) -> Quality:
 
 def test_bootstrap_interval_is_paired() -> None:
     spread = np.random.default_rng(1).uniform(0, 1, 200)
-    moved, low, high = change(quality_of(*(spread - 0.01)), quality_of(*spread))
+    moved, low, high = change(quality_of(*(spread - 0.01)), quality_of(*spread).by_query)
     assert moved == pytest.approx(-0.01) and low == pytest.approx(-0.01) and high == pytest.approx(-0.01)
     noise = np.random.default_rng(2).normal(0, 0.05, 200)
-    moved, low, high = change(quality_of(*(spread + noise)), quality_of(*spread))
+    moved, low, high = change(quality_of(*(spread + noise)), quality_of(*spread).by_query)
     assert moved == pytest.approx(noise.mean()) and low < moved < high
     assert high - low == pytest.approx(2 * 1.96 * noise.std() / 200**0.5, rel=0.1)
-    assert change(quality_of(0.5, 1.0), quality_of(0.5, 1.0)) == (0.0, 0.0, 0.0)
+    assert change(quality_of(0.5, 1.0), {"q0": 0.5, "q1": 1.0}) == (0.0, 0.0, 0.0)
 
 
 def test_peers_need_a_name_and_a_checkpoint(tmp_path: Path) -> None:
@@ -154,6 +156,17 @@ def test_quality_command_compares_with_the_reference(
     reference, fp32, int8 = json.loads((tmp_path / "q.json").read_text())["result"]["rows"]
     assert fp32["ndcg10"] == reference["ndcg10"] and fp32["max_abs_error"] < 1e-4
     assert int8["ndcg10_change_95"][0] <= int8["ndcg10_change"] <= int8["ndcg10_change_95"][1]
+
+    def again(*options: str) -> Result:
+        words = ["quality", str(artifacts[1]), "--data", str(tmp_path / "set"), "--candidates", "10", *options,
+                 "--reference", str(tmp_path / "q.json"), "--json", str(tmp_path / "again.json")]  # fmt: skip
+        return CliRunner().invoke(command, words)
+
+    assert again().exit_code == 0
+    same, fast = json.loads((tmp_path / "again.json").read_text())["result"]["rows"]
+    assert same == reference and "max_abs_error" not in fast
+    assert all(fast[key] == int8[key] for key in ("ndcg10", "ndcg10_change", "ndcg10_change_95"))
+    assert "q.json: no reference's quality on set/test with 3 queries" in str(again("--max-length", "64").exception)
 
 
 def test_both_layouts_of_a_set(tmp_path: Path) -> None:
