@@ -206,7 +206,7 @@ def test_tables_command(tmp_path: Path) -> None:
     assert bench("tables", "page.md", "--check", cwd=tmp_path).returncode == 0
     with pytest.raises(InputError, match="unknown table 'plot'"):
         filled("<!-- table: plot r.json -->\n<!-- end of table -->", tmp_path)
-    with pytest.raises(InputError, match="table 'quality': its results lack 'rows'"):
+    with pytest.raises(InputError, match="table 'quality': its results lack 'data'"):
         filled("<!-- table: quality r.json -->\n<!-- end of table -->", tmp_path)
     with pytest.raises(InputError, match=r"missing\.json: not a result"):
         filled("<!-- table: cpu missing.json -->\n<!-- end of table -->", tmp_path)
