@@ -12,6 +12,7 @@ from ettin.runtimes import load
 from ettin.runtimes.batch import Batch
 from ettin.runtimes.cpu import CpuPlan, available_cpus, is_hybrid
 from ettin.runtimes.on_openvino import OpenVinoRuntime
+from ettin.runtimes.openvino_kernels import SWITCH
 
 PAIRS = [("which planet is red", "Mars is the red planet."), ("what do bees make", "Bees make honey and wax.")] * 20
 SHORT = [[1], [8, 3], [66, 65, 64, 63], [130, 129, 128], [193, 192], [257, 256, 255], [512, 100]]
@@ -141,6 +142,7 @@ def one_batch(lengths: list[int]) -> Batch:
 def test_short_form_scores_as_the_whole_graph(
     demo_artifacts: dict[tuple[str, str], Path], precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv(SWITCH, "off")  # our kernel has one graph for every length
     with load(demo_artifacts["openvino", precision]) as runtime:
         assert isinstance(runtime, OpenVinoRuntime) and runtime.manifest.graph["block_threshold_tokens"] == 512
         short = [runtime.score(batch) for batch in map(one_batch, SHORT)]
