@@ -139,7 +139,9 @@ class OpenVinoOps:
         return op.add(op.multiply(x, cos), op.multiply(turned, sin))
 
     def attention(self, q: ov.Node, k: ov.Node, v: ov.Node, bias: ov.Node, reader: str) -> ov.Node:
-        return op.scaled_dot_product_attention(q, k, v, bias, op.constant(np.float32(1)), causal=False)
+        return self.mixed(
+            op.scaled_dot_product_attention(q, k, v, bias, op.constant(np.float32(1)), causal=False), reader
+        )
 
     def ragged_attention(
         self,
@@ -157,7 +159,11 @@ class OpenVinoOps:
         heads = int(q.get_output_partial_shape(0)[-1].get_length()) // HEAD_DIM
         attributes = {"heads": heads, "window": window, "theta": theta, "first_only": first_only}
         inputs = [each.output(0) for each in (*halves, cu_seqlens)]
-        return op.convert(_ragged_factory().create("RaggedAttention", inputs, attributes), "f32")
+        return self.mixed(op.convert(_ragged_factory().create("RaggedAttention", inputs, attributes), "f32"), reader)
+
+    def mixed(self, values: ov.Node, reader: str) -> ov.Node:
+        """What attention gives to `reader`, for subclasses that round it at its source."""
+        return values
 
 
 @functools.cache

@@ -53,28 +53,13 @@ class Int8OpenVinoOps(OpenVinoOps):
                 self._rounded(x, largest, ONLY_IN_F32)
                 for x, largest in zip((q, k), self._quantised.attention_max[reader], strict=True)
             )
-        return self._rounded_for(reader, super().attention(q, k, v, bias, reader))
+        return super().attention(q, k, v, bias, reader)
 
-    def ragged_attention(
-        self,
-        q: ov.Node,
-        k: ov.Node,
-        v: ov.Node,
-        cu_seqlens: ov.Node,
-        window: int,
-        theta: float,
-        first_only: bool,
-        reader: str,
-    ) -> ov.Node:
-        return self._rounded_for(
-            reader, super().ragged_attention(q, k, v, cu_seqlens, window, theta, first_only, reader)
-        )
-
-    def _rounded_for(self, reader: str, mixed: ov.Node) -> ov.Node:
+    def mixed(self, values: ov.Node, reader: str) -> ov.Node:
         if reader not in self._quantised.input_max or not self._quantised.scheme.activations:
-            return mixed
+            return values
         self._rounded_at_source.add(reader)
-        return self._rounded(mixed, self._quantised.input_max[reader])
+        return self._rounded(values, self._quantised.input_max[reader])
 
     def _rounded(self, x: ov.Node, largest: float, mark: str = "") -> ov.Node:
         """One FakeQuantize for all readers of a value: signed, symmetric, 256 levels."""

@@ -1,7 +1,9 @@
 """Checkpoint → OpenVINO IR for CPUs."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -36,17 +38,13 @@ def openvino_from_checkpoint(material: Material, precision: str, folder: Path, *
         folder: where to.
         form: speed choices.
     """
-    shape = material.checkpoint.shape
-    inputs = [op.parameter([-1, -1], ov.Type.i64, name=each.name) for each in PADDED.inputs]
-    logits = Scorer(_ops(material, precision), shape, form).logits(*inputs)
+    shape, new_ops = material.checkpoint.shape, _ops(material, precision)
     path = folder / "openvino" / "openvino_model.xml"
     path.parent.mkdir()
-    _save(logits, inputs, PADDED, path)
+    _write(Scorer(new_ops(), shape, form).logits, PADDED, path)
     is_ragged = precision != "fp32" and shape.head_dim == HEAD_DIM and kernels() is not None
     if is_ragged:
-        inputs = [op.parameter([-1], ov.Type.i64, name=each.name) for each in RAGGED.inputs]
-        logits = RaggedScorer(_ops(material, precision), shape, form).ragged_logits(*inputs)
-        _save(logits, inputs, RAGGED, path.with_name(RAGGED_NAME))
+        _write(RaggedScorer(new_ops(), shape, form).ragged_logits, RAGGED, path.with_name(RAGGED_NAME))
         share_weights(path.with_name(RAGGED_NAME), path)
     version = ov.__version__.split("-")[0]
     return Lowered(
@@ -57,13 +55,17 @@ def openvino_from_checkpoint(material: Material, precision: str, folder: Path, *
     )
 
 
-def _ops(material: Material, precision: str) -> OpenVinoOps:
+def _ops(material: Material, precision: str) -> Callable[[], OpenVinoOps]:
+    """Makes the operations of one graph; the weights are folded once for all."""
     if material.quantised:
-        return Int8OpenVinoOps(material.quantised, _bf16_constant)
-    return OpenVinoOps(material.folded(), _bf16_constant if precision == "bf16" else op.constant)
+        return partial(Int8OpenVinoOps, material.quantised, _bf16_constant)
+    return partial(OpenVinoOps, material.folded(), _bf16_constant if precision == "bf16" else op.constant)
 
 
-def _save(logits: ov.Node, inputs: list[ov.Node], interface: Interface, path: Path) -> None:
+def _write(described: Callable[..., ov.Node], interface: Interface, path: Path) -> None:
+    """Writes a graph, and lets go of it: the next has constants of its own."""
+    inputs = [op.parameter([-1] * len(each.shape), ov.Type.i64, name=each.name) for each in interface.inputs]
+    logits = described(*inputs)
     for node, spec in zip((*inputs, logits), (*interface.inputs, *interface.outputs), strict=True):
         node.output(0).get_tensor().set_names({spec.name})
     # save_model stores weights as fp16 unless told otherwise.
