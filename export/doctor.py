@@ -66,11 +66,13 @@ def _kernels() -> list[Finding]:
     if not _has("openvino"):
         return []
     problem = openvino_kernels.problem()
-    mendable = problem is not None and "compiled" in problem
+    if problem is None:
+        return [Finding("attention kernel", None, "runs openvino bf16 and int8")]
+    if not problem.install_again:
+        return [Finding("attention kernel", None, problem.why)]
     # Compiled against the OpenVINO that is installed, not against the newest.
     again = f"pip install --force-reinstall --no-deps --no-cache-dir --no-build-isolation {own_source()}"
-    fix = f"pip install 'setuptools>=77', then {again}" if mendable else ""
-    return [Finding("attention kernel", False if mendable else None, problem or "runs openvino bf16 and int8", fix)]
+    return [Finding("attention kernel", False, problem.why, f"pip install 'setuptools>=77', then {again}")]
 
 
 def _gpu() -> Finding:

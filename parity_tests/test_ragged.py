@@ -23,7 +23,7 @@ from ettin.export.to_openvino import share_weights
 from ettin.runtimes import load, openvino_kernels
 from ettin.runtimes.batch import Batch
 from ettin.runtimes.graph.fold import rope_tables
-from ettin.runtimes.openvino_kernels import HEAD_DIM, RAGGED_NAME, SWITCH, kernels, problem
+from ettin.runtimes.openvino_kernels import HEAD_DIM, RAGGED_NAME, SWITCH, Problem, kernels, problem
 
 HEADS, THETA = 2, 160000.0
 LENGTHS = (1, 17, 31, 32, 33, 64, 65, 130, 257, 300, 700)
@@ -32,9 +32,11 @@ Artifacts = dict[tuple[str, str], Path]
 
 @pytest.fixture
 def usable() -> Path:
+    unusable = problem()
+    if unusable:
+        pytest.skip(f"the attention kernel can't run here: {unusable.why}")
     library = kernels()
-    if library is None:
-        pytest.skip(f"the attention kernel can't run here: {problem()}")
+    assert library
     return library
 
 
@@ -202,13 +204,13 @@ def with_amx(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_limits_are_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
     for limit in ("AVX2_VNNI", "AVX512_CORE_BF16"):
         monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
-        assert problem() == "no AMX, or switched off by ONEDNN_MAX_CPU_ISA" and kernels() is None
+        assert problem() == Problem("no AMX, or switched off by ONEDNN_MAX_CPU_ISA") and kernels() is None
 
 
 @pytest.mark.usefixtures("with_amx")
 def test_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(SWITCH, "off")
-    assert problem() == f"switched off by {SWITCH}" and kernels() is None
+    assert problem() == Problem(f"switched off by {SWITCH}") and kernels() is None
 
 
 @pytest.mark.usefixtures("with_amx")

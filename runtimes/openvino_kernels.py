@@ -9,6 +9,7 @@ import functools
 import importlib.util
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 from ettin.runtimes.cpu import has_amx_bf16
 
@@ -18,20 +19,32 @@ HEAD_DIM = 64  # the only one that they know; all released sizes have it
 SWITCH = "ETTIN_OPENVINO_KERNELS"  # "off": they are left alone
 
 
+class Problem(NamedTuple):
+    """Why the kernels can't be used.
+
+    Args:
+        why: in words.
+        install_again: whether compiling them here would help.
+    """
+
+    why: str
+    install_again: bool = False
+
+
 def kernels() -> Path | None:
     """The library, for `ov.Core.add_extension`; None where it can't be used (`problem` says why)."""
     return None if problem() else _library()
 
 
-def problem() -> str | None:
+def problem() -> Problem | None:
     """Why the kernels can't be used here; None: they can."""
     if os.environ.get(SWITCH) == "off":
-        return f"switched off by {SWITCH}"
+        return Problem(f"switched off by {SWITCH}")
     if not has_amx_bf16():
-        return "no AMX, or switched off by ONEDNN_MAX_CPU_ISA"
+        return Problem("no AMX, or switched off by ONEDNN_MAX_CPU_ISA")
     library = _library()
     if library is None:
-        return "not compiled at installation, which needs g++ 11 or later"
+        return Problem("not compiled at installation, which needs g++ 11 or later", install_again=True)
     return _unusable(library)
 
 
@@ -41,12 +54,13 @@ def _library() -> Path | None:
 
 
 @functools.cache
-def _unusable(library: Path) -> str | None:
+def _unusable(library: Path) -> Problem | None:
     import openvino  # what the library is linked to must be there first
 
     try:
         can_run = ctypes.CDLL(str(library)).ettin_has_amx_bf16
     except OSError:
-        return f"compiled for another OpenVINO than {openvino.__version__.split('-')[0]}"
+        version = openvino.__version__.split("-")[0]
+        return Problem(f"compiled for another OpenVINO than {version}", install_again=True)
     can_run.restype = ctypes.c_bool
-    return None if can_run() else "the system does not let this process use AMX"
+    return None if can_run() else Problem("the system does not let this process use AMX")

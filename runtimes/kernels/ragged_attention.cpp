@@ -131,12 +131,12 @@ inline void store_transposed(const __m512i rows[16], uint8_t* tile) {
     }
 }
 
-void pack_keys(const RaggedAttention& task, const uint16_t* k, size_t stride, int length, int padded, uint8_t* tiles) {
+void pack_keys(const RopeTable& rope, const uint16_t* k, size_t stride, int length, int padded, uint8_t* tiles) {
     for (int first = 0; first < padded; first += 16) {
         __m512i rows[2][16];
         for (int at = 0; at < 16; ++at) {
             __m512i halves[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
-            if (first + at < length) rotated(k + (first + at) * stride, *task.rope, first + at, 1.0f, halves);
+            if (first + at < length) rotated(k + (first + at) * stride, rope, first + at, 1.0f, halves);
             rows[0][at] = halves[0];
             rows[1][at] = halves[1];
         }
@@ -303,7 +303,7 @@ void attend(const RaggedAttention& task, int64_t begin, int64_t end, int64_t out
     const int packed = whole_tiles(visible);
     const Scratch scratch(packed);
     Scratch::Block& block = *scratch.block;
-    pack_keys(task, task.k + begin * stride + column, stride, visible, packed, scratch.keys);
+    pack_keys(*task.rope, task.k + begin * stride + column, stride, visible, packed, scratch.keys);
     pack_values(task.v + begin * stride + column, stride, visible, packed, scratch.values);
 
     const TileConfig config;
