@@ -14,6 +14,7 @@ from ettin.bench.beir import RetrievalSet, read_beir
 from ettin.bench.cli_shared import about, show_and_write
 from ettin.bench.contest import artifact_name, size_mib
 from ettin.bench.hub_sets import NANOBEIR, nanobeir
+from ettin.bench.machine import read_result
 from ettin.runtimes import console, load
 
 _REFERENCE = "reference, fp32"
@@ -133,10 +134,8 @@ def _rows(
 
 def _earlier(file: Path, data: str, candidates: Mapping[str, list[str]], settings: Mapping[str, Any]) -> dict[str, Any]:
     """The reference's figures of an earlier result; it must be of the same pairs."""
-    from ettin.bench.report import read_results
-
-    (record,) = read_results([file])
-    for found in record["result"].get("sets", [record["result"]]):
+    result = read_result(file)["result"]
+    for found in result.get("sets", [result]):
         same = found.get("data") == data and all(found.get(key, False) == value for key, value in settings.items())
         for row in found.get("rows", []) if same else []:
             if row["artifact"] == _REFERENCE and row["ndcg10_by_query"].keys() == candidates.keys():

@@ -54,13 +54,14 @@ def report(results: tuple[Path, ...], output: Path, pictures: Path | None) -> No
 
 
 @click.command(epilog=console.example_epilog("ettin-bench tables README.md"))
-@click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.option("--check", is_flag=True, help="Change nothing; fail if a table is stale.")
-def tables(file: Path, check: bool) -> None:
-    """Make the marked tables of a Markdown file again from the results that they name."""
-    before = file.read_text(encoding="utf-8")
-    after = filled(before, file.parent)
-    if check and after != before:
-        raise InputError(f"{file}: a table is not what its results say. Run: ettin-bench tables {file}")
-    if after != before:
-        file.write_text(after, encoding="utf-8")
+def tables(files: tuple[Path, ...], check: bool) -> None:
+    """Make the marked tables of Markdown FILES again from the results that they name."""
+    for file in files:
+        before = file.read_text(encoding="utf-8")
+        after = filled(before, file.parent)
+        if check and after != before:
+            raise InputError(f"{file}: a table is not what its results say. Run: ettin-bench tables {file}")
+        if after != before:
+            file.write_text(after, encoding="utf-8")

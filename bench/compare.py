@@ -1,6 +1,5 @@
 """Two results of the same measurement: what became faster, slower or ranks otherwise, and what can't be told."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +9,14 @@ import numpy as np
 from scipy.stats import ttest_ind
 
 from ettin.artifacts.errors import InputError, UsageError
+from ettin.bench.machine import read_result
 from ettin.bench.quality import paired_change
 
 # What must be equal in both, or they did not measure the same.
 _SETTINGS = ("data", "pairs", "candidates", "max_length", "filled", "isa", "clients", "requests", "queries", "weights",
              "always_rerank_positives", "device")  # fmt: skip
 _WITH_CONTESTANTS = ("cpu", "peers", "throughput")
+_COMPARED = (*_WITH_CONTESTANTS, "load", "quality")
 _BASELINES = ("st-fp32", "sentence-transformers fp32", "in process")
 # A machine's mood moves even a ratio of one run by this much.
 FLOOR = 0.03
@@ -56,9 +57,11 @@ def compare(old: Path, new: Path, baseline: str | None = None) -> tuple[list[Ver
         InputError: not results, or not of the same measurement.
         UsageError: a baseline that they do not both have.
     """
-    before, after = _read(old), _read(new)
+    before, after = read_result(old), read_result(new)
     if before["kind"] != after["kind"]:
         raise InputError(f"{old} is of '{before['kind']}', {new} of '{after['kind']}'. Compare two of a kind")
+    if before["kind"] not in _COMPARED:
+        raise InputError(f"{old}: results of '{before['kind']}' can't be compared, only of: {', '.join(_COMPARED)}")
     for key in _SETTINGS:
         first, second = (each["result"].get(key) or None for each in (before, after))  # what is off may be left out
         if first != second:
@@ -78,17 +81,6 @@ def compare(old: Path, new: Path, baseline: str | None = None) -> tuple[list[Ver
     if before["machine"]["cpu"] != after["machine"]["cpu"]:
         words += f"; other machines: {before['machine']['cpu']}, {after['machine']['cpu']}"
     return verdicts, words
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if found["schema"] != 1 or found["kind"] not in (*_WITH_CONTESTANTS, "load", "quality"):
-            raise ValueError(f"schema {found['schema']}, kind '{found['kind']}'")
-        _ = found["result"], found["machine"]["cpu"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: not a result that can be compared ({error})") from None
-    return found
 
 
 def _speeds(found: Mapping[str, Any]) -> dict[str, list[float]]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ettin.artifacts.errors import InputError
 from ettin.artifacts.versions import installed_versions
 from ettin.runtimes import cpu
 
@@ -54,3 +55,21 @@ def write_result(
     about = {**machine(), **(more or {})}
     content = {"schema": _SCHEMA, "kind": kind, "command": command, "machine": about, "result": result}
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """A result that `write_result` wrote: schema, kind, command, machine and result.
+
+    Raises:
+        InputError: it is none, or of another schema.
+    """
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if found["schema"] != _SCHEMA:
+            raise ValueError(f"schema {found['schema']}, expected {_SCHEMA}")
+        _ = found["kind"], found["command"], found["machine"]["cpu"], found["result"]
+    except KeyError as error:
+        raise InputError(f"{path}: not a result of ettin-bench (it lacks {error})") from None
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path}: not a result of ettin-bench ({error})") from None
+    return found

@@ -39,9 +39,9 @@ def _colours(names: Sequence[str]) -> dict[str, str]:
     return found | {name: _PEERS[at % len(_PEERS)] for at, name in enumerate(peers)}
 
 
-def plain(name: str) -> str:
-    """A contestant's name without Markdown."""
-    return label(name).replace("`", "")
+def plain(contestant: Result) -> str:
+    """What a contestant is called, without Markdown."""
+    return label(contestant).replace("`", "")
 
 
 def speeds(result: Result) -> Figure:
@@ -68,7 +68,7 @@ def probes(result: Result) -> Figure:
             best = max(probed.values())
             sizes = [int(size) * scale for size in probed]
             shares = [speed / best for speed in probed.values()]
-            axes.plot(sizes, shares, marker="o", markersize=3.5, color=colours[row["name"]], label=plain(row["name"]))
+            axes.plot(sizes, shares, marker="o", markersize=3.5, color=colours[row["name"]], label=plain(row))
         axes.set_xscale("log", base=2)
         axes.set_ylim(0, 1.05)
         axes.set_xlabel("tokens of a batch (PyTorch: pairs × mean length)")
@@ -84,7 +84,7 @@ def requests(result: Result) -> Figure:
         figure, axes = _figure()
         colours = _colours([each["name"] for each in rows])
         for row in rows:
-            axes.ecdf(row["latencies_ms"], color=colours[row["name"]], label=plain(row["name"]))
+            axes.ecdf(row["latencies_ms"], color=colours[row["name"]], label=plain(row))
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}")
         axes.set_xlabel(f"milliseconds for one query with {result['candidates']} documents")
@@ -113,7 +113,7 @@ def _bars(
                 axes.plot(marks, [at] * len(marks), ".", color="black", markersize=3)
             end = max(marks, default=row[key])
             axes.annotate(text(row[key]), (end, at), (4, 0), textcoords="offset points", va="center")
-        axes.set_yticks(range(len(rows)), [plain(each["name"]) for each in rows])
+        axes.set_yticks(range(len(rows)), [plain(each) for each in rows])
         axes.set_xlabel(axis)
         axes.margins(x=0.1)
         axes.grid(visible=False, axis="y")
@@ -131,7 +131,8 @@ def lengths(result: Result) -> Figure:
         figure, axes = _figure(height=4.0)
         colours = _colours(list(series))
         for name, points in series.items():
-            axes.plot(*zip(*points, strict=True), marker="o", markersize=3.5, color=colours[name], label=plain(name))
+            shown = plain({"name": name})
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=3.5, color=colours[name], label=shown)
         axes.set_xscale("log", base=2)
         ticks = [step["max_length"] for step in result["lengths"]]
         axes.set_xticks(ticks, [str(tick) for tick in ticks])

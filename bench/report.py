@@ -1,7 +1,6 @@
 """One page of all results: tables and plots, in one file that needs nothing else."""
 
 import io
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -14,6 +13,7 @@ from matplotlib.figure import Figure
 
 from ettin.artifacts.errors import InputError
 from ettin.bench import plots, published
+from ettin.bench.machine import read_result
 from ettin.bench.tables import TABLES
 
 Record = dict[str, Any]
@@ -63,11 +63,7 @@ def read_results(paths: Sequence[Path]) -> list[Record]:
     found = sorted(file for path in paths for file in (path.rglob("*.json") if path.is_dir() else [path]))
     records = []
     for file in found:
-        try:
-            record = json.loads(file.read_text(encoding="utf-8"))
-            _ = record["kind"], record["machine"]["cpu"], record["result"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{file}: not a result of ettin-bench ({error})") from None
+        record = read_result(file)
         if record["kind"] in _SECTIONS:
             records.append({**record, "file": file.name})
     if not records:

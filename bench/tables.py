@@ -1,8 +1,7 @@
 """Tables of a Markdown file, made from results: a marker names kind and files, `ettin-bench tables` fills it in."""
 
-import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from tabulate import tabulate
 
 from ettin.artifacts.errors import InputError
+from ettin.bench.machine import read_result
 
 _MARKED = re.compile(r"(<!-- table: (\w+) ([^>]+?) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
@@ -44,7 +44,7 @@ def filled(text: str, root: Path) -> str:
         if kind not in TABLES:
             raise InputError(f"unknown table '{kind}', expected one of: {', '.join(TABLES)}")
         try:
-            rows = TABLES[kind]([_read(root / name) for name in names.split()])
+            rows = TABLES[kind]([read_result(root / name)["result"] for name in names.split()])
         except KeyError as error:
             raise InputError(f"table '{kind}': its results lack {error}. Name results of ettin-bench {kind}") from None
         return f"{start}\n{tabulate(rows, headers='firstrow', tablefmt='github', disable_numparse=True)}\n\n{end}"
@@ -52,20 +52,19 @@ def filled(text: str, root: Path) -> str:
     return _MARKED.sub(table, text)
 
 
-def _read(path: Path) -> Result:
-    try:
-        result: Result = json.loads(path.read_text(encoding="utf-8"))["result"]
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{path}: not a result of ettin-bench ({error})") from None
-    return result
-
-
-def label(name: str) -> str:
+def label(contestant: Mapping[str, Any]) -> str:
     """What a contestant is called."""
-    if "/" not in name:
-        return _NAMES.get(name, name)
-    target, _, precision = name.rsplit("/", 1)[-1].partition("-")
-    return f"`{target}` {precision}"
+    name = contestant["name"]
+    if "/" in name:
+        return artifact_label(name)
+    searched = "best" in contestant.get("batch", {})
+    return (searched and _AT_ITS_BEST.get(name)) or _NAMES.get(name, name)
+
+
+def artifact_label(name: str) -> str:
+    """What an artifact is called: target and precision."""
+    target, has_precision, precision = name.rsplit("/", 1)[-1].partition("-")
+    return f"`{target}` {precision}" if has_precision else name
 
 
 def number(value: float) -> str:
@@ -98,11 +97,11 @@ def _cpu(results: Sequence[Result]) -> list[list[str]]:
     rows = [["what runs", "pairs/s", "×", f"one query, {count} documents", "load", "peak memory", "largest error"]]
     for row in result["contestants"]:
         if "pairs_per_s" not in row:
-            rows.append([label(row["name"]), *["–"] * 5, str(row["problem"])[:80]])
+            rows.append([label(row), *["–"] * 5, str(row["problem"])[:80]])
             continue
         times = f"{row['pairs_per_s'] / base['pairs_per_s']:.1f}" if base else ""
         rows.append([
-            label(row["name"]), number(row['pairs_per_s']), times, f"{row['latency_p50_ms']:.0f} ms",
+            label(row), number(row['pairs_per_s']), times, f"{row['latency_p50_ms']:.0f} ms",
             f"{row['load_s']:.1f} s", f"{row['peak_rss_mib']:.0f} MiB", _error(row),
         ])  # fmt: skip
     return rows
@@ -117,13 +116,13 @@ def _throughput(results: Sequence[Result]) -> list[list[str]]:
              "load", "peak memory", "size"]]  # fmt: skip
     for row in result["contestants"]:
         if "pairs_per_s" not in row:
-            rows.append([label(row["name"]), *["–"] * 8, str(row["problem"])[:80]])
+            rows.append([label(row), *["–"] * 8, str(row["problem"])[:80]])
             continue
         times = " / ".join(f"{row[key]:.0f}" for key in _LATENCIES if key in row) + " ms"
         batch = f"{row['batch']['best']} {row['batch']['unit']}" if "best" in row["batch"] else ""
         memory = f"{row['peak_rss_mib']:.0f} MiB" + (f", GPU {row['peak_gpu_mib']:.0f}" if row["peak_gpu_mib"] else "")
         rows.append([
-            _AT_ITS_BEST.get(row["name"]) or label(row["name"]), number(row["pairs_per_s"]),
+            label(row), number(row["pairs_per_s"]),
             f"{row['pairs_per_s'] / base['pairs_per_s']:.1f}" if base else "", batch,
             _percent(row["padding_share"]), _percent(row["share_of_peak"]), times, f"{row['load_s']:.1f} s", memory,
             f"{row['size_mib']:.0f} MiB" if row["size_mib"] else "",
@@ -166,7 +165,7 @@ def _quality(results: Sequence[Result]) -> list[list[str]]:
     for result in results:
         sets.setdefault(result["data"], {}).update({row["artifact"]: row for row in result["rows"]})
     names = list(dict.fromkeys(name for found in sets.values() for name in found))
-    rows = [["what ranks"], *([label(name)] for name in names)]
+    rows = [["what ranks"], *([artifact_label(name)] for name in names)]
     for data, found in sets.items():
         columns = _QUALITY if len(sets) > 1 else _QUALITY | _MORE_QUALITY
         shown = {title: show for title, show in columns.items() if any(map(show, found.values()))}
@@ -206,7 +205,7 @@ def _parity(results: Sequence[Result]) -> list[list[str]]:
     """One line for each artifact."""
     rows = [["target", "precision", "pairs", "largest / mean error", "Spearman", "size"]]
     for row in (row for result in results for row in result["rows"]):
-        _, target, precision = label(row["artifact"]).split("`")
+        _, target, precision = artifact_label(row["artifact"]).split("`")
         errors = (
             f"{row['max_abs_error']:.0e} / {row['mean_abs_error']:.0e}" if row["status"] == "verified" else "unproven"
         )
@@ -255,8 +254,9 @@ def _load(results: Sequence[Result]) -> list[list[str]]:
 def _lengths(results: Sequence[Result]) -> list[list[str]]:
     """One line for each length: pairs per second of every contestant."""
     (result,) = results
-    names = [row["name"] for row in result["lengths"][0]["contestants"]]
-    rows = [["tokens", *map(label, names)]]
+    contestants = result["lengths"][0]["contestants"]
+    names = [row["name"] for row in contestants]
+    rows = [["tokens", *map(label, contestants)]]
     for step in result["lengths"]:
         speeds = {row["name"]: number(row["pairs_per_s"]) for row in step["contestants"] if "pairs_per_s" in row}
         rows.append([str(step["max_length"]), *(speeds.get(name, "–") for name in names)])

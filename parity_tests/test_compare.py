@@ -1,6 +1,5 @@
 """`ettin-bench compare`: real changes are seen, noise is not."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from click.testing import CliRunner
 from ettin.artifacts.errors import EttinError, InputError, UsageError
 from ettin.bench.cli import command
 from ettin.bench.compare import compare
+from ettin.bench.machine import write_result
 
 RESULTS = Path(__file__).parents[1] / "bench" / "results"
 
@@ -27,7 +27,7 @@ def cpu(path: Path, speed: float, mood: float, seed: int, rounds: int = 5, noise
         {"name": "broken", "problem": "died"},
     ]
     result = {"data": "squad", "pairs": 400, "max_length": 512, "contestants": entries} | more
-    path.write_text(json.dumps({"schema": 1, "kind": "cpu", "machine": {"cpu": "x"}, "result": result}))
+    write_result(path, "cpu", "ettin-bench cpu", result)
     return path
 
 
@@ -72,8 +72,14 @@ def test_unlike_runs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="baseline 'st-bf16' is not in both, which have: a/openvino-int8, st-fp32"):
         compare(old, old, "st-bf16")
     (tmp_path / "text").write_text("[]")
-    with pytest.raises(InputError, match="not a result that can be compared"):
+    with pytest.raises(InputError, match="text: not a result of ettin-bench"):
         compare(old, tmp_path / "text")
+    (tmp_path / "text").write_text(old.read_text().replace('"schema": 1', '"schema": 2'))
+    with pytest.raises(InputError, match="schema 2, expected 1"):
+        compare(old, tmp_path / "text")
+    parity = next(RESULTS.glob("*-parity-*.json"))
+    with pytest.raises(InputError, match="results of 'parity' can't be compared, only of: cpu"):
+        compare(parity, parity)
     quality = next(RESULTS.glob("*-quality-*.json"))
     with pytest.raises(InputError, match="is of 'cpu', .* of 'quality'"):
         compare(old, quality)
@@ -86,8 +92,7 @@ def test_rankings(tmp_path: Path) -> None:
             str(at): float(np.clip(value - drop, 0, 1)) for at, value in enumerate(generator.uniform(0, 1, 300))
         }
         row = {"artifact": "a/openvino-int8", "ndcg10": 0.5, "ndcg10_by_query": by_query}
-        content = {"schema": 1, "kind": "quality", "machine": {"cpu": "x"}, "result": {"rows": [row]}}
-        (tmp_path / name).write_text(json.dumps(content))
+        write_result(tmp_path / name, "quality", "ettin-bench quality", {"rows": [row]})
         return tmp_path / name
 
     old = result("old", 0.0)
