@@ -167,10 +167,12 @@ def _run_one(export: "Export", job: "Job") -> None:
 
 def _run_all(export: "Export", jobs: "list[Job]") -> None:
     """Exports what can be built here; what can't is a row of the report with its reason."""
+    from ettin.export.pipeline import proof_first
+
     buildable, rows, elsewhere = _sorted(export, jobs)
     if buildable:
         export.prepare(buildable)
-    for job in buildable:
+    for job in proof_first(buildable):
         try:
             rows.append(report.Row(job, export.run(job), None))
             click.echo(job.output)

@@ -16,6 +16,7 @@ from ettin.artifacts.errors import HardwareError, MissingDependency, OutputError
 from ettin.artifacts.manifest import Calibration, Parity
 from ettin.artifacts.parity import write_parity
 from ettin.artifacts.publish import check_output, staged
+from ettin.artifacts.targets import TARGETS
 from ettin.artifacts.tolerances import FP16_MAX_ACTIVATION, REDUCED_RATIO
 from ettin.export.calibration import CalibrationText, calibration_text
 from ettin.export.checkpoint import Checkpoint
@@ -56,6 +57,12 @@ class Job:
     target: str
     precision: str
     output: Path
+
+
+def proof_first(jobs: Sequence[Job]) -> list[Job]:
+    """The jobs by target, fp32 before what is made from the graph that it proves: which is then proven once."""
+    targets = list(TARGETS)
+    return sorted(jobs, key=lambda job: (targets.index(job.target), job.precision != "fp32"))
 
 
 @dataclass(frozen=True)
@@ -271,7 +278,7 @@ class Export:
     def _verify(self, stage: Path, target: str, precision: str) -> Verification:
         with self.step(f"verify {precision}"):
             found = self._passed(verify_in_child(stage))
-        for elsewhere in WRITERS[target].verify_also.get(precision, ()):
+        for elsewhere in WRITERS[target].elsewhere(precision):
             with self.step(f"verify {precision} with {' '.join(f'{key}={value}' for key, value in elsewhere.items())}"):
                 found = found.joined(self._passed(verify_in_child(stage, elsewhere)))
         return found
