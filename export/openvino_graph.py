@@ -10,7 +10,7 @@ from openvino import opset15 as op
 from openvino.utils.node_factory import NodeFactory
 
 from ettin.runtimes.graph.ops import SAME_WHEN_SHORT, Kind
-from ettin.runtimes.openvino_kernels import HEAD_DIM, kernels
+from ettin.runtimes.openvino_kernels import HEAD_DIM, compiled
 
 Weights = Mapping[str, NDArray[np.float32]]
 StoreWeight = Callable[[NDArray[np.float32]], ov.Node]
@@ -169,5 +169,5 @@ class OpenVinoOps:
 @functools.cache
 def _ragged_factory() -> NodeFactory:
     factory = NodeFactory()
-    factory.add_extension(str(kernels()))
+    factory.add_extension(str(compiled()))
     return factory

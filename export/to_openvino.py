@@ -19,7 +19,7 @@ from ettin.export.openvino_graph import OpenVinoOps
 from ettin.export.openvino_int8 import Int8OpenVinoOps
 from ettin.runtimes.graph import GraphForm, Scorer
 from ettin.runtimes.graph.ragged import RaggedScorer
-from ettin.runtimes.openvino_kernels import HEAD_DIM, RAGGED_NAME, kernels
+from ettin.runtimes.openvino_kernels import HEAD_DIM, RAGGED_NAME, compiled
 
 # Both GeGLU halves in one product: as two, OpenVINO 2026.4.1 fuses them into an LLMMLP node in bf16, which dies with
 # SIGFPE on one thread per stream and is no faster elsewhere.
@@ -42,7 +42,7 @@ def openvino_from_checkpoint(material: Material, precision: str, folder: Path, *
     path = folder / "openvino" / "openvino_model.xml"
     path.parent.mkdir()
     _write(Scorer(new_ops(), shape, form).logits, PADDED, path)
-    is_ragged = precision != "fp32" and shape.head_dim == HEAD_DIM and kernels() is not None
+    is_ragged = precision != "fp32" and shape.head_dim == HEAD_DIM and compiled() is not None
     if is_ragged:
         _write(RaggedScorer(new_ops(), shape, form).ragged_logits, RAGGED, path.with_name(RAGGED_NAME))
         share_weights(path.with_name(RAGGED_NAME), path)

@@ -1,10 +1,11 @@
 """Which function writes which target. Importing this needs no torch."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ettin.runtimes.openvino_kernels import SWITCH
+from ettin.runtimes.cpu import has_bf16
+from ettin.runtimes.openvino_kernels import SWITCH, kernels
 from ettin.runtimes.registry import Engine
 
 if TYPE_CHECKING:  # imports torch
@@ -16,25 +17,25 @@ class Writer(Engine):
     """How a target is written.
 
     Args:
-        verify_also: by precision, variables of further verifications: what other machines will make of the artifact.
+        elsewhere: by precision, variables under which this machine computes as others will: verified, too.
         proof: the target whose fp32 form proves the graph; None: its own.
     """
 
-    verify_also: Mapping[str, Sequence[Mapping[str, str]]] = field(default_factory=dict)
+    elsewhere: Callable[[str], Iterator[Mapping[str, str]]] = lambda _: iter(())
     proof: str | None = None
 
 
-# OpenVINO's own attention instead of our kernel, and an instruction set without bf16 arithmetic: OpenVINO then computes
-# with a bf16 artifact's weights in f32.
-_ELSEWHERE = ({SWITCH: "off"}, {"ONEDNN_MAX_CPU_ISA": "AVX2_VNNI"})
+def _openvino_elsewhere(precision: str) -> Iterator[Mapping[str, str]]:
+    if precision != "fp32" and kernels():
+        yield {SWITCH: "off"}
+    if precision != "fp32" and has_bf16():  # without it OpenVINO computes with a bf16 artifact's weights in f32
+        yield {"ONEDNN_MAX_CPU_ISA": "AVX2_VNNI"}
+
 
 WRITERS = {
     "onnx": Writer("ettin.export.to_onnx:onnx_from_checkpoint", ("onnx",), "export"),
     "openvino": Writer(
-        "ettin.export.to_openvino:openvino_from_checkpoint",
-        ("openvino",),
-        "openvino",
-        {"bf16": _ELSEWHERE, "int8": _ELSEWHERE},
+        "ettin.export.to_openvino:openvino_from_checkpoint", ("openvino",), "openvino", _openvino_elsewhere
     ),
     "transformers": Writer(
         "ettin.export.to_transformers:transformers_from_checkpoint", ("safetensors", "transformers"), "export"

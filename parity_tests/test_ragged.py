@@ -4,6 +4,8 @@ import itertools
 import math
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from openvino import opset15 as op
 from support import rewrite
 from torch import Tensor
 
+from ettin.artifacts.files import file_entry
 from ettin.artifacts.manifest import Manifest
 from ettin.export.openvino_graph import OpenVinoOps
 from ettin.export.to_openvino import share_weights
@@ -28,6 +31,19 @@ from ettin.runtimes.openvino_kernels import HEAD_DIM, RAGGED_NAME, SWITCH, Probl
 HEADS, THETA = 2, 160000.0
 LENGTHS = (1, 17, 31, 32, 33, 64, 65, 130, 257, 300, 700)
 Artifacts = dict[tuple[str, str], Path]
+
+
+def run(command: str, *arguments: str | Path, **environment: str) -> str:
+    """What a command of ours says."""
+    done = subprocess.run(
+        [Path(sys.executable).parent / command, *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.fixture
@@ -191,14 +207,56 @@ def test_only_where_it_was_proven(usable: Path, demo_artifacts: Artifacts, tmp_p
     shutil.copytree(demo_artifacts["openvino", "bf16"], copied)
     rewrite(copied, lambda content: content["parity"].update(arithmetic=["bf16", "f32"]))
     with load(copied) as runtime:
-        assert runtime.description.endswith("CPU, bf16 arithmetic")
+        assert runtime.arithmetic == "bf16" and "own attention kernel) is possible here" in runtime.description
+    with load(copied, allow_unverified=True) as runtime:
+        assert runtime.description.endswith("CPU, bf16 (own attention kernel) arithmetic")
+
+
+def test_exported_elsewhere_proven_here(usable: Path, tmp_path: Path) -> None:
+    """As exported on a machine without AMX: the graph is there, and used after `ettin-verify` passed with it."""
+    folder = tmp_path / "openvino-bf16"
+    options = ("--size", "demo", "--target", "openvino", "--precision", "bf16", "--output", folder)
+    run("ettin-export", *options, ONEDNN_MAX_CPU_ISA="AVX2_VNNI")
+    before = Manifest.read(folder)
+    assert before.graph["ragged"] and before.parity.arithmetic == ("f32",)
+    with load(folder) as runtime:
+        assert runtime.arithmetic == "f32" and runtime.unproven_arithmetic == "bf16 (own attention kernel)"
+        scores = runtime.predict([("red planet", "Mars is the red planet.")])
+    said = run("ettin-verify", folder)
+    assert "used here from now on" in said
+    after = Manifest.read(folder)
+    assert after.parity == before.parity.model_copy(update={"arithmetic": ("f32", "bf16 (own attention kernel)")})
+    with load(folder) as runtime:
+        assert runtime.arithmetic == "bf16 (own attention kernel)" and not runtime.unproven_arithmetic
+        assert runtime.predict([("red planet", "Mars is the red planet.")]) == pytest.approx(scores, abs=0.1)
+    assert "used here from now on" not in run("ettin-verify", folder)
+    assert Manifest.read(folder) == after
+
+
+def test_what_is_not_proven_is_not_used(usable: Path, demo_artifacts: Artifacts, tmp_path: Path) -> None:
+    """The kernel's graph is damaged so that its scores are wrong: found, said, and the artifact runs as before."""
+    copied = tmp_path / "artifact"
+    shutil.copytree(demo_artifacts["openvino", "bf16"], copied)
+    graph = copied / "openvino" / RAGGED_NAME
+    damaged = graph.read_text().replace('window="64"', 'window="3"')
+    assert damaged != graph.read_text()
+    graph.write_text(damaged)
+
+    def signed(content: dict[str, Any]) -> None:
+        content["parity"]["arithmetic"] = ["bf16", "f32"]
+        content["files"] = [file_entry(copied, each["path"]).model_dump() for each in content["files"]]
+
+    rewrite(copied, signed)
+    said = run("ettin-verify", copied)
+    assert "not used" in said and "bf16 arithmetic is" in said
+    assert Manifest.read(copied).parity.arithmetic == ("bf16", "f32")
 
 
 @pytest.fixture
 def with_amx(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(openvino_kernels, "has_amx_bf16", lambda: True)
     yield
-    openvino_kernels._unusable.cache_clear()
+    openvino_kernels._loaded.cache_clear()
 
 
 def test_limits_are_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,7 @@ class Settings:
         cache_dir: where the engine may keep its compiled form; None: nowhere.
         max_length: tokens that pairs are truncated to; None: the artifact's.
         batch_tokens: token budget of a batch, padding included; None: the backend's, chosen by measurement.
+        allow_unverified: compute in whatever the machine has, proven for this artifact or not.
     """
 
     device: str = "cpu"
@@ -39,6 +40,7 @@ class Settings:
     cache_dir: Path | None = None
     max_length: int | None = None
     batch_tokens: int | None = None
+    allow_unverified: bool = False
 
     def refuse(self, target: str, *names: str) -> None:
         """For a backend that has no use for some settings.
@@ -112,6 +114,11 @@ class Runtime(ABC):
     @abstractmethod
     def arithmetic(self) -> str:
         """Type that the engine computes in: "f32", "bf16", "f16"."""
+
+    @property
+    def unproven_arithmetic(self) -> str:
+        """What would be faster on this machine, but was not proven for this artifact; "" for nothing."""
+        return ""
 
     def predict(
         self,

@@ -37,9 +37,9 @@ class OpenVinoRuntime(Runtime):
 
     The precision of the arithmetic is never OpenVINO's own choice: an fp32 artifact runs in f32; a bf16 artifact, and
     what is not int8 in an int8 artifact, runs in bf16 where the processor has it and the manifest says that bf16 was
-    verified, else in f32 (`description` says which).
+    verified, else in f32 (`description` says which, and whether `ettin-verify` could prove something faster here).
 
-    On a processor with AMX they run through our own attention kernel, if it was verified at export and can be used
+    On a processor with AMX they run through our own attention kernel, if it was verified and can be used
     (`openvino_kernels`): batches then have no padding, and one compiled graph serves every length. Measured with the
     17m shape in int8 on two cores against OpenVINO's attention, one run: 1.5 times the pairs/s on SciFact, and a
     quarter less memory.
@@ -60,8 +60,7 @@ class OpenVinoRuntime(Runtime):
                 f"target 'openvino' runs on the CPU, not on '{settings.device}'. Export another target: --target onnx"
             )
         plan = CpuPlan.of(settings.threads, settings.streams)
-        may_bf16 = manifest.precision != "fp32" and _is_proven(manifest, "bf16")
-        self.precision_hint = "bf16" if may_bf16 and has_bf16() else "f32"
+        self._kernels, self.precision_hint, self._unproven = _arithmetic(manifest, settings.allow_unverified)
         options = {
             "INFERENCE_PRECISION_HINT": self.precision_hint,
             "NUM_STREAMS": plan.streams,
@@ -69,8 +68,6 @@ class OpenVinoRuntime(Runtime):
         }
         if is_hybrid() and settings.threads is None:
             options["SCHEDULING_CORE_TYPE"] = "PCORE_ONLY"
-        may_ragged = manifest.graph.get("ragged") and _is_proven(manifest, _OWN_KERNELS)
-        self._kernels = kernels() if may_ragged and self.precision_hint == "bf16" else None
         tokens = _TOKENS_PER_THREAD * plan.threads_per_stream
         limits = Limits(plan.streams, tokens, 1 if self._kernels else _LENGTH_MULTIPLE)
         super().__init__(folder, manifest, settings, limits)
@@ -88,11 +85,16 @@ class OpenVinoRuntime(Runtime):
     def description(self) -> str:
         int8 = "int8 and " if self.manifest.precision == "int8" else ""
         version = ov.__version__.split("-")[0]
-        return f"OpenVINO {version}, CPU, {int8}{self.arithmetic} arithmetic"
+        more = f"; {self._unproven} is possible here, once ettin-verify has proven it" if self._unproven else ""
+        return f"OpenVINO {version}, CPU, {int8}{self.arithmetic} arithmetic{more}"
 
     @property
     def arithmetic(self) -> str:
         return _OWN_KERNELS if self._kernels else self.precision_hint
+
+    @property
+    def unproven_arithmetic(self) -> str:
+        return self._unproven
 
     def score(self, batch: Batch) -> NDArray[np.float32]:
         inputs = self.inputs(batch)
@@ -178,8 +180,16 @@ def _without(model: ov.Model, names: tuple[str, ...]) -> ov.Model:
     return model
 
 
-def _is_proven(manifest: Manifest, arithmetic: str) -> bool:
-    return manifest.parity.status == "unverified" or arithmetic in manifest.parity.arithmetic
+def _arithmetic(manifest: Manifest, allow_unverified: bool) -> tuple[Path | None, str, str]:
+    """Our kernels if they run, OpenVINO's precision hint, and what would be faster here but was not proven (or "")."""
+    if manifest.precision == "fp32" or not has_bf16():
+        return None, "f32", ""
+    library = kernels() if manifest.graph.get("ragged") else None
+    possible = [*([_OWN_KERNELS] if library else []), "bf16", "f32"]  # best first
+    proven = possible if allow_unverified else [each for each in possible if each in manifest.parity.arithmetic]
+    chosen = proven[0] if proven else "f32"
+    unproven = possible[0] if possible[0] != chosen else ""
+    return library if chosen == _OWN_KERNELS else None, "f32" if chosen == "f32" else "bf16", unproven
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 It is used where it is there and can run: Linux on x86-64 with AMX, and the very version of OpenVINO that it was
 compiled against, whose C++ interface it uses. Anywhere else OpenVINO's own attention runs, from the same artifact.
+Writing a graph with it takes the compiled library alone, no AMX.
 """
 
 import ctypes
@@ -32,8 +33,14 @@ class Problem(NamedTuple):
 
 
 def kernels() -> Path | None:
-    """The library, for `ov.Core.add_extension`; None where it can't be used (`problem` says why)."""
+    """The library, for `ov.Core.add_extension`; None where it can't run (`problem` says why)."""
     return None if problem() else _library()
+
+
+def compiled() -> Path | None:
+    """The library, to write graphs with; None: not compiled, or for another OpenVINO."""
+    library = _library()
+    return None if library is None or isinstance(_loaded(library), Problem) else library
 
 
 def problem() -> Problem | None:
@@ -45,7 +52,11 @@ def problem() -> Problem | None:
     library = _library()
     if library is None:
         return Problem("not compiled at installation, which needs g++ 11 or later", install_again=True)
-    return _unusable(library)
+    loaded = _loaded(library)
+    if isinstance(loaded, Problem):
+        return loaded
+    loaded.ettin_has_amx_bf16.restype = ctypes.c_bool
+    return None if loaded.ettin_has_amx_bf16() else Problem("the system does not let this process use AMX")
 
 
 def _library() -> Path | None:
@@ -54,13 +65,11 @@ def _library() -> Path | None:
 
 
 @functools.cache
-def _unusable(library: Path) -> Problem | None:
+def _loaded(library: Path) -> ctypes.CDLL | Problem:
     import openvino  # what the library is linked to must be there first
 
     try:
-        can_run = ctypes.CDLL(str(library)).ettin_has_amx_bf16
+        return ctypes.CDLL(str(library))
     except OSError:
         version = openvino.__version__.split("-")[0]
         return Problem(f"compiled for another OpenVINO than {version}", install_again=True)
-    can_run.restype = ctypes.c_bool
-    return None if can_run() else Problem("the system does not let this process use AMX")

@@ -80,7 +80,7 @@ def load(
         max_length: tokens that pairs are truncated to; None: the artifact's.
         batch_tokens: token budget of a batch, padding included; None: the backend's own, chosen by measurement.
         checksums: compare every file with the manifest; False: names and sizes only.
-        allow_unverified: load an artifact whose scores nobody has proven yet.
+        allow_unverified: load an artifact whose scores nobody has proven yet, and compute in whatever this machine has.
 
     Raises:
         ArtifactError: not an artifact, damaged, edited, newer or unverified.
@@ -103,7 +103,8 @@ def load(
             raise UsageError(f"{name} is {count}, expected 1 or more")
     if device not in ("cpu", "cuda"):
         raise UsageError(f"unknown device '{device}', expected one of: cpu, cuda")
-    settings = Settings(device, threads, streams, Path(cache_dir) if cache_dir else None, max_length, batch_tokens)
+    cache = Path(cache_dir) if cache_dir else None
+    settings = Settings(device, threads, streams, cache, max_length, batch_tokens, allow_unverified)
     runtime: Runtime = runtime_class(target.name)(folder, manifest, settings)
     return runtime
 

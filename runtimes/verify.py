@@ -14,7 +14,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from ettin.artifacts.errors import EttinError, ParityError
+from ettin.artifacts.errors import EttinError, OutputError, ParityError
 from ettin.artifacts.files import file_entry
 from ettin.artifacts.manifest import MANIFEST_NAME, Manifest, Parity
 from ettin.artifacts.metrics import ScoreError, score_error
@@ -44,6 +44,7 @@ class Verification:
         worst_pair: the pair with the largest |Δ| and both scores, in words.
         runtime: what really ran.
         quality: ranking quality, where the precision is judged by it.
+        unproven: see `Runtime.unproven_arithmetic`.
     """
 
     ok: bool
@@ -57,6 +58,7 @@ class Verification:
     worst_pair: str
     runtime: str
     quality: dict[str, float] | None = None
+    unproven: str = ""
 
     @property
     def summary(self) -> str:
@@ -93,13 +95,17 @@ class Verification:
         return cls(**{**values, "arithmetic": tuple(values["arithmetic"])})
 
 
-def verify(folder: Path, *, device: str | None = None, threads: int | None = None) -> Verification:
+def verify(
+    folder: Path, *, device: str | None = None, threads: int | None = None, unproven: bool = False
+) -> Verification:
     """Runs the artifact's own pairs and compares ids and scores with the reference's.
 
     Args:
         folder: the artifact.
         device: see `load`.
         threads: see `load`.
+        unproven: in the fastest arithmetic that this machine has; else in what `load` takes. There is no other for an
+            unverified artifact.
 
     Raises:
         ArtifactError: the artifact can't be used.
@@ -108,7 +114,8 @@ def verify(folder: Path, *, device: str | None = None, threads: int | None = Non
     cases = read_parity(folder)
     if len(cases) < MIN_PAIRS:
         raise ParityError(f"{folder}: {len(cases)} parity pairs, expected at least {MIN_PAIRS}. Export again.")
-    with load(folder, device=device, threads=threads, allow_unverified=True) as runtime:
+    unproven = unproven or Manifest.read(folder).parity.status == "unverified"
+    with load(folder, device=device, threads=threads, allow_unverified=unproven) as runtime:
         _check_ids(runtime, cases)
         scores = _scores(runtime, cases)
         alone, together = _mixed(runtime, cases)
@@ -129,6 +136,7 @@ def verify(folder: Path, *, device: str | None = None, threads: int | None = Non
             worst_pair=_described(cases[error.worst], float(scores[error.worst])),
             runtime=runtime.description,
             quality=quality,
+            unproven=runtime.unproven_arithmetic,
         )
 
 
@@ -153,9 +161,18 @@ def verify_in_child(folder: Path, environment: Mapping[str, str] | None = None) 
 
 
 def record_verified(folder: Path, verification: Verification) -> None:
-    """Marks an unverified artifact as verified on this machine."""
+    """Marks an unverified artifact as verified; of a verified one, records the arithmetic that passed here, too.
+
+    Raises:
+        OutputError: the manifest can't be written.
+    """
     manifest = Manifest.read(folder)
-    _rewrite(folder, manifest.model_copy(update={"parity": verification.parity(manifest.parity.reference)}))
+    if manifest.parity.status == "unverified":
+        parity = verification.parity(manifest.parity.reference)
+    else:
+        proven = tuple(dict.fromkeys((*manifest.parity.arithmetic, *verification.arithmetic)))
+        parity = manifest.parity.model_copy(update={"arithmetic": proven})
+    _rewrite(folder, manifest.model_copy(update={"parity": parity}))
 
 
 def adopt_engine(folder: Path) -> bool:
@@ -183,8 +200,13 @@ def adopt_engine(folder: Path) -> bool:
 
 def _rewrite(folder: Path, manifest: Manifest) -> None:
     fresh = folder / f"{MANIFEST_NAME}.new"
-    fresh.write_bytes(manifest.to_bytes())
-    fresh.replace(folder / MANIFEST_NAME)
+    try:
+        fresh.write_bytes(manifest.to_bytes())
+        fresh.replace(folder / MANIFEST_NAME)
+    except OSError as error:
+        raise OutputError(
+            f"{fresh}: can't be written ({error.strerror}). Verify a copy that can, and use that"
+        ) from None
 
 
 def _check_ids(runtime: Runtime, cases: list[ParityCase]) -> None:
