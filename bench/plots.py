@@ -144,7 +144,7 @@ def lengths(result: Result) -> Figure:
     return figure
 
 
-def trade(results: Sequence[Result]) -> Figure:
+def trade(records: Sequence[Result]) -> Figure:
     """Speed against quality by size: published curves, and measured speeds at the published quality of their size."""
     with mpl.rc_context(_STYLE):
         figure, axes = _figure(height=4.8)
@@ -153,14 +153,15 @@ def trade(results: Sequence[Result]) -> Figure:
                 values, published.NANOBEIR_NDCG10, "--o", color=colour, markersize=3.5, label=f"published: {name}"
             )
         groups: dict[str, dict[int, float]] = defaultdict(dict)
-        for result in results:
+        for record in records:
+            result, cpus = record["result"], record["machine"]["cpus_usable"]
             for row in result["contestants"]:
                 size = row["name"].split("/")[0].removesuffix("-lexical").removesuffix("-random")
                 if "pairs_per_s" in row and size in published.SIZES and row["name"].endswith("openvino-int8"):
                     limit = (
                         "" if result.get("isa", "all") == "all" else f", {result['isa'].upper().replace('_', '-')} only"
                     )
-                    points = groups[f"openvino int8, measured{limit}"]
+                    points = groups[f"openvino int8, measured on {cpus} cores{limit}"]
                     at = published.SIZES.index(size)
                     points[at] = max(points.get(at, 0.0), row["pairs_per_s"])
         for (name, points), colour in zip(groups.items(), _OURS, strict=False):

@@ -152,7 +152,7 @@ def _setting(result: Record) -> str:
 
 def _trade(records: Sequence[Record]) -> list[Part]:
     measured = [record for record in records if not record["result"].get("filled")]
-    return [Part("By size", measured, [(plots.trade([each["result"] for each in measured]), "")])] if measured else []
+    return [Part("By size", measured, [(plots.trade(measured), "")])] if measured else []
 
 
 def _speeds(records: Sequence[Record]) -> list[Part]:
