@@ -1,4 +1,4 @@
-"""The released shapes, with random weights: every target exports and is proven. From 68m on: `pytest -m slow`."""
+"""The released shapes, with random weights: every target exports and is proven. From 32m on: `pytest -m slow`."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from ettin.export.proof_pairs import ProofPair, natural_pairs
 from ettin.export.sources import opened
 
 TARGETS = ["onnx", "openvino", "transformers"]
-SIZES = ["17m", "32m", *(pytest.param(size, marks=pytest.mark.slow) for size in ("68m", "150m", "400m", "1b"))]
+SIZES = ["17m", *(pytest.param(size, marks=pytest.mark.slow) for size in ("32m", "68m", "150m", "400m", "1b"))]
 
 
 def few_pairs(extra: Path | None, ranking: bool) -> list[ProofPair]:
