@@ -11,7 +11,7 @@ from ettin.artifacts.manifest import MANIFEST_NAME
 from ettin.artifacts.targets import TARGETS
 from ettin.bench.texts import text_name
 from ettin.export.checkpoint import Checkpoint, read_checkpoint
-from ettin.export.pipeline import Export, Job, Options, proof_first
+from ettin.export.pipeline import Export, Job, Options
 from ettin.export.random_checkpoint import write_random_checkpoint
 from ettin.export.sizes import DEMO_FOLDER, SIZES
 
@@ -78,14 +78,11 @@ def export_all(checkpoint: Checkpoint, root: Path, max_length: int, step: Steps)
                 jobs.append(job)
             except EttinError as error:
                 missing[f"{target.name}-{precision}"] = str(error)
-    if jobs:
-        export.prepare(jobs)
-    for job in proof_first(jobs):
-        try:
-            export.run(job)
+    for job, outcome in export.run_all(jobs):
+        if isinstance(outcome, EttinError):
+            missing[f"{job.target}-{job.precision}"] = str(outcome)
+        else:
             found.append(job.output)
-        except EttinError as error:
-            missing[f"{job.target}-{job.precision}"] = str(error)
     return sorted(found), missing
 
 

@@ -167,17 +167,13 @@ def _run_one(export: "Export", job: "Job") -> None:
 
 def _run_all(export: "Export", jobs: "list[Job]") -> None:
     """Exports what can be built here; what can't is a row of the report with its reason."""
-    from ettin.export.pipeline import proof_first
-
     buildable, rows, elsewhere = _sorted(export, jobs)
-    if buildable:
-        export.prepare(buildable)
-    for job in proof_first(buildable):
-        try:
-            rows.append(report.Row(job, export.run(job), None))
+    for job, outcome in export.run_all(buildable):
+        if isinstance(outcome, EttinError):
+            rows.append(report.Row(job, None, str(outcome)))
+        else:
+            rows.append(report.Row(job, outcome, None))
             click.echo(job.output)
-        except EttinError as error:
-            rows.append(report.Row(job, None, str(error)))
     report.show_all(rows)
     failed = sum(row.problem is not None for row in rows) - elsewhere
     if failed:

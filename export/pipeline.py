@@ -4,7 +4,7 @@ import functools
 import gc
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +12,14 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ettin.artifacts.errors import HardwareError, MissingDependency, OutputError, ParityError, UsageError
+from ettin.artifacts.errors import (
+    EttinError,
+    HardwareError,
+    MissingDependency,
+    OutputError,
+    ParityError,
+    UsageError,
+)
 from ettin.artifacts.manifest import Calibration, Parity
 from ettin.artifacts.parity import write_parity
 from ettin.artifacts.publish import check_output, staged
@@ -57,12 +64,6 @@ class Job:
     target: str
     precision: str
     output: Path
-
-
-def proof_first(jobs: Sequence[Job]) -> list[Job]:
-    """The jobs by target, fp32 before what is made from the graph that it proves: which is then proven once."""
-    targets = list(TARGETS)
-    return sorted(jobs, key=lambda job: (targets.index(job.target), job.precision != "fp32"))
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,23 @@ class Export:
                 with_bf16=bool(precisions & set(REDUCED_RATIO)),
                 with_activations="fp16" in precisions,
             )
+
+    def run_all(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Verification | EttinError | None]]:
+        """Runs jobs by target, fp32 first: reduced precisions need not prove the graph that it has proven.
+
+        Yields:
+            Each job and what `run` returned, or why it failed.
+        """
+        if jobs:
+            self.prepare(jobs)
+        targets = list(TARGETS)
+        for job in sorted(jobs, key=lambda job: (targets.index(job.target), job.precision != "fp32")):
+            outcome: Verification | EttinError | None
+            try:
+                outcome = self.run(job)
+            except EttinError as error:
+                outcome = error
+            yield job, outcome
 
     def run(self, job: Job) -> Verification | None:
         """Makes, verifies and publishes one artifact.

@@ -26,9 +26,11 @@ class Writer(Engine):
 
 
 def _openvino_elsewhere(precision: str) -> Iterator[Mapping[str, str]]:
-    if precision != "fp32" and kernels():
+    if precision == "fp32":
+        return
+    if kernels():
         yield {SWITCH: "off"}
-    if precision != "fp32" and has_bf16():  # without it OpenVINO computes with a bf16 artifact's weights in f32
+    if has_bf16():  # without it OpenVINO computes with a bf16 artifact's weights in f32
         yield {"ONEDNN_MAX_CPU_ISA": "AVX2_VNNI"}
 
 

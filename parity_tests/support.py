@@ -1,6 +1,9 @@
 """What several test files use."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -39,6 +42,13 @@ def shared_path(name: str) -> Path:
     if not path.exists():
         pytest.skip(f"needs the reference data ../shared/data/{name}")
     return path
+
+
+def run(*arguments: str | Path, cwd: Path, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs a command of ours, in a process of its own."""
+    command = [str(Path(sys.executable).parent / arguments[0]), *map(str, arguments[1:])]
+    variables = {**os.environ, **environment}
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, input=stdin, env=variables, check=False)
 
 
 def quiet(what: str) -> nullcontext[None]:

@@ -1,13 +1,12 @@
 """What `ettin-bench` measures with."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from support import run
 
 from ettin.artifacts.errors import InputError, UsageError
 from ettin.bench.beir import read_beir
@@ -24,11 +23,6 @@ from ettin.runtimes import load
 from ettin.runtimes.batch import Batch
 from ettin.runtimes.on_openvino import OpenVinoRuntime
 from ettin.runtimes.tokenizer import PairTokenizer
-
-
-def bench(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [Path(sys.executable).parent / "ettin-bench", *arguments]
-    return subprocess.run([str(each) for each in command], cwd=cwd, capture_output=True, text=True, check=False)
 
 
 def test_natural_pairs_repeat_and_filled_pairs_are_full() -> None:
@@ -125,11 +119,13 @@ def test_profile_counts_the_linear_layers(demo_artifacts: dict[tuple[str, str], 
 
 
 def test_profile_command(demo_artifacts: dict[tuple[str, str], Path], tmp_path: Path) -> None:
-    done = bench("profile", demo_artifacts["openvino", "int8"], "--pairs", "2", "--json", "p.json", cwd=tmp_path)
+    done = run(
+        "ettin-bench", "profile", demo_artifacts["openvino", "int8"], "--pairs", "2", "--json", "p.json", cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     assert "of peak" in done.stdout and "one thread" in done.stdout
     assert json.loads((tmp_path / "p.json").read_text())["result"]["peak_gops"]["int8 linear"] > 0
-    refused = bench("profile", demo_artifacts["onnx", "fp32"], cwd=tmp_path)
+    refused = run("ettin-bench", "profile", demo_artifacts["onnx", "fp32"], cwd=tmp_path)
     assert refused.returncode == 1 and "only of 'openvino'" in refused.stderr
 
 
@@ -150,7 +146,7 @@ def test_quality_command_compares_with_the_reference(
 ) -> None:
     write_set(tmp_path / "set")
     artifacts = [demo_artifacts["openvino", precision] for precision in ("fp32", "int8")]
-    done = bench("quality", *artifacts, "--data", "set", "--candidates", "10", "--reference", DEMO_FOLDER,
+    done = run("ettin-bench", "quality", *artifacts, "--data", "set", "--candidates", "10", "--reference", DEMO_FOLDER,
                  "--json", "q.json", cwd=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "change (95 %)" in done.stdout and "reference, fp32" in done.stdout
@@ -199,13 +195,13 @@ def test_tables_command(tmp_path: Path) -> None:
     write_result(tmp_path / "r.json", "cpu", "ettin-bench cpu", result)
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- table: cpu r.json -->\nstale\n<!-- end of table -->\nafter\n")
-    stale = bench("tables", "page.md", "--check", cwd=tmp_path)
+    stale = run("ettin-bench", "tables", "page.md", "--check", cwd=tmp_path)
     assert stale.returncode == 1 and "ettin-bench tables page.md" in stale.stderr
-    assert bench("tables", "page.md", cwd=tmp_path).returncode == 0
+    assert run("ettin-bench", "tables", "page.md", cwd=tmp_path).returncode == 0
     text = page.read_text()
     assert "| `openvino` int8 " in text and "| 650" in text and "| 6.5 " in text and "no kernel" in text
     assert text.startswith("before\n") and text.endswith("after\n") and "stale" not in text
-    assert bench("tables", "page.md", "--check", cwd=tmp_path).returncode == 0
+    assert run("ettin-bench", "tables", "page.md", "--check", cwd=tmp_path).returncode == 0
     with pytest.raises(InputError, match="unknown table 'plot'"):
         filled("<!-- table: plot r.json -->\n<!-- end of table -->", tmp_path)
     with pytest.raises(InputError, match="table 'quality': its results lack 'data'"):

@@ -1,24 +1,17 @@
 """The commands, as a user types them."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support import run
 
 from ettin.export.cli import main
 
-BIN = Path(sys.executable).parent
 PLANETS = Path(__file__).parents[1] / "examples" / "planets.txt"
-
-
-def run(*arguments: str | Path, cwd: Path, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [str(BIN / str(arguments[0])), *map(str, arguments[1:])]
-    variables = {**os.environ, **environment}
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, input=stdin, env=variables, check=False)
 
 
 def assert_one_line(done: subprocess.CompletedProcess[str], message: str) -> None:

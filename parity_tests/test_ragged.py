@@ -4,9 +4,6 @@ import itertools
 import math
 import os
 import shutil
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -16,7 +13,7 @@ import openvino as ov
 import pytest
 import torch
 from openvino import opset15 as op
-from support import rewrite
+from support import rewrite, run
 from torch import Tensor
 
 from ettin.artifacts.files import file_entry
@@ -33,15 +30,9 @@ LENGTHS = (1, 17, 31, 32, 33, 64, 65, 130, 257, 300, 700)
 Artifacts = dict[tuple[str, str], Path]
 
 
-def run(command: str, *arguments: str | Path, **environment: str) -> str:
-    """What a command of ours says."""
-    done = subprocess.run(
-        [Path(sys.executable).parent / command, *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **environment},
-        check=False,
-    )
+def said(*command: str | Path, cwd: Path, **environment: str) -> str:
+    """What a command of ours says, which must succeed."""
+    done = run(*command, cwd=cwd, **environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -216,22 +207,22 @@ def test_exported_elsewhere_proven_here(usable: Path, tmp_path: Path) -> None:
     """As exported on a machine without AMX: the graph is there, and used after `ettin-verify` passed with it."""
     folder = tmp_path / "openvino-bf16"
     options = ("--size", "demo", "--target", "openvino", "--precision", "bf16", "--output", folder)
-    run("ettin-export", *options, ONEDNN_MAX_CPU_ISA="AVX2_VNNI")
+    said("ettin-export", *options, cwd=tmp_path, ONEDNN_MAX_CPU_ISA="AVX2_VNNI")
     before = Manifest.read(folder)
     assert before.graph["ragged"] and before.parity.arithmetic == ("f32",)
     with load(folder) as runtime:
         assert runtime.arithmetic == "f32" and runtime.unproven_arithmetic == "bf16 (own attention kernel)"
         scores = runtime.predict([("red planet", "Mars is the red planet.")])
     (folder / "manifest.json.new").mkdir()  # in the way of a new manifest
-    assert "not recorded" in run("ettin-verify", folder) and Manifest.read(folder) == before
+    assert "not recorded" in said("ettin-verify", folder, cwd=tmp_path) and Manifest.read(folder) == before
     (folder / "manifest.json.new").rmdir()
-    assert "used here from now on" in run("ettin-verify", folder)
+    assert "used here from now on" in said("ettin-verify", folder, cwd=tmp_path)
     after = Manifest.read(folder)
     assert after.parity == before.parity.model_copy(update={"arithmetic": ("f32", "bf16 (own attention kernel)")})
     with load(folder) as runtime:
         assert runtime.arithmetic == "bf16 (own attention kernel)" and not runtime.unproven_arithmetic
         assert runtime.predict([("red planet", "Mars is the red planet.")]) == pytest.approx(scores, abs=0.1)
-    assert "used here from now on" not in run("ettin-verify", folder)
+    assert "used here from now on" not in said("ettin-verify", folder, cwd=tmp_path)
     assert Manifest.read(folder) == after
 
 
@@ -249,16 +240,14 @@ def test_what_is_not_proven_is_not_used(usable: Path, demo_artifacts: Artifacts,
         content["files"] = [file_entry(copied, each["path"]).model_dump() for each in content["files"]]
 
     rewrite(copied, signed)
-    said = run("ettin-verify", copied)
-    assert "not used" in said and "bf16 arithmetic is" in said
+    words = said("ettin-verify", copied, cwd=tmp_path)
+    assert "not used" in words and "bf16 arithmetic is" in words
     assert Manifest.read(copied).parity.arithmetic == ("bf16", "f32")
 
 
 @pytest.fixture
-def with_amx(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def with_amx(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(openvino_kernels, "has_amx_bf16", lambda: True)
-    yield
-    openvino_kernels._loaded.cache_clear()
 
 
 def test_limits_are_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:

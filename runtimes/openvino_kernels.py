@@ -6,7 +6,6 @@ Writing a graph with it takes the compiled library alone, no AMX.
 """
 
 import ctypes
-import functools
 import importlib.util
 import os
 from pathlib import Path
@@ -34,13 +33,13 @@ class Problem(NamedTuple):
 
 def kernels() -> Path | None:
     """The library, for `ov.Core.add_extension`; None where it can't run (`problem` says why)."""
-    return None if problem() else _library()
+    return None if problem() else compiled()
 
 
 def compiled() -> Path | None:
     """The library, to write graphs with; None: not compiled, or for another OpenVINO."""
-    library = _library()
-    return None if library is None or isinstance(_loaded(library), Problem) else library
+    found = _compiled()
+    return None if isinstance(found, Problem) else found
 
 
 def problem() -> Problem | None:
@@ -49,14 +48,12 @@ def problem() -> Problem | None:
         return Problem(f"switched off by {SWITCH}")
     if not has_amx_bf16():
         return Problem("no AMX, or switched off by ONEDNN_MAX_CPU_ISA")
-    library = _library()
-    if library is None:
-        return Problem("not compiled at installation, which needs g++ 11 or later", install_again=True)
-    loaded = _loaded(library)
-    if isinstance(loaded, Problem):
-        return loaded
-    loaded.ettin_has_amx_bf16.restype = ctypes.c_bool
-    return None if loaded.ettin_has_amx_bf16() else Problem("the system does not let this process use AMX")
+    found = _compiled()
+    if isinstance(found, Problem):
+        return found
+    can_run = ctypes.CDLL(str(found)).ettin_has_amx_bf16
+    can_run.restype = ctypes.c_bool
+    return None if can_run() else Problem("the system does not let this process use AMX")
 
 
 def _library() -> Path | None:
@@ -64,12 +61,15 @@ def _library() -> Path | None:
     return Path(found.origin) if found and found.origin else None
 
 
-@functools.cache
-def _loaded(library: Path) -> ctypes.CDLL | Problem:
+def _compiled() -> Path | Problem:
+    library = _library()
+    if library is None:
+        return Problem("not compiled at installation, which needs g++ 11 or later", install_again=True)
     import openvino  # what the library is linked to must be there first
 
     try:
-        return ctypes.CDLL(str(library))
+        ctypes.CDLL(str(library))
     except OSError:
         version = openvino.__version__.split("-")[0]
         return Problem(f"compiled for another OpenVINO than {version}", install_again=True)
+    return library

@@ -86,7 +86,7 @@ class Verification:
 
     def joined(self, other: Self) -> Self:
         """This, and that the other arithmetic passed too."""
-        return replace(self, arithmetic=tuple(dict.fromkeys((*self.arithmetic, *other.arithmetic))))
+        return replace(self, arithmetic=_each_once(self.arithmetic, other.arithmetic))
 
     @classmethod
     def from_json(cls, line: str) -> Self:
@@ -170,9 +170,13 @@ def record_verified(folder: Path, verification: Verification) -> None:
     if manifest.parity.status == "unverified":
         parity = verification.parity(manifest.parity.reference)
     else:
-        proven = tuple(dict.fromkeys((*manifest.parity.arithmetic, *verification.arithmetic)))
+        proven = _each_once(manifest.parity.arithmetic, verification.arithmetic)
         parity = manifest.parity.model_copy(update={"arithmetic": proven})
     _rewrite(folder, manifest.model_copy(update={"parity": parity}))
+
+
+def _each_once(first: tuple[str, ...], second: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys((*first, *second)))
 
 
 def adopt_engine(folder: Path) -> bool:
