@@ -15,7 +15,10 @@
     │   └── UnverifiedArtifact    … nobody has proven its scores yet
     ├── ShapeError            more pairs or tokens than an artifact was built for
     ├── BuildError            an engine that could not be compiled
+    ├── ScoringError          an engine that failed while it scored a batch
     ├── Busy                  a server with no room for another request now
+    ├── Closed                a runtime or server that was closed, or that a forked process inherited
+    ├── Expired               a request that was not done in the time that it was given
     ├── ServerError           a server that does not start or answer
     ├── OutputError           a folder that can't be written
     └── ParityError           scores that differ from the reference
@@ -93,18 +96,29 @@ class BuildError(EttinError):
     """An engine that could not be compiled."""
 
 
+class ScoringError(EttinError):
+    """An engine failed while it scored a batch; the cause is the engine's own exception."""
+
+
 class Busy(EttinError):
     """A server has no room for another request now.
 
     Args:
-        why: what it waits for.
-        retry_after_s: when it may have.
-        is_stopping: whether it will have none.
+        why: what the request would wait for.
+        retry_after_s: seconds after which there may be room.
     """
 
-    def __init__(self, why: str, retry_after_s: float, *, is_stopping: bool = False) -> None:
-        self.retry_after_s, self.is_stopping = max(1, round(retry_after_s)), is_stopping
+    def __init__(self, why: str, retry_after_s: float) -> None:
+        self.retry_after_s = max(1, round(retry_after_s))
         super().__init__(f"{why}. Try again in {self.retry_after_s} s")
+
+
+class Closed(EttinError):
+    """A runtime or server that was closed, or that a forked process inherited from its parent."""
+
+
+class Expired(EttinError):
+    """A request that was not done in the time that it was given."""
 
 
 class ServerError(EttinError):

@@ -12,10 +12,10 @@ import transformers
 from numpy.typing import NDArray
 
 from ettin.bench.gpu_subject import Pairs, Place, Subject
-from ettin.runtimes.batch import Batch
-from ettin.runtimes.feeding import Feeder, Limits
+from ettin.runtimes.batch import Batch, BatchLimits
 from ettin.runtimes.flash import flash_logits, packed_inputs
 from ettin.runtimes.graph import ModelShape
+from ettin.runtimes.scheduler import Scheduler
 from ettin.runtimes.tokenizer import PairTokenizer
 
 MAX_LENGTH = 512
@@ -81,11 +81,11 @@ def settings(
                 return np.asarray(run(*packed_inputs(batch, place.device), batch.longest).float().cpu().numpy())
 
             def predict(pairs: Pairs, tokens: int) -> NDArray[np.float32]:
-                feeder = Feeder(tokenizer, score, Limits(2, tokens, in_parallel=False), 0)
+                scheduler = Scheduler(tokenizer, score, BatchLimits(2, tokens, in_parallel=False), 0)
                 try:
-                    return feeder.logits(pairs, max_length, None, progress=False)
+                    return scheduler.logits(pairs, max_length)
                 finally:
-                    feeder.close()
+                    scheduler.close()
 
             return predict
 

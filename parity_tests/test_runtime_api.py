@@ -1,6 +1,12 @@
 """`predict` and `rank`: CrossEncoder's arguments and semantics."""
 
+import os
+import pickle
+import shutil
+import subprocess
+import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -9,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from ettin.artifacts.errors import EttinError, HardwareError, InputError, UsageError
+from ettin.artifacts.errors import Closed, DamagedArtifact, EttinError, HardwareError, InputError, UsageError
 from ettin.export.proof_pairs import natural_pairs
 from ettin.runtimes import Batch, Runtime, load
 from ettin.runtimes.batch import cut
@@ -213,6 +219,91 @@ def test_closed_runtime_says_so(demo_artifacts: dict[tuple[str, str], Path]) -> 
     runtime.close()
     with pytest.raises(EttinError, match="this runtime is closed"):
         runtime.predict(PAIRS)
+
+
+@pytest.mark.parametrize("target", ["onnx", "openvino"])
+def test_close_ends_predict_in_other_threads(demo_artifacts: dict[tuple[str, str], Path], target: str) -> None:
+    """Finding 3: of 48 threads, 28 with ONNX Runtime and 39 with OpenVINO waited for ever, or saw a RuntimeError."""
+    outcomes: list[str] = []
+
+    def ask(runtime: Runtime) -> None:
+        try:
+            runtime.predict(PAIRS * 100)
+            outcomes.append("scored")
+        except Closed as error:
+            assert "this runtime is closed. Load it again" in str(error)
+            outcomes.append("closed")
+
+    for delay_s in (0.0, 0.01, 0.05, 0.2):
+        runtime = load(demo_artifacts[target, "fp32"])
+        threads = [threading.Thread(target=ask, args=(runtime,), daemon=True) for _ in range(12)]
+        for thread in threads:
+            thread.start()
+        time.sleep(delay_s)
+        runtime.close()
+        for thread in threads:
+            thread.join(20)
+            assert not thread.is_alive()
+    assert len(outcomes) == 48 and "closed" in outcomes
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.parametrize(("target", "precision"), [("onnx", "int8"), ("openvino", "int8"), ("transformers", "fp32")])
+def test_a_forked_child_is_refused_at_once(
+    demo_artifacts: dict[tuple[str, str], Path], tmp_path: Path, target: str, precision: str
+) -> None:
+    """Finding 4: the engine's threads do not survive a fork; a child that used it, or freed it, waited for ever."""
+    program = tmp_path / "forks.py"
+    program.write_text(FORKS)
+    command = [sys.executable, "-W", "ignore", program, demo_artifacts[target, precision]]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (
+        "Closed: this runtime was loaded in process" in done.stdout and "engines do not survive a fork" in done.stdout
+    )
+    assert done.stdout.splitlines()[-2:] == ["child ended with 0", "parent scores"]
+
+
+FORKS = """
+import gc, multiprocessing, os, signal, sys
+from ettin.runtimes import load
+runtime = load(sys.argv[1])
+runtime.predict([("a", "b")] * 50)
+sys.stdout.flush()
+child = os.fork()
+if child == 0:
+    signal.alarm(30)
+    try:
+        runtime.predict([("a", "b")])
+    except Exception as error:
+        print(type(error).__name__ + ":", error)
+    runtime.close()
+    del runtime
+    gc.collect()
+    with load(sys.argv[1]) as fresh:
+        fresh.predict([("a", "b")])
+    sys.exit(0)
+print("child ended with", os.waitpid(child, 0)[1])
+runtime.predict([("a", "b")] * 50)
+print("parent scores")
+"""
+
+
+def test_a_runtime_pickles_to_its_path_and_settings(
+    demo_artifacts: dict[tuple[str, str], Path], tmp_path: Path
+) -> None:
+    artifact = tmp_path / "artifact"
+    shutil.copytree(demo_artifacts["onnx", "int8"], artifact)
+    with load(artifact, threads=1, max_length=40) as runtime:
+        scores, pickled = runtime.predict(PAIRS), pickle.dumps(runtime)
+    assert len(pickled) < 4096
+    with pickle.loads(pickled) as again:  # noqa: S301 (our own)
+        np.testing.assert_array_equal(again.predict(PAIRS), scores)
+        assert again.max_length == 40 and again.limits.concurrency == 1
+    shutil.rmtree(artifact)
+    shutil.copytree(demo_artifacts["onnx", "fp32"], artifact)
+    with pytest.raises(DamagedArtifact, match="another artifact than the one whose runtime was pickled"):
+        pickle.loads(pickled)  # noqa: S301
 
 
 def test_an_error_in_a_batch_reaches_the_caller(

@@ -20,15 +20,15 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from ettin.artifacts.errors import Busy, ServerError
+from ettin.artifacts.errors import Busy, Closed, ServerError
 from ettin.artifacts.manifest import Manifest
 from ettin.artifacts.triton_repository import TritonOptions, publish
 from ettin.runtimes import Runtime, load
 from ettin.runtimes.activation import sigmoid
 from ettin.runtimes.cli_serve import command
+from ettin.runtimes.request import Scored
 from ettin.runtimes.serving.app import create_app
 from ettin.runtimes.serving.backends import Backend
-from ettin.runtimes.serving.batcher import Scored
 from ettin.runtimes.serving.gate import Limits
 from ettin.runtimes.serving.tritonserver import TritonServer
 
@@ -241,7 +241,7 @@ class Stub(Backend):
     def __init__(self, error: Exception | None = None, ready: bool = True) -> None:
         self.error, self.ready, self.closed = error, ready, False
 
-    async def score(self, query: str, documents: Sequence[str]) -> Scored:
+    async def score(self, query: str, documents: Sequence[str], refuse_truncated: bool = False) -> Scored:
         if self.error:
             raise self.error
         return Scored(np.zeros(len(documents), np.float32), np.ones(len(documents), np.int32))
@@ -272,7 +272,7 @@ REQUEST = {"query": "secret query", "texts": ["secret text"]}
     ("error", "status", "kind"),
     [
         (Busy("900 pairs are waiting, limit 800", 7.2), 429, "overloaded"),
-        (Busy("the server is stopping", 5.0, is_stopping=True), 503, "overloaded"),
+        (Closed("the server is stopping"), 503, "overloaded"),
         (ServerError("Triton: it broke"), 502, "backend"),
         (RuntimeError("the engine broke"), 500, "backend"),
     ],

@@ -45,8 +45,7 @@ from ettin.export.to_onnx import packed_onnx
 from ettin.export.to_tensorrt import BATCH_PAIRS, BATCH_TOKENS, profiles
 from ettin.export.weights import read_weights
 from ettin.runtimes import gpu, load, on_tensorrt
-from ettin.runtimes.batch import Batch, cut
-from ettin.runtimes.feeding import Limits
+from ettin.runtimes.batch import Batch, BatchLimits, cut
 from ettin.runtimes.gpu import Gpu
 from ettin.runtimes.verify import adopt_engine, record_verified, verify
 
@@ -100,7 +99,7 @@ def test_typed_graph_is_as_exact_as_torch_in_bf16(typed: Path, demo_artifacts: d
 @pytest.mark.parametrize("max_length", [64, 512, 7999])
 def test_every_batch_that_the_runtime_cuts_fits_a_profile(max_length: int) -> None:
     shapes = profiles(max_length)
-    limits = Limits(2, BATCH_TOKENS, 64, BATCH_PAIRS)
+    limits = BatchLimits(2, BATCH_TOKENS, 64, BATCH_PAIRS)
     engine = Engine(arch="sm_86", profiles=tuple(shapes), fused_attentions=None)
     found = on_tensorrt.Profiles(engine, 0)
     generator = np.random.default_rng(0)

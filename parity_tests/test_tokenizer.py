@@ -14,6 +14,7 @@ from ettin.artifacts.errors import DamagedArtifact, InputError, UsageError
 from ettin.bench.beir import read_beir
 from ettin.export.proof_pairs import natural_pairs
 from ettin.export.sizes import DEMO_FOLDER
+from ettin.runtimes import tokenizer as tokenizer_module
 from ettin.runtimes.tokenizer import PairTokenizer, kept_tokens
 
 ODD_TEXTS = [
@@ -79,6 +80,65 @@ def test_over_long_real_pairs(shared: Callable[[str], Path]) -> None:
     pairs = [("which war?", each) for each in long] + [(each, "short") for each in long]
     pairs += itertools.pairwise(long)
     assert_equal_ids(folder, AutoTokenizer.from_pretrained(folder), pairs, 7999)
+
+
+SCRIPTS = {
+    "words": "The planet, known as 'the Red Planet', isn't far:  it's 3.5 AU\n\naway \t (or so). ",
+    "spaces": "a  b   c \n \n d\r\n e \u00a0 f\u2003 g \x1c h \u180e i\u0085 j",
+    "chinese": "火星是红色的行星。它有两颗卫星，火卫一和火卫二！真的吗？",
+    "japanese": "これは「文書」です。カ\u3099ス、か\u3099、（はい）：そうです。",
+    "korean": "화성은 붉은 행성이다。각각의 문장、단어：",
+    "accents": "e\u0301te\u0301 \u0301a a\u0323\u0307 \u1100\u1161\u11a8 x ",
+    "tokens": "[MASK]  [MASK] x[SEP] y |||IP_ADDRESS||| [unused3] <|endoftext|> [CLS].",
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("max_length", [16, 129, 512])
+def test_pieces_of_a_long_text_have_the_ids_of_the_text(
+    demo_gold: Any, script: str, max_length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut every few characters, so that every kind of place is met."""
+    monkeypatch.setattr(tokenizer_module, "_LEAST_PIECE_CHARACTERS", 1)
+    monkeypatch.setattr(tokenizer_module, "_CHARACTERS_PER_TOKEN", 0)
+    generator = random.Random(script)
+    parts = SCRIPTS[script].split(" ")
+    texts = [SCRIPTS[script] * 20, *(" ".join(generator.choices(parts, k=600)) for _ in range(4))]
+    whole = tokenizers.Tokenizer.from_file(str(DEMO_FOLDER / "tokenizer.json"))
+    whole.no_truncation()
+    ours = PairTokenizer(DEMO_FOLDER / "tokenizer.json")
+    for text in texts:
+        ids = ours.texts([text], 10**9)[text]
+        assert ids.tolist() == whole.encode(text, add_special_tokens=False).ids
+    pairs = [(query, text) for query in ("which planet?", texts[0], texts[1]) for text in texts]
+    assert_equal_ids(DEMO_FOLDER, demo_gold.tokenizer, pairs, max_length)
+
+
+def test_which_of_two_long_texts_keeps_the_odd_token(demo_gold: Any) -> None:
+    """Both are cut before they are counted, so the longer one must still be known."""
+    long, longer = "word " * 9000, "word " * 9001
+    assert_equal_ids(DEMO_FOLDER, demo_gold.tokenizer, [(long, longer), (longer, long), (long, long)], 128)
+
+
+def test_a_text_is_tokenised_no_further_than_needed() -> None:
+    """Finding 9."""
+    tokenizer = PairTokenizer(DEMO_FOLDER / "tokenizer.json")
+    text = "some words. " * 3_000_000
+    assert len(tokenizer.texts([text], 512)[text]) < 5000
+    ids, is_truncated = tokenizer.encoded([("q", text)], 512)[0]
+    assert len(ids) == 512 and is_truncated
+    assert not tokenizer.encoded([("q", "some words")], 512)[0].is_truncated
+    with pytest.raises(InputError, match="2999996 characters without a space, limit 1000000. Shorten it"):
+        tokenizer.pairs([("q", "x" * 3_004_088)], 512)
+
+
+def test_a_tokenizer_that_may_not_be_cut_is_not(tmp_path: Path) -> None:
+    tokenizer = tokenizers.Tokenizer.from_file(str(DEMO_FOLDER / "tokenizer.json"))
+    tokenizer.add_tokens([tokenizers.AddedToken("New York")])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    text = "to New York " * 3000
+    cut = PairTokenizer(tmp_path / "tokenizer.json").texts([text], 16)[text]
+    assert cut.tolist() == tokenizer.encode(text, add_special_tokens=False).ids
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,29 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from ettin.artifacts.errors import EttinError, UsageError
+from ettin.artifacts.errors import DamagedArtifact, UsageError
 from ettin.artifacts.manifest import Manifest
+from ettin.runtimes import fork
 from ettin.runtimes.activation import resolved
-from ettin.runtimes.batch import Batch
-from ettin.runtimes.feeding import Feeder, Limits
+from ettin.runtimes.batch import Batch, BatchLimits
 from ettin.runtimes.inputs import documents_from_input, pairs_from_inputs, text
+from ettin.runtimes.scheduler import Scheduler
 from ettin.runtimes.tokenizer import PairTokenizer
+
+
+def _loaded_again(folder: str, settings: "Settings", digest: str) -> "Runtime":
+    """What unpickling calls.
+
+    Raises:
+        DamagedArtifact: another artifact is at that path.
+    """
+    from ettin.runtimes.registry import load
+
+    runtime = load(folder, **vars(settings))
+    if runtime.manifest.digest != digest:
+        runtime.close()
+        raise DamagedArtifact(f"{folder}: another artifact than the one whose runtime was pickled. Load it by its path")
+    return runtime
 
 
 @dataclass(frozen=True)
@@ -72,23 +88,24 @@ class Runtime(ABC):
         folder: the artifact.
         manifest: its manifest, checked.
         settings: the user's.
-        limits: how the backend wants to be fed.
+        limits: the batches that the backend takes.
 
     Raises:
         UsageError: max_length is not between the special tokens and what the artifact was made for.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, settings: Settings, limits: Limits) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, settings: Settings, limits: BatchLimits) -> None:
         if settings.batch_tokens is not None:
             limits = replace(limits, batch_tokens=settings.batch_tokens)
-        self.folder, self.manifest, self.limits = folder, manifest, limits
+        self.folder, self.manifest, self.settings, self.limits = folder, manifest, settings, limits
         self.tokenizer = PairTokenizer(folder / "tokenizer.json")
         self.max_length = self._checked_length(settings.max_length)
-        # `score` is looked up at each call: who wraps a runtime's method (to count, to trace) sees every batch.
+        # `score` is looked up at each call, so a method that is replaced (to count or trace batches) sees every batch.
         pad = manifest.tokenizer.pad_token_id
-        self._feeder = Feeder(self.tokenizer, lambda batch: self.score(batch), limits, pad)  # noqa: PLW0108
-        self._closed = False
+        self.scheduler = Scheduler(self.tokenizer, lambda batch: self.score(batch), limits, pad)  # noqa: PLW0108
+        self._is_released = False
         self.evaluations = Evaluations()
+        fork.keep_in_children(self)
 
     @abstractmethod
     def score(self, batch: Batch) -> NDArray[np.float32]:
@@ -165,9 +182,7 @@ class Runtime(ABC):
         activation = resolved(activation_fn, self.manifest.activation)
         length = self.max_length if max_length is None else self._checked_length(max_length)
         pairs, single = pairs_from_inputs(inputs)
-        if self._closed:
-            raise EttinError(f"{self.folder}: this runtime is closed. Load it again")
-        logits = self._feeder.logits(pairs, length, batch_size, bool(show_progress_bar))
+        logits = self.scheduler.logits(pairs, length, batch_size, bool(show_progress_bar))
         scores = activation(logits)
         if scores.shape != logits.shape:
             raise UsageError(f"activation_fn turned scores {logits.shape} into {scores.shape}, expected the same shape")
@@ -228,14 +243,14 @@ class Runtime(ABC):
         return self.evaluations
 
     def close(self) -> None:
-        """Frees the engine. Using the runtime afterwards is an error; closing twice is not."""
-        if not self._closed:
-            self._closed = True
-            self._feeder.close()
+        """Frees the engine; scores that other threads still wait for fail with `Closed`. May be called again."""
+        is_idle = self.scheduler.close(f"{self.folder}: this runtime is closed. Load it again")
+        if is_idle and not self._is_released:
+            self._is_released = True
             self._release()
 
     def _release(self) -> None:  # noqa: B027 (nothing to free is fine)
-        """Frees what the backend holds."""
+        """Frees what the backend holds; called once, when no batch is being scored."""
 
     def __enter__(self) -> Self:
         return self
@@ -244,6 +259,10 @@ class Runtime(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles the path of the artifact and the settings: the runtime is loaded again where it is unpickled."""
+        return _loaded_again, (str(self.folder.absolute()), self.settings, self.manifest.digest)
 
     def __repr__(self) -> str:
         made = self.manifest

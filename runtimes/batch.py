@@ -81,6 +81,26 @@ class Batch:
         }
 
 
+@dataclass(frozen=True)
+class BatchLimits:
+    """The batches that a backend takes.
+
+    Args:
+        concurrency: calls of `score` that make progress at the same time.
+        batch_tokens: token budget of a batch, padding included.
+        length_multiple: lengths are rounded up to this.
+        batch_pairs: maximum number of pairs in a batch; None: the budget alone.
+        in_parallel: whether concurrent calls compute at the same time, so that little work is divided among them;
+            False: they take turns on one device.
+    """
+
+    concurrency: int
+    batch_tokens: int
+    length_multiple: int = 1
+    batch_pairs: int | None = None
+    in_parallel: bool = True
+
+
 def round_up(value: int, multiple: int) -> int:
     """The least multiple that is not below `value`."""
     return -(-value // multiple) * multiple

@@ -9,9 +9,8 @@ from numpy.typing import NDArray
 from ettin.artifacts.errors import HardwareError
 from ettin.artifacts.manifest import Manifest
 from ettin.runtimes.base import Runtime, Settings
-from ettin.runtimes.batch import Batch
+from ettin.runtimes.batch import Batch, BatchLimits
 from ettin.runtimes.cpu import CpuPlan
-from ettin.runtimes.feeding import Limits
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -58,7 +57,7 @@ class OnnxRuntime(Runtime):
         self._device, self._provider = device, provider
         self._packed = any(each.name == "cu_seqlens" for each in manifest.interface.inputs)
         tokens = _CPU_TOKENS_PER_THREAD * plan.threads_per_stream if device == "cpu" else 65536
-        super().__init__(folder, manifest, settings, Limits(concurrency=plan.streams, batch_tokens=tokens))
+        super().__init__(folder, manifest, settings, BatchLimits(concurrency=plan.streams, batch_tokens=tokens))
 
     @property
     def description(self) -> str:

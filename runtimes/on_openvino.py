@@ -14,9 +14,8 @@ from ettin.artifacts.checksum import file_sha256
 from ettin.artifacts.errors import HardwareError, OutputError
 from ettin.artifacts.manifest import Manifest
 from ettin.runtimes.base import Runtime, Settings
-from ettin.runtimes.batch import Batch, round_up
+from ettin.runtimes.batch import Batch, BatchLimits, round_up
 from ettin.runtimes.cpu import CpuPlan, has_bf16, is_hybrid
-from ettin.runtimes.feeding import Limits
 from ettin.runtimes.graph.ops import ONLY_IN_F32, SAME_WHEN_SHORT
 from ettin.runtimes.openvino_kernels import RAGGED_NAME, kernels
 
@@ -69,7 +68,7 @@ class OpenVinoRuntime(Runtime):
         if is_hybrid() and settings.threads is None:
             options["SCHEDULING_CORE_TYPE"] = "PCORE_ONLY"
         tokens = _TOKENS_PER_THREAD * plan.threads_per_stream
-        limits = Limits(plan.streams, tokens, 1 if self._kernels else _LENGTH_MULTIPLE)
+        limits = BatchLimits(plan.streams, tokens, 1 if self._kernels else _LENGTH_MULTIPLE)
         super().__init__(folder, manifest, settings, limits)
         self._options, self._cache_dir = options, settings.cache_dir
         # Read now, mapped into memory: who replaces the artifact meanwhile does not change what is compiled later.

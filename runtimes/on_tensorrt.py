@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from ettin.artifacts.errors import DamagedArtifact, HardwareError, ShapeError, UsageError
 from ettin.artifacts.manifest import Engine, Manifest
 from ettin.runtimes.base import Runtime, Settings
-from ettin.runtimes.batch import Batch, round_up
-from ettin.runtimes.feeding import Limits
+from ettin.runtimes.batch import Batch, BatchLimits, round_up
 from ettin.runtimes.gpu import gpus
 
 if TYPE_CHECKING:  # imports cuda.bindings
@@ -62,7 +61,7 @@ class TensorRtRuntime(Runtime):
         most = int(graph["batch_tokens"])
         if settings.batch_tokens is not None and settings.batch_tokens > most:
             raise UsageError(f"batch_tokens is {settings.batch_tokens}, the engine was compiled for at most {most}")
-        limits = Limits(
+        limits = BatchLimits(
             concurrency=_SLOTS,
             batch_tokens=most,
             length_multiple=_LONGEST_MULTIPLE,

@@ -14,8 +14,7 @@ from transformers import AutoModelForSequenceClassification
 from ettin.artifacts.errors import HardwareError
 from ettin.artifacts.manifest import Manifest
 from ettin.runtimes.base import Runtime, Settings
-from ettin.runtimes.batch import Batch
-from ettin.runtimes.feeding import Limits
+from ettin.runtimes.batch import Batch, BatchLimits
 from ettin.runtimes.flash import flash_kernel, packed_inputs
 from ettin.runtimes.graph import ModelShape
 from ettin.runtimes.graph.flash_graph import FlashGraph, Kernel, modular_tensors
@@ -57,9 +56,9 @@ class TorchRuntime(Runtime):
         if self._flash is None:
             self._model.to(device).eval()
         if device == "cpu":
-            limits = Limits(concurrency=1, batch_tokens=_CPU_TOKENS_PER_THREAD * torch.get_num_threads())
+            limits = BatchLimits(concurrency=1, batch_tokens=_CPU_TOKENS_PER_THREAD * torch.get_num_threads())
         else:  # while the GPU computes one batch, the next is copied and its kernels are queued
-            limits = Limits(concurrency=2, batch_tokens=65536, in_parallel=False)
+            limits = BatchLimits(concurrency=2, batch_tokens=65536, in_parallel=False)
         super().__init__(folder, manifest, settings, limits)
 
     def _flash_graph(self, manifest: Manifest, kernel: Kernel) -> FlashGraph:

@@ -1,7 +1,9 @@
 """Pairs of texts → token ids, equal to those of sentence-transformers' CrossEncoder."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import tokenizers
@@ -10,6 +12,20 @@ from ettin.artifacts.errors import DamagedArtifact, InputError, UsageError
 from ettin.runtimes.batch import Ids
 
 SPECIAL_TOKENS = 3  # [CLS] query [SEP] document [SEP]
+
+# A text is tokenised in pieces of this many characters for each token that is wanted, until there are enough tokens.
+_CHARACTERS_PER_TOKEN = 8
+_LEAST_PIECE_CHARACTERS = 2048
+# Longest piece without a place where it may be cut. It bounds the memory and the time that one text can take.
+_MOST_PIECE_CHARACTERS = 1_000_000
+_COUNTED_TOKENS = 8192  # at a time, where a whole text is counted
+# Where a text may be cut so that the ids of the pieces are those of the text: before a space or line break that
+# follows something else, and between punctuation and a letter of a script that is written without spaces. The
+# pre-tokenizer (GPT-2's regular expression) begins a new word there, and NFC joins nothing across it. U+180E is a
+# space in some versions of Unicode.
+_CUT = re.compile(
+    "(?<=[^\\s\u180e])(?=[ \n])|(?<=[、。，！？；：])(?=[\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fff\uac00-\ud7a3])"
+)
 
 
 def kept_tokens(query: int, document: int, room: int) -> tuple[int, int]:
@@ -32,6 +48,18 @@ def kept_tokens(query: int, document: int, room: int) -> tuple[int, int]:
     return (long, short) if query > document else (short, long)
 
 
+class Encoded(NamedTuple):
+    """A tokenised pair.
+
+    Args:
+        ids: special tokens included, int32 [at most the length that was asked for].
+        is_truncated: whether tokens of the pair were left out.
+    """
+
+    ids: Ids
+    is_truncated: bool
+
+
 class PairTokenizer:
     """Tokenises queries and documents separately and joins their ids, so a query is tokenised once.
 
@@ -49,6 +77,7 @@ class PairTokenizer:
             raise DamagedArtifact(f"{path}: not a tokenizer ({error}). Export again.") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self._may_cut = _may_cut(self._tokenizer)
         sample = ("which planet", "a red planet")
         query, document = (self._tokenizer.encode(text, add_special_tokens=False).ids for text in sample)
         joined = self._tokenizer.encode(*sample).ids
@@ -61,39 +90,113 @@ class PairTokenizer:
         """Highest token id + 1."""
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
-    def texts(self, texts: Sequence[str]) -> dict[str, Ids]:
-        """Ids of each distinct text, without special tokens, int32 [its tokens].
+    def texts(self, texts: Sequence[str], enough: int | None = None) -> dict[str, Ids]:
+        """Ids of each distinct text, without special tokens.
+
+        A long text is tokenised piece by piece, and no further than needed.
+
+        Args:
+            texts: what is tokenised.
+            enough: ids of a text that are wanted; None: all.
+
+        Returns:
+            By text, int32 [its tokens, or more than `enough` of them].
 
         Raises:
-            InputError: a text that is not valid Unicode (a lone surrogate).
+            InputError: a text that is not valid Unicode (a lone surrogate), or that has over a million characters
+                without a space.
         """
-        distinct = list(dict.fromkeys(texts))
+        parts: dict[str, list[Ids]] = {text: [] for text in texts}
+        starts = dict.fromkeys(parts, 0)
+        left = list(parts)
+        while left:
+            ends = [self._piece_end(text, starts[text], enough) for text in left]
+            pieces = [text[starts[text] : end] for text, end in zip(left, ends, strict=True)]
+            for text, end, ids in zip(left, ends, self._encoded_pieces(pieces), strict=True):
+                parts[text].append(ids)
+                starts[text] = end
+            left = [
+                text
+                for text in left
+                if starts[text] < len(text) and (enough is None or sum(map(len, parts[text])) <= enough)
+            ]
+        return {text: ids[0] if len(ids) == 1 else np.concatenate(ids) for text, ids in parts.items()}
+
+    def _piece_end(self, text: str, start: int, enough: int | None) -> int:
+        if enough is None or not self._may_cut:
+            return len(text)
+        size = max(_LEAST_PIECE_CHARACTERS, _CHARACTERS_PER_TOKEN * enough)
+        if len(text) - start <= size:
+            return len(text)
+        cut = _CUT.search(text, start + size)
+        end = cut.start() if cut else len(text)
+        if end - start - size > _MOST_PIECE_CHARACTERS:
+            raise InputError(
+                f"text {text[start : start + 40]!r} … has {end - start - size} characters without a space, limit "
+                f"{_MOST_PIECE_CHARACTERS}. Shorten it"
+            )
+        return end
+
+    def _encoded_pieces(self, pieces: list[str]) -> list[Ids]:
         try:
-            encodings = self._tokenizer.encode_batch_fast(distinct, add_special_tokens=False)
+            encodings = self._tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
         except (UnicodeError, TypeError):
-            for text in distinct:
+            for piece in pieces:
                 try:
-                    text.encode()
+                    piece.encode()
                 except UnicodeEncodeError as error:
-                    raise InputError(f"text {text[:40]!r} … is not valid Unicode ({error.reason})") from None
+                    raise InputError(f"text {piece[:40]!r} … is not valid Unicode ({error.reason})") from None
             raise
-        return {text: np.array(each.ids, np.int32) for text, each in zip(distinct, encodings, strict=True)}
+        return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
     def pairs(self, pairs: Sequence[tuple[str, str]], max_length: int) -> list[Ids]:
-        """Ids of pairs, special tokens included, int32 [at most max_length] each.
+        """Ids of pairs, special tokens included, int32 [at most max_length] each; see `encoded`."""
+        return [ids for ids, _ in self.encoded(pairs, max_length)]
+
+    def encoded(self, pairs: Sequence[tuple[str, str]], max_length: int) -> list[Encoded]:
+        """Tokenises pairs, truncated as CrossEncoder does it (`longest_first`).
+
+        Args:
+            pairs: (query, document).
+            max_length: maximum number of tokens, special tokens included.
 
         Raises:
             UsageError: max_length leaves no room for the special tokens.
-            InputError: a text that is not valid Unicode.
+            InputError: a text that can't be tokenised, see `texts`.
         """
         room = max_length - SPECIAL_TOKENS
         if room < 0:
             raise UsageError(f"max_length is {max_length}, expected at least {SPECIAL_TOKENS} (the special tokens)")
-        ids = self.texts([text for pair in pairs for text in pair])
-        joined = []
+        ids = self.texts([text for pair in pairs for text in pair], room)
+        encoded = []
         for query, document in pairs:
             first, second = ids[query], ids[document]
-            keep_first, keep_second = kept_tokens(len(first), len(second), room)
+            counts = len(first), len(second)
+            if min(counts) > room and room % 2 and query != document:
+                counts = self._count(query), self._count(document)  # the longer one keeps the odd token
+            keep_first, keep_second = kept_tokens(*counts, room)
             parts = (self._cls, first[:keep_first], self._sep, second[:keep_second], self._sep)
-            joined.append(np.concatenate(parts, dtype=np.int32))
-        return joined
+            encoded.append(Encoded(np.concatenate(parts, dtype=np.int32), sum(counts) > room))
+        return encoded
+
+    def _count(self, text: str) -> int:
+        """Tokens of a whole text, which is tokenised piece by piece."""
+        start = count = 0
+        while start < len(text):
+            end = self._piece_end(text, start, _COUNTED_TOKENS)
+            count += len(self._encoded_pieces([text[start:end]])[0])
+            start = end
+        return count
+
+
+def _may_cut(tokenizer: tokenizers.Tokenizer) -> bool:
+    """Whether `_CUT` holds for this tokenizer: that of ModernBERT and of Ettin, in all parts that matter for it."""
+    normalizer, splitter = tokenizer.normalizer, tokenizer.pre_tokenizer
+    added = tokenizer.get_added_tokens_decoder().values()
+    return (
+        (normalizer is None or isinstance(normalizer, tokenizers.normalizers.NFC))
+        and isinstance(splitter, tokenizers.pre_tokenizers.ByteLevel)
+        and splitter.use_regex
+        and not splitter.add_prefix_space
+        and not any(token.rstrip or token.single_word or _CUT.search(token.content) for token in added)
+    )

@@ -13,11 +13,11 @@ from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
-from ettin.artifacts.errors import Busy, EttinError, InputError
+from ettin.artifacts.errors import Busy, Closed, EttinError, Expired, InputError
 from ettin.artifacts.versions import installed_version
 from ettin.runtimes.activation import sigmoid
+from ettin.runtimes.request import Scored
 from ettin.runtimes.serving.backends import Backend
-from ettin.runtimes.serving.batcher import Scored
 from ettin.runtimes.serving.gate import Gate, Limits, Metrics, failure
 from ettin.runtimes.serving.schemas import (
     Document,
@@ -206,8 +206,16 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(Busy)
     async def busy(_: Request, error: Busy) -> Response:
-        status = HTTPStatus.SERVICE_UNAVAILABLE if error.is_stopping else HTTPStatus.TOO_MANY_REQUESTS
-        return failure(status, str(error), "overloaded", {"Retry-After": str(error.retry_after_s)})
+        headers = {"Retry-After": str(error.retry_after_s)}
+        return failure(HTTPStatus.TOO_MANY_REQUESTS, str(error), "overloaded", headers)
+
+    @app.exception_handler(Closed)
+    async def closed(_: Request, error: Closed) -> Response:
+        return failure(HTTPStatus.SERVICE_UNAVAILABLE, str(error), "overloaded", {"Retry-After": "5"})
+
+    @app.exception_handler(Expired)
+    async def expired(_: Request, error: Expired) -> Response:
+        return failure(HTTPStatus.GATEWAY_TIMEOUT, str(error), "overloaded")
 
     @app.exception_handler(EttinError)
     async def failed(_: Request, error: EttinError) -> Response:

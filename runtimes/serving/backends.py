@@ -9,7 +9,10 @@ import numpy as np
 
 from ettin.artifacts.errors import Busy, EttinError, InputError, MissingDependency, ServerError, UsageError
 from ettin.runtimes.base import Runtime
-from ettin.runtimes.serving.batcher import Batcher, Scored
+from ettin.runtimes.request import Scored
+
+REFUSE_TRUNCATED = "refuse_truncated"  # a parameter of requests to Triton
+DRAIN_S = 30.0  # that pending requests are given when a server stops
 
 
 class Backend(ABC):
@@ -26,12 +29,18 @@ class Backend(ABC):
     max_length: int | None
 
     @abstractmethod
-    async def score(self, query: str, documents: Sequence[str]) -> Scored:
+    async def score(self, query: str, documents: Sequence[str], refuse_truncated: bool = False) -> Scored:
         """Raw logits and tokens of each document.
 
+        Args:
+            query: the query.
+            documents: the documents.
+            refuse_truncated: fail, before anything is scored, if a document would be truncated.
+
         Raises:
-            Busy: no room now.
-            InputError: a text that can't be scored.
+            Busy: there is no room now.
+            Closed: the backend is closed.
+            InputError: a text that can't be scored, or that would be truncated.
         """
 
     @abstractmethod
@@ -45,7 +54,7 @@ class Backend(ABC):
 
     @abstractmethod
     async def close(self) -> None:
-        """Finishes what it has, then frees everything."""
+        """Drains pending requests, then releases the engine."""
 
 
 class LocalBackend(Backend):
@@ -53,35 +62,41 @@ class LocalBackend(Backend):
 
     Args:
         runtime: loaded; closed with the backend.
-        max_waiting_pairs: see `Batcher`.
+        max_waiting_pairs: maximum number of queued pairs before requests are refused as `Busy`.
     """
 
     def __init__(self, runtime: Runtime, max_waiting_pairs: int) -> None:
         self.name = runtime.manifest.full_name
         self.description, self.max_length = runtime.description, runtime.max_length
         runtime.predict([("what is warmed up", text) for text in ("the model", "its kernels " * 40)])
-        self._runtime, self._batcher = runtime, Batcher.of(runtime, max_waiting_pairs)
+        self._runtime, self._max_waiting_pairs = runtime, max_waiting_pairs
 
-    async def score(self, query: str, documents: Sequence[str]) -> Scored:
-        return await asyncio.wrap_future(self._batcher.submit([(query, document) for document in documents]))
+    async def score(self, query: str, documents: Sequence[str], refuse_truncated: bool = False) -> Scored:
+        future = self._runtime.scheduler.submit(
+            [(query, document) for document in documents],
+            self._runtime.max_length,
+            refuse_truncated=refuse_truncated,
+            max_waiting_pairs=self._max_waiting_pairs,
+        )
+        return await asyncio.wrap_future(future)
 
     async def is_ready(self) -> bool:
         return True
 
     @property
     def counters(self) -> dict[str, float]:
-        batcher = self._batcher
+        scheduler = self._runtime.scheduler
         return {
-            "batches": batcher.batches,
-            "pairs": batcher.pairs,
-            "tokens": batcher.tokens,
-            "waiting_pairs": batcher.waiting_pairs,
-            "queue_seconds": batcher.queue_s,
+            "batches": scheduler.batches,
+            "pairs": scheduler.pairs,
+            "tokens": scheduler.tokens,
+            "waiting_pairs": scheduler.waiting_pairs,
+            "queue_seconds": scheduler.queue_s,
         }
 
     async def close(self) -> None:
-        await asyncio.to_thread(self._batcher.close)
-        self._runtime.close()
+        await asyncio.to_thread(self._runtime.scheduler.close, "the server is stopping", DRAIN_S)
+        await asyncio.to_thread(self._runtime.close)
 
 
 class TritonBackend(Backend):
@@ -124,7 +139,7 @@ class TritonBackend(Backend):
             )
         return str(found[0])
 
-    async def score(self, query: str, documents: Sequence[str]) -> Scored:
+    async def score(self, query: str, documents: Sequence[str], refuse_truncated: bool = False) -> Scored:
         tensors = []
         for name, texts in (("query", [query]), ("documents", documents)):
             tensor = self._module.InferInput(name, [1, len(texts)], "BYTES")
@@ -136,7 +151,9 @@ class TritonBackend(Backend):
             tensor.set_data_from_numpy(array)
             tensors.append(tensor)
         try:
-            result = await self._client.infer(self.name, tensors)
+            result = await self._client.infer(
+                self.name, tensors, parameters={REFUSE_TRUNCATED: True} if refuse_truncated else None
+            )
         except _triton_error() as error:
             raise _translated(error) from None
         return Scored(result.as_numpy("scores")[0], result.as_numpy("tokens")[0])

@@ -12,26 +12,29 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
-from ettin.artifacts.errors import Busy, EttinError, InputError
+from ettin.artifacts.errors import Busy, Closed, EttinError, Expired, InputError
 from ettin.artifacts.manifest import Manifest
 from ettin.artifacts.triton_repository import ARTIFACT
-from ettin.runtimes.batch import Batch
-from ettin.runtimes.feeding import Limits
+from ettin.runtimes.batch import Batch, BatchLimits
 from ettin.runtimes.inputs import Pair
 from ettin.runtimes.registry import load
-from ettin.runtimes.serving.batcher import Batcher, Scored
+from ettin.runtimes.request import Scored
+from ettin.runtimes.scheduler import Scheduler
+from ettin.runtimes.serving.backends import DRAIN_S, REFUSE_TRUNCATED
 from ettin.runtimes.tokenizer import PairTokenizer
 
 _ASK_EVERY_S = 0.1  # whether a client is still there: a question to the server's process
 _REPORT_EVERY_S = 0.25
 _PADDED_TOKENS = 4096  # of a batch for a native engine that takes rectangles
 _PADDED_MULTIPLE = 16
+_MAX_WAITING_PAIRS = 8192  # what comes later waits in Triton's own queue
 
 
 class _Model(ABC):
-    """Hands requests to a batcher and returns at once; each is answered when its own scores are there."""
+    """Hands requests to the scheduler and returns at once; each is answered when its own scores are there."""
 
-    _batcher: Batcher
+    _scheduler: Scheduler
+    _max_length: int
 
     def initialize(self, args: dict[str, str]) -> None:
         """Triton's: loads one version.
@@ -44,14 +47,14 @@ class _Model(ABC):
         }
         version = args["model_version"]
         try:
-            self._batcher = self._loaded(Path(args["model_repository"]) / version / ARTIFACT, version, parameters)
+            self._load(Path(args["model_repository"]) / version / ARTIFACT, version, parameters)
         except EttinError as error:
             raise pb_utils.TritonModelException(str(error)) from None
-        self._gauges = _Gauges(self._batcher, {"model": args["model_name"], "version": version})
+        self._gauges = _Gauges(self._scheduler, {"model": args["model_name"], "version": version})
 
     @abstractmethod
-    def _loaded(self, artifact: Path, version: str, parameters: dict[str, str]) -> Batcher:
-        """What scores."""
+    def _load(self, artifact: Path, version: str, parameters: dict[str, str]) -> None:
+        """Sets what scores, and the tokens that it truncates to."""
 
     def execute(self, requests: list[Any]) -> None:
         """Triton's: accepts requests, each queries [rows, 1] and documents [rows, documents]."""
@@ -60,7 +63,15 @@ class _Model(ABC):
             try:
                 pairs, shape = _texts(request)
                 # Waiting for room here keeps what comes later in Triton's queue, which has limits and is measured.
-                future = self._batcher.submit(pairs, _Gone(sender), wait=True)
+                future = self._scheduler.submit(
+                    pairs,
+                    self._max_length,
+                    is_cancelled=_Gone(sender),
+                    timeout_s=request.timeout() / 1e6 or None,
+                    refuse_truncated=bool(json.loads(request.parameters() or "{}").get(REFUSE_TRUNCATED)),
+                    max_waiting_pairs=_MAX_WAITING_PAIRS,
+                    wait=True,
+                )
             except EttinError as error:
                 _fail(sender, error)
                 continue
@@ -69,16 +80,16 @@ class _Model(ABC):
 
     def finalize(self) -> None:
         """Triton's: unloads, after what was accepted is done."""
-        self._batcher.close()
+        self._scheduler.close("the model is being unloaded", DRAIN_S)
 
 
 class HostedModel(_Model):
     """The whole artifact in our runtime."""
 
-    def _loaded(self, artifact: Path, version: str, parameters: dict[str, str]) -> Batcher:
+    def _load(self, artifact: Path, version: str, parameters: dict[str, str]) -> None:
         numbers = {key: int(parameters[key]) for key in ("threads", "streams", "max_length") if key in parameters}
         self._runtime = load(artifact, device=parameters.get("device"), **numbers)  # type: ignore[arg-type]
-        return Batcher.of(self._runtime)
+        self._scheduler, self._max_length = self._runtime.scheduler, self._runtime.max_length
 
     def finalize(self) -> None:
         """See `_Model`."""
@@ -89,19 +100,19 @@ class HostedModel(_Model):
 class NativeModel(_Model):
     """Tokenising and batches here, the engine in a backend of Triton's."""
 
-    def _loaded(self, artifact: Path, version: str, parameters: dict[str, str]) -> Batcher:
+    def _load(self, artifact: Path, version: str, parameters: dict[str, str]) -> None:
         manifest = Manifest.read(artifact)
         self._engine, self._version = parameters["engine"], int(version)
         self._is_packed = manifest.engine is not None
         if self._is_packed:
             graph = manifest.graph
             tokens, most = int(graph["batch_tokens"]), int(graph["batch_pairs"])
-            limits = Limits(concurrency=2, batch_tokens=tokens, batch_pairs=most, in_parallel=False)
+            limits = BatchLimits(concurrency=2, batch_tokens=tokens, batch_pairs=most, in_parallel=False)
         else:
-            limits = Limits(concurrency=2, batch_tokens=_PADDED_TOKENS, length_multiple=_PADDED_MULTIPLE)
+            limits = BatchLimits(concurrency=2, batch_tokens=_PADDED_TOKENS, length_multiple=_PADDED_MULTIPLE)
         tokenizer = PairTokenizer(artifact / "tokenizer.json")
-        max_length = int(parameters.get("max_length", manifest.max_length_tokens))
-        return Batcher(tokenizer, self._score, limits, manifest.tokenizer.pad_token_id, max_length)
+        self._max_length = int(parameters.get("max_length", manifest.max_length_tokens))
+        self._scheduler = Scheduler(tokenizer, self._score, limits, manifest.tokenizer.pad_token_id)
 
     def _score(self, batch: Batch) -> NDArray[np.float32]:
         if self._is_packed:
@@ -138,8 +149,8 @@ class _Gone:
 class _Gauges:
     """Among Triton's own metrics, what waits in here: Triton takes for computing what is still in our queue."""
 
-    def __init__(self, batcher: Batcher, labels: dict[str, str]) -> None:
-        self._batcher, self._lock, self._reported = batcher, threading.Lock(), 0.0
+    def __init__(self, scheduler: Scheduler, labels: dict[str, str]) -> None:
+        self._scheduler, self._lock, self._reported = scheduler, threading.Lock(), 0.0
         texts = {
             "ettin_waiting_pairs": "Pairs accepted and not scored yet",
             "ettin_queue_seconds": "Time that these will take, at the measured speed",
@@ -153,11 +164,11 @@ class _Gauges:
     def report(self) -> None:
         """Now and then, and always that nothing waits."""
         with self._lock:
-            waiting, now = self._batcher.waiting_pairs, time.monotonic()
+            waiting, now = self._scheduler.waiting_pairs, time.monotonic()
             if not self._metrics or (waiting and now - self._reported < _REPORT_EVERY_S):
                 return
             self._reported = now
-            for metric, value in zip(self._metrics, (waiting, self._batcher.queue_s), strict=True):
+            for metric, value in zip(self._metrics, (waiting, self._scheduler.queue_s), strict=True):
                 metric.set(value)
 
 
@@ -205,7 +216,7 @@ def _fail(sender: Any, error: BaseException | None) -> None:
     codes = pb_utils.TritonError
     if error is None:
         failure = codes("the client left", codes.CANCELLED)
-    elif isinstance(error, Busy):
+    elif isinstance(error, (Busy, Closed, Expired)):
         failure = codes(str(error), codes.UNAVAILABLE)
     elif isinstance(error, InputError):
         failure = codes(str(error), codes.INVALID_ARG)

@@ -1,0 +1,175 @@
+"""One caller's pairs on their way through the scheduler."""
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ettin.artifacts.errors import Expired, InputError
+from ettin.runtimes.batch import Ids
+from ettin.runtimes.inputs import Pair
+from ettin.runtimes.tokenizer import Encoded
+
+_PATIENCE = 64
+_CHARACTERS_PER_TOKEN = 4  # English text; only decides who is next
+_AHEAD_PAIRS = 2048  # of one request, tokenised and waiting: enough for batches of like lengths
+_AHEAD_TOKENS = 1 << 20
+_SHOWN_EVERY_S = 0.1
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The result of a request.
+
+    Args:
+        logits: raw, float32 [pairs], in the order of the pairs.
+        tokens: number of tokens of each pair, as scored, int32 [pairs].
+    """
+
+    logits: NDArray[np.float32]
+    tokens: NDArray[np.int32]
+
+
+class Request:
+    """Pairs, which of them wait and the scores so far. The scheduler's lock guards everything that changes.
+
+    Args:
+        pairs: (query, document).
+        max_length: tokens that pairs are truncated to.
+        is_cancelled: whether the caller does not want the result any more.
+        timeout_s: time until the request expires; None: never.
+        batch_pairs: maximum number of pairs in a batch; None: no limit.
+        refuse_truncated: fail if a pair would be truncated, before any is scored.
+        caller_tokenises: the caller's own thread tokenises.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[Pair],
+        max_length: int,
+        is_cancelled: Callable[[], bool] = lambda: False,
+        timeout_s: float | None = None,
+        *,
+        batch_pairs: int | None = None,
+        refuse_truncated: bool = False,
+        caller_tokenises: bool = False,
+    ) -> None:
+        self.pairs, self.max_length, self.batch_pairs = pairs, max_length, batch_pairs
+        self.caller_tokenises, self._refuse_truncated = caller_tokenises, refuse_truncated
+        self._is_cancelled, self._timeout_s = is_cancelled, timeout_s
+        self.future: Future[Scored] = Future()
+        self.arrival_s = time.monotonic()
+        self.deadline_s = self.arrival_s + (float("inf") if timeout_s is None else timeout_s)
+        self._work_tokens = sum(len(query) + len(document) for query, document in pairs) / _CHARACTERS_PER_TOKEN
+        self.logits = np.empty(len(pairs), np.float32)
+        self.tokens = np.empty(len(pairs), np.int32)
+        self._taken = self._tokenised = 0  # pairs that a tokeniser took, and gave back
+        # Tokenised pairs that wait, shortest first: lengths, and beside them ids and places.
+        self.lengths: list[int] = []
+        self._waiting: list[tuple[Ids, int]] = []
+        self.waiting_tokens = 0
+        self.done = 0
+
+    def is_unwanted(self) -> bool:
+        """Whether nobody waits for it any more. Not asked under a lock: the answer may come from another process."""
+        return self.future.cancelled() or self._is_cancelled()
+
+    def due_s(self, tokens_per_s: float) -> float:
+        """When the request should be done, see the scheduler; monotonic time."""
+        left = self._work_tokens * (1 - self.done / len(self.pairs))
+        return self.arrival_s + _PATIENCE * left / tokens_per_s
+
+    @property
+    def has_untokenised(self) -> bool:
+        """Whether pairs are left that no tokeniser took."""
+        return self._taken < len(self.pairs)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether the next pairs should be tokenised now."""
+        is_ahead = len(self._waiting) >= _AHEAD_PAIRS or self.waiting_tokens >= _AHEAD_TOKENS
+        return self.has_untokenised and (self._refuse_truncated or not is_ahead)
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether pairs wait for the engine."""
+        return bool(self._waiting) and (not self._refuse_truncated or self._tokenised == len(self.pairs))
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all pairs are scored."""
+        return self.done == len(self.pairs)
+
+    def take_slice(self, most_pairs: int) -> range | None:
+        """Indices of the pairs that are tokenised next; None: there are no more."""
+        start = self._taken
+        self._taken = min(start + most_pairs, len(self.pairs))
+        return range(start, self._taken) if self._taken > start else None
+
+    def check(self, encoded: Sequence[Encoded], part: range) -> None:
+        """Refuses a request that must not be truncated.
+
+        Raises:
+            InputError: a pair of `part` does not fit; names it.
+        """
+        for (_, is_truncated), index in zip(encoded, part, strict=True):
+            if self._refuse_truncated and is_truncated:
+                raise InputError(
+                    f"document {index} has, with its query, more than {self.max_length} tokens, and truncation was "
+                    "refused. Shorten it, or allow truncation"
+                )
+
+    def add(self, encoded: Sequence[Encoded], part: range) -> None:
+        """Adds tokenised pairs, whose indices are `part`."""
+        sequences = [ids for ids, _ in encoded]
+        self.tokens[part.start : part.stop] = [len(ids) for ids in sequences]
+        self._waiting = sorted([*self._waiting, *zip(sequences, part, strict=True)], key=lambda pair: len(pair[0]))
+        self.lengths = [len(ids) for ids, _ in self._waiting]
+        self.waiting_tokens += sum(len(ids) for ids in sequences)
+        self._tokenised += len(part)
+
+    def take(self, index: int) -> "tuple[Request, Ids, int]":
+        """Removes a pair that waits: this request, the pair's ids and its place in the request."""
+        self.waiting_tokens -= self.lengths.pop(index)
+        return self, *self._waiting.pop(index)
+
+    def succeed(self) -> None:
+        """Gives the caller the scores."""
+        self.future.set_result(Scored(self.logits, self.tokens))
+
+    def expired(self) -> Expired:
+        """The error of a request whose time is over."""
+        done = f"{self.done} of {len(self.pairs)} pairs were scored"
+        return Expired(f"the request was not done after {self._timeout_s:g} s: {done}")
+
+
+class Progress:
+    """A progress bar that follows a request.
+
+    Args:
+        request: what is followed.
+        bar: a `tqdm` bar.
+    """
+
+    def __init__(self, request: Request, bar: Any) -> None:
+        self._request, self._bar = request, bar
+
+    def update(self) -> None:
+        """Shows the pairs that are scored now."""
+        self._bar.update(self._request.done - self._bar.n)
+
+    def result(self) -> Scored:
+        """Waits for the result."""
+        if self._bar.disable:
+            return self._request.future.result()
+        while True:
+            with suppress(TimeoutError):
+                result = self._request.future.result(_SHOWN_EVERY_S)
+                self.update()
+                return result
+            self.update()
