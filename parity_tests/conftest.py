@@ -40,10 +40,12 @@ def demo_gold(demo: Checkpoint) -> Any:
 def demo_artifacts(demo: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
     """Every target and precision of the embedded checkpoint, exported by the product's own pipeline.
 
-    Once for all processes of a run: `make test` has several.
+    Once for all processes of a run: `make test` has several. ETTIN_TEST_ARTIFACTS names a folder that keeps them for
+    the next run, for work on tests that do not depend on how an artifact is exported.
     """
     is_worker = "PYTEST_XDIST_WORKER" in os.environ
     root = (tmp_path_factory.getbasetemp().parent if is_worker else tmp_path_factory.getbasetemp()) / "artifacts"
+    root = Path(os.environ.get("ETTIN_TEST_ARTIFACTS", root))
     jobs = [Job(target, precision, root / f"{target}-{precision}") for target, precision in VARIANTS]
     with FileLock(f"{root}.lock"):
         if not root.exists():

@@ -1,5 +1,6 @@
 """A real tritonserver on a repository that `ettin-triton` wrote, called over HTTP and gRPC."""
 
+import asyncio
 import importlib.util
 import os
 import shutil
@@ -19,7 +20,7 @@ import numpy as np
 import psutil
 import pytest
 
-from ettin.artifacts.errors import ServerError
+from ettin.artifacts.errors import InputError, ServerError
 from ettin.artifacts.manifest import Engine, Manifest, ShapeRange
 from ettin.artifacts.triton_repository import TritonOptions, publish
 from ettin.export.checkpoint import Checkpoint
@@ -27,6 +28,7 @@ from ettin.export.lowering import PACKED, Material
 from ettin.export.to_onnx import packed_onnx
 from ettin.export.weights import read_weights
 from ettin.runtimes import load
+from ettin.runtimes.serving.backends import TritonBackend
 from ettin.runtimes.serving.tritonserver import TritonServer
 
 pytestmark = [
@@ -164,6 +166,20 @@ def test_bad_requests_are_said_and_others_served(server: TritonServer) -> None:
         with pytest.raises(InferenceServerException, match="expected 2 inputs"):
             client.infer("onnx-fp32", tensors(tritonclient.http.InferInput, QUERY, [])[:1])
         assert ask(client, "onnx-fp32", QUERY, DOCUMENTS) == pytest.approx(good, abs=1e-4)
+
+
+def test_truncation_is_refused_before_anything_is_scored(server: TritonServer) -> None:
+    async def ask_backend() -> None:
+        backend = TritonBackend(f"127.0.0.1:{server.grpc_port}", "onnx-fp32")
+        try:
+            scored = await backend.score(QUERY, DOCUMENTS, refuse_truncated=True)
+            assert len(scored.logits) == len(DOCUMENTS)
+            with pytest.raises(InputError, match="document 1 has, with its query, more than 7999 tokens"):
+                await backend.score(QUERY, ["short", "word " * 9000], refuse_truncated=True)
+        finally:
+            await backend.close()
+
+    asyncio.run(ask_backend())
 
 
 def test_large_requests_do_not_hold_up_others(server: TritonServer) -> None:
