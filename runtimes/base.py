@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ettin.artifacts.errors import EttinError, UsageError
-from ettin.artifacts.manifest import Manifest
+from ettin.artifacts.opened import OpenArtifact
 from ettin.runtimes.activation import resolved
 from ettin.runtimes.batch import Batch
 from ettin.runtimes.feeding import Feeder, Limits
 from ettin.runtimes.inputs import documents_from_input, pairs_from_inputs, text
-from ettin.runtimes.tokenizer import PairTokenizer
+from ettin.runtimes.tokenizer import artifact_tokenizer
 
 
 @dataclass(frozen=True)
@@ -69,23 +69,23 @@ class Runtime(ABC):
     """A loaded artifact. Safe to use from several threads; close it or use it as a context manager.
 
     Args:
-        folder: the artifact.
-        manifest: its manifest, checked.
+        artifact: open; nothing is read from it afterwards.
         settings: the user's.
         limits: how the backend wants to be fed.
 
     Raises:
+        DamagedArtifact: the tokenizer is damaged, or is not the model's.
         UsageError: max_length is not between the special tokens and what the artifact was made for.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, settings: Settings, limits: Limits) -> None:
+    def __init__(self, artifact: OpenArtifact, settings: Settings, limits: Limits) -> None:
         if settings.batch_tokens is not None:
             limits = replace(limits, batch_tokens=settings.batch_tokens)
-        self.folder, self.manifest, self.limits = folder, manifest, limits
-        self.tokenizer = PairTokenizer(folder / "tokenizer.json")
+        self.folder, self.manifest, self.limits = artifact.path, artifact.manifest, limits
+        self.tokenizer = artifact_tokenizer(artifact)
         self.max_length = self._checked_length(settings.max_length)
         # `score` is looked up at each call: who wraps a runtime's method (to count, to trace) sees every batch.
-        pad = manifest.tokenizer.pad_token_id
+        pad = self.manifest.tokenizer.pad_token_id
         self._feeder = Feeder(self.tokenizer, lambda batch: self.score(batch), limits, pad)  # noqa: PLW0108
         self._closed = False
         self.evaluations = Evaluations()

@@ -13,14 +13,14 @@ import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
 from ettin.artifacts.errors import Busy, EttinError, InputError
-from ettin.artifacts.manifest import Manifest
+from ettin.artifacts.opened import OpenArtifact
 from ettin.artifacts.triton_repository import ARTIFACT
 from ettin.runtimes.batch import Batch
 from ettin.runtimes.feeding import Limits
 from ettin.runtimes.inputs import Pair
 from ettin.runtimes.registry import load
 from ettin.runtimes.serving.batcher import Batcher, Scored
-from ettin.runtimes.tokenizer import PairTokenizer
+from ettin.runtimes.tokenizer import artifact_tokenizer
 
 _ASK_EVERY_S = 0.1  # whether a client is still there: a question to the server's process
 _REPORT_EVERY_S = 0.25
@@ -90,7 +90,8 @@ class NativeModel(_Model):
     """Tokenising and batches here, the engine in a backend of Triton's."""
 
     def _loaded(self, artifact: Path, version: str, parameters: dict[str, str]) -> Batcher:
-        manifest = Manifest.read(artifact)
+        with OpenArtifact(artifact) as opened:  # its engine is elsewhere: only what is read here is compared
+            manifest, tokenizer = opened.manifest, artifact_tokenizer(opened)
         self._engine, self._version = parameters["engine"], int(version)
         self._is_packed = manifest.engine is not None
         if self._is_packed:
@@ -99,7 +100,6 @@ class NativeModel(_Model):
             limits = Limits(concurrency=2, batch_tokens=tokens, batch_pairs=most, in_parallel=False)
         else:
             limits = Limits(concurrency=2, batch_tokens=_PADDED_TOKENS, length_multiple=_PADDED_MULTIPLE)
-        tokenizer = PairTokenizer(artifact / "tokenizer.json")
         max_length = int(parameters.get("max_length", manifest.max_length_tokens))
         return Batcher(tokenizer, self._score, limits, manifest.tokenizer.pad_token_id, max_length)
 
