@@ -24,7 +24,12 @@ def _one_line(text: str) -> str:
     return text
 
 
-def _file_name(text: str) -> str:
+def checked_file_name(text: str) -> str:
+    """A name that is one part of a path, and can't be taken for an option or a hidden file.
+
+    Raises:
+        ValueError: it is not.
+    """
     if not text or text.startswith((".", "-")) or "/" in text or "\\" in text or len(text.encode()) > _MAX_NAME_BYTES:
         raise ValueError(
             f"'{text[:40]}' can't name a file: it is empty, begins with '.' or '-', holds '/' or '\\', or has more "
@@ -35,6 +40,6 @@ def _file_name(text: str) -> str:
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 PathInside = Annotated[str, AfterValidator(_stays_inside)]
-FileName = Annotated[str, AfterValidator(_file_name)]
+FileName = Annotated[str, AfterValidator(checked_file_name)]
 Word = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
 Line = Annotated[str, Field(max_length=4096), AfterValidator(_one_line)]
