@@ -6,12 +6,12 @@ from ettin.artifacts.lazy import lazily
 
 if TYPE_CHECKING:
     from ettin.artifacts.errors import EttinError
-    from ettin.artifacts.files import check_files
     from ettin.artifacts.manifest import Manifest
+    from ettin.artifacts.opened import OpenArtifact
     from ettin.artifacts.parity import ParityCase, read_parity
     from ettin.artifacts.targets import TARGETS
 
-__all__ = ["TARGETS", "EttinError", "Manifest", "ParityCase", "check_files", "read_parity"]
+__all__ = ["TARGETS", "EttinError", "Manifest", "OpenArtifact", "ParityCase", "read_parity"]
 
 __getattr__ = lazily(
     __name__,
@@ -19,8 +19,8 @@ __getattr__ = lazily(
         "TARGETS": "ettin.artifacts.targets",
         "EttinError": "ettin.artifacts.errors",
         "Manifest": "ettin.artifacts.manifest",
+        "OpenArtifact": "ettin.artifacts.opened",
         "ParityCase": "ettin.artifacts.parity",
-        "check_files": "ettin.artifacts.files",
         "read_parity": "ettin.artifacts.parity",
     },
 )

@@ -26,9 +26,23 @@
 A message says what failed, what was found against what was expected, and what to run.
 """
 
+_MAX_CHARACTERS = 4000
+
+
+def shown(text: str) -> str:
+    """Text of unknown origin as a terminal may show it: one line, no control sequences, at most 4,000 characters."""
+    if len(text) > _MAX_CHARACTERS:
+        text = text[: _MAX_CHARACTERS - 2] + " …"
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+
 
 class EttinError(Exception):
-    """Base of all errors raised on purpose; its text is one line for the user."""
+    """Base of all errors raised on purpose; its text is one line for the user, see `shown`."""
+
+    def __init__(self, text: str = "") -> None:
+        super().__init__(shown(text))
 
 
 class UsageError(EttinError, ValueError):

@@ -1,10 +1,12 @@
-"""The files of an artifact: listing them when it is written, checking them when it is read."""
+"""The files of an artifact: listing them when it is written, comparing them when they are read."""
 
+import hashlib
 from pathlib import Path
+from typing import BinaryIO
 
-from ettin.artifacts.checksum import file_sha256
 from ettin.artifacts.errors import DamagedArtifact, OutputError
-from ettin.artifacts.manifest import MANIFEST_NAME, FileEntry, Manifest
+from ettin.artifacts.folder import Folder
+from ettin.artifacts.manifest import MANIFEST_NAME, FileEntry
 
 
 def list_files(folder: Path) -> tuple[FileEntry, ...]:
@@ -13,43 +15,94 @@ def list_files(folder: Path) -> tuple[FileEntry, ...]:
     Raises:
         OutputError: something there is neither file nor folder, such as a link that could lead outside.
     """
-    entries = []
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if path.is_symlink() or not (path.is_file() or path.is_dir()):
-            raise OutputError(f"{path}: an artifact holds plain files only")
-        if path.is_file() and name != MANIFEST_NAME:
-            entries.append(file_entry(folder, name))
-    return tuple(entries)
+    names, pending = [], [""]
+    with Folder(folder) as opened:
+        while pending:
+            for name, kind in opened.entries(pending.pop()):
+                if kind == "folder":
+                    pending.append(name)
+                elif kind != "file":
+                    raise OutputError(f"{folder / name}: an artifact holds plain files only")
+                elif name != MANIFEST_NAME:
+                    names.append(name)
+        return tuple(_entry(opened, name) for name in sorted(names, key=lambda name: name.split("/")))
 
 
-def file_entry(folder: Path, name: str) -> FileEntry:
-    """What the manifest says of one file, `name` relative to `folder`."""
-    path = folder / name
-    return FileEntry(path=name, size_bytes=path.stat().st_size, sha256=file_sha256(path))
+def _entry(opened: Folder, name: str) -> FileEntry:
+    with opened.open(name) as file:
+        return file_entry(name, file)
 
 
-def check_files(folder: Path, manifest: Manifest, checksums: bool = True) -> None:
-    """Compares the files with the manifest.
+class CheckedFile:
+    """A file that is hashed while it is read.
 
     Args:
-        folder: the artifact.
-        manifest: its manifest.
-        checksums: also read every file; otherwise names and sizes only.
-
-    Raises:
-        DamagedArtifact: names the first file that is missing or differs, and how to get it back.
+        file: it.
+        entry: what the manifest says of it.
+        checksums: compare the contents, too.
+        path: it, in words.
+        again: how to get a whole one, in words.
     """
-    again = f"Export again: {manifest.command}"
-    listed = {entry.path for entry in manifest.files}
-    if manifest.entry not in listed:
-        raise DamagedArtifact(f"{folder}: the entry '{manifest.entry}' is not among its files. {again}")
-    for entry in manifest.files:
-        path = folder / entry.path
-        if path.is_symlink() or not path.is_file():
-            raise DamagedArtifact(f"{path}: missing, but listed in {MANIFEST_NAME}. {again}")
-        size_bytes = path.stat().st_size
-        if size_bytes != entry.size_bytes:
-            raise DamagedArtifact(f"{path}: {size_bytes} bytes, {MANIFEST_NAME} says {entry.size_bytes}. {again}")
-        if checksums and file_sha256(path) != entry.sha256:
-            raise DamagedArtifact(f"{path}: sha256 differs from {MANIFEST_NAME} (file damaged or edited). {again}")
+
+    def __init__(self, file: BinaryIO, entry: FileEntry, checksums: bool, path: str, again: str) -> None:
+        self._file, self._entry, self._path, self._again = file, entry, path, again
+        self._hash = hashlib.sha256() if checksums else None
+        self._left_bytes = entry.size_bytes
+
+    def read(self, size: int = -1) -> bytes:
+        """Up to `size` bytes, all for a negative `size`; b"" at the end.
+
+        Raises:
+            DamagedArtifact: the file ends before its size.
+        """
+        wanted = self._left_bytes if size < 0 else min(size, self._left_bytes)
+        try:
+            content = self._file.read(wanted)
+        except OSError as error:
+            raise self._damaged(f"can't be read ({error.strerror})") from None
+        self._seen(content, len(content))
+        if len(content) < wanted:
+            raise self._damaged(f"ends before the size in {MANIFEST_NAME}")
+        return content
+
+    def readinto(self, buffer: memoryview) -> None:
+        """Fills `buffer`, as long as the file.
+
+        Raises:
+            DamagedArtifact: the file ends before its size.
+        """
+        filled = 0
+        while filled < len(buffer):
+            try:
+                count = self._file.readinto(buffer[filled : filled + (1 << 30)])  # type: ignore[attr-defined]
+            except OSError as error:
+                raise self._damaged(f"can't be read ({error.strerror})") from None
+            if not count:
+                raise self._damaged(f"ends before the size in {MANIFEST_NAME}")
+            self._seen(buffer[filled : filled + count], count)
+            filled += count
+
+    def finish(self) -> None:
+        """Compares what was read.
+
+        Raises:
+            DamagedArtifact: it is not what the manifest lists.
+        """
+        if self._left_bytes:
+            raise self._damaged(f"ends before the size in {MANIFEST_NAME}")
+        if self._hash is not None and self._hash.hexdigest() != self._entry.sha256:
+            raise self._damaged(f"sha256 differs from {MANIFEST_NAME} (file damaged or edited)")
+
+    def _seen(self, content: "bytes | memoryview", size_bytes: int) -> None:
+        self._left_bytes -= size_bytes
+        if self._hash is not None:
+            self._hash.update(content)
+
+    def _damaged(self, why: str) -> DamagedArtifact:
+        return DamagedArtifact(f"{self._path}: {why}. {self._again}")
+
+
+def file_entry(name: str, file: BinaryIO) -> FileEntry:
+    """What a manifest says of an open file."""
+    digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+    return FileEntry(path=name, size_bytes=file.tell(), sha256=digest)

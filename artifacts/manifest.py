@@ -2,24 +2,20 @@
 
 import hashlib
 import json
-from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal, Self
+from pathlib import Path
+from typing import Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from ettin.artifacts.errors import ManifestError, NewerFormat
+from ettin.artifacts.fields import FileName, Line, PathInside, Sha256, Word
+from ettin.artifacts.folder import Folder
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-
-
-def _stays_inside(path: str) -> str:
-    parts = PurePosixPath(path).parts
-    if not parts or path.startswith("/") or ".." in parts or "\\" in path or str(PurePosixPath(path)) != path:
-        raise ValueError(f"path '{path}' is not a plain path inside the artifact")
-    return path
+_MAX_MANIFEST_BYTES = 4 << 20
+_MAX_DEPTH = 32
 
 
 class _Strict(BaseModel):
@@ -30,8 +26,8 @@ class _Strict(BaseModel):
 class Source(_Strict):
     """The checkpoint that an artifact was made from."""
 
-    id: str = Field(description="hub id, or the folder's name")
-    revision: str | None = Field(description="hub commit; null for a folder")
+    id: Line = Field(description="hub id, or the folder's name")
+    revision: Line | None = Field(description="hub commit; null for a folder")
     weights: Literal["checkpoint", "random"] = Field(description="random: shape only, scores mean nothing")
     weights_sha256: Sha256 = Field(description="over all weight files, in order of their names")
     shape: dict[str, Any] = Field(description="the model's shape, see ModelShape")
@@ -40,9 +36,9 @@ class Source(_Strict):
 class TensorSpec(_Strict):
     """One input or output."""
 
-    name: str
-    dtype: str
-    shape: tuple[str | int, ...] = Field(strict=False)
+    name: Line
+    dtype: Word
+    shape: tuple[Line | int, ...] = Field(strict=False)
 
 
 class Interface(_Strict):
@@ -63,9 +59,9 @@ class Needs(_Strict):
     """What a machine must have to run the artifact."""
 
     device: Literal["cpu", "cuda", "any"]
-    isa: tuple[str, ...] = Field(strict=False, description="instruction sets; empty: any")
-    package: str = Field(description="the Python package that runs it")
-    version: str = Field(description="the version it was verified with")
+    isa: tuple[Line, ...] = Field(strict=False, description="instruction sets; empty: any")
+    package: Word = Field(description="the Python package that runs it")
+    version: Line = Field(description="the version it was verified with")
 
 
 class ShapeRange(_Strict):
@@ -80,7 +76,7 @@ class Engine(_Strict):
     """What a TensorRT engine was compiled for; no other GPU, and no other version of the builder, runs it."""
 
     arch: str = Field(pattern=r"^sm_\d+$", description="compute capability of the GPU")
-    profiles: tuple[dict[str, ShapeRange], ...] = Field(strict=False, description="by profile, by input")
+    profiles: tuple[dict[Line, ShapeRange], ...] = Field(strict=False, description="by profile, by input")
     fused_attentions: NonNegativeInt | None = Field(description="attentions in one kernel, as the builder reported")
 
 
@@ -93,26 +89,26 @@ class Parity(_Strict):
     mean_abs_error: float | None
     spearman: float | None
     batch_max_abs_error: float | None = Field(description="a pair's score in a mixed batch against alone")
-    arithmetic: tuple[str, ...] = Field(strict=False, description="types that the engine was seen to compute in")
-    reference: str = Field(description="what the pairs were compared with")
-    rule: str = Field(description="the tolerance, in words")
-    quality: Literal["not-applicable"] | dict[str, float] = "not-applicable"
+    arithmetic: tuple[Line, ...] = Field(strict=False, description="types that the engine was seen to compute in")
+    reference: Line = Field(description="what the pairs were compared with")
+    rule: Line = Field(description="the tolerance, in words")
+    quality: Literal["not-applicable"] | dict[Line, float] = "not-applicable"
 
 
 class Calibration(_Strict):
     """How int8 was made."""
 
-    text: str = Field(description="what it was calibrated on")
+    text: Line = Field(description="what it was calibrated on")
     text_sha256: Sha256
     pairs: PositiveInt
-    scheme: str = Field(description="what is quantised; milder than the first choice if that failed the gate")
-    float_linears: tuple[str, ...] = Field(strict=False, description="linear layers that stayed in floating point")
+    scheme: Line = Field(description="what is quantised; milder than the first choice if that failed the gate")
+    float_linears: tuple[Line, ...] = Field(strict=False, description="linear layers that stayed in floating point")
 
 
 class FileEntry(_Strict):
     """One file of the artifact."""
 
-    path: Annotated[str, AfterValidator(_stays_inside)]
+    path: PathInside
     size_bytes: NonNegativeInt
     sha256: Sha256
 
@@ -121,24 +117,30 @@ class Manifest(_Strict):
     """The whole manifest. Unknown keys are refused."""
 
     format_version: Literal[1] = 1
-    name: str
-    target: str
-    precision: str
+    name: FileName
+    target: Word
+    precision: Word
     source: Source
-    graph: dict[str, int | bool]
+    graph: dict[Line, int | bool]
     interface: Interface
     tokenizer: Tokenizer
     max_length_tokens: PositiveInt
     activation: Literal["identity", "sigmoid"]
     needs: Needs
-    entry: Annotated[str, AfterValidator(_stays_inside)] = Field(description="the file that the engine opens")
+    entry: PathInside = Field(description="the file that the engine opens")
     calibration: Calibration | None
     engine: Engine | None = None
-    toolchain: dict[str, str]
-    command: str
-    created: str = Field(description="UTC, ISO 8601")
+    toolchain: dict[Line, Line]
+    command: Line
+    created: Line = Field(description="UTC, ISO 8601")
     parity: Parity
     files: tuple[FileEntry, ...] = Field(strict=False)
+
+    @model_validator(mode="after")
+    def _lists_a_file_once(self) -> Self:
+        if len({entry.path for entry in self.files}) < len(self.files):
+            raise ValueError("'files' lists a path twice")
+        return self
 
     def to_bytes(self) -> bytes:
         """The file's content: the fields, and `manifest_sha256` over them."""
@@ -168,33 +170,111 @@ class Manifest(_Strict):
             ManifestError: no such file, not valid, or edited since it was written.
             NewerFormat: a newer version of this project wrote it.
         """
+        with opened_folder(folder) as opened:
+            return cls.from_bytes(manifest_bytes(opened, folder), folder)
+
+    @classmethod
+    def from_bytes(cls, content: bytes, folder: Path) -> Self:
+        """Validates what `to_bytes` wrote.
+
+        Args:
+            content: of the file, see `manifest_bytes`.
+            folder: where it is from, for errors.
+
+        Raises:
+            ManifestError: not valid, or edited since it was written.
+            NewerFormat: a newer version of this project wrote it.
+        """
         path = folder / MANIFEST_NAME
-        try:
-            content = json.loads(path.read_bytes())
-            found = content.pop("manifest_sha256", None)
-            version = content["format_version"]
-        except FileNotFoundError:
-            raise ManifestError(
-                f"{folder}: no {MANIFEST_NAME}, so this is not an artifact. Make one: ettin-export --size demo"
-            ) from None
-        except (ValueError, AttributeError, TypeError, KeyError) as error:
-            raise ManifestError(f"{path}: not a manifest ({error}). Export again.") from None
+        fields, digest = _parsed(content, path)
+        version = fields["format_version"]
         if isinstance(version, int) and version > FORMAT_VERSION:
             raise NewerFormat(
                 f"{path}: format version {version}, this ettin-export reads up to {FORMAT_VERSION}. "
                 "Run: pip install -U ettin-export"
             )
         try:
-            manifest = cls.model_validate(content)
+            manifest = cls.model_validate(fields)
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
+            where = ".".join(str(part)[:100] for part in first["loc"])
             raise ManifestError(f"{path}: field '{where}': {first['msg']}. Export again.") from None
-        if found != _digest(content):
+        if digest != _digest(fields):
             raise ManifestError(
                 f"{path}: was edited (manifest_sha256 does not match its content). Undo the edit or export again."
             )
         return manifest
+
+
+def opened_folder(folder: Path) -> Folder:
+    """An artifact's folder.
+
+    Raises:
+        ManifestError: there is none.
+    """
+    try:
+        return Folder(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        raise _no_artifact(folder) from None
+    except OSError as error:
+        raise ManifestError(f"{folder}: can't be read ({error.strerror})") from None
+
+
+def manifest_bytes(opened: Folder, folder: Path) -> bytes:
+    """Content of the manifest, not validated.
+
+    Args:
+        opened: the artifact's folder.
+        folder: its path, for errors.
+
+    Raises:
+        ManifestError: none there, not a plain file, or larger than a manifest can be.
+    """
+    try:
+        with opened.open(MANIFEST_NAME) as file:
+            content = file.read(_MAX_MANIFEST_BYTES + 1)
+    except FileNotFoundError:
+        raise _no_artifact(folder) from None
+    except OSError as error:
+        raise ManifestError(f"{folder / MANIFEST_NAME}: not a manifest ({error.strerror}). Export again.") from None
+    if len(content) > _MAX_MANIFEST_BYTES:
+        raise ManifestError(
+            f"{folder / MANIFEST_NAME}: not a manifest (more than {_MAX_MANIFEST_BYTES} bytes). Export again."
+        )
+    return content
+
+
+def _no_artifact(folder: Path) -> ManifestError:
+    return ManifestError(
+        f"{folder}: no {MANIFEST_NAME}, so this is not an artifact. Make one: ettin-export --size demo"
+    )
+
+
+def _parsed(content: bytes, path: Path) -> tuple[dict[str, Any], object]:
+    """The fields, and what the file says of their checksum."""
+    try:
+        fields = json.loads(content)
+        if _depth(fields) > _MAX_DEPTH:
+            raise ValueError(f"nested more than {_MAX_DEPTH} deep")
+        digest = fields.pop("manifest_sha256", None)
+        _ = fields["format_version"]
+    except (ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
+        raise ManifestError(f"{path}: not a manifest ({error}). Export again.") from None
+    return fields, digest
+
+
+def _depth(value: object) -> int:
+    """How deep lists and objects are nested, counted no further than needed."""
+    depth, level = 0, [value]
+    while level and depth <= _MAX_DEPTH:
+        depth += 1
+        level = [
+            below
+            for item in level
+            if isinstance(item, dict | list)
+            for below in (item.values() if isinstance(item, dict) else item)
+        ]
+    return depth
 
 
 def _digest(fields: dict[str, Any]) -> str:

@@ -1,11 +1,11 @@
 """`parity.jsonl`: pairs, token ids and reference scores that travel in an artifact."""
 
-import json
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
 from ettin.artifacts.errors import DamagedArtifact
+from ettin.artifacts.opened import OpenArtifact
 
 PARITY_NAME = "parity.jsonl"
 
@@ -42,13 +42,16 @@ def read_parity(folder: Path) -> list[ParityCase]:
     """Reads them back.
 
     Raises:
-        DamagedArtifact: the file is missing or a line is not a case.
+        ManifestError: not an artifact.
+        DamagedArtifact: the file is missing, differs from the manifest, or a line is not a case.
     """
-    path = folder / PARITY_NAME
+    with OpenArtifact(folder) as artifact:
+        content = artifact.read(PARITY_NAME)
     try:
-        with path.open(encoding="utf-8") as lines:
-            return [ParityCase.model_validate(json.loads(line)) for line in lines]
-    except FileNotFoundError:
-        raise DamagedArtifact(f"{path}: missing, so the artifact can't be verified. Export again.") from None
-    except (ValueError, ValidationError) as error:
-        raise DamagedArtifact(f"{path}: not a list of parity cases ({error}). Export again.") from None
+        # Lines end at line feeds alone: texts may hold other line separators.
+        return [ParityCase.model_validate_json(line) for line in content.split(b"\n") if line]
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise DamagedArtifact(
+            f"{folder / PARITY_NAME}: not a list of parity cases ({first['msg'][:200]}). Export again."
+        ) from None

@@ -16,6 +16,7 @@ from typing import Any
 
 from ettin.artifacts.errors import MissingDependency, OutputError, UsageError
 from ettin.artifacts.manifest import MANIFEST_NAME, Manifest, TensorSpec
+from ettin.artifacts.opened import TOKENIZER_NAME, OpenArtifact
 
 ENGINE_SUFFIX = "-engine"
 ARTIFACT = "artifact"
@@ -59,12 +60,11 @@ class TritonOptions:
     runtime: Mapping[str, str] = field(default_factory=dict)
 
 
-def publish(artifact: Path, manifest: Manifest, repository: Path, name: str, options: TritonOptions) -> int:
-    """Adds an artifact to a repository.
+def publish(artifact: Path, repository: Path, name: str, options: TritonOptions) -> int:
+    """Adds an artifact to a repository: the files that its manifest lists, as it lists them.
 
     Args:
-        artifact: its folder, checked.
-        manifest: its manifest.
+        artifact: its folder.
         repository: the model repository; made if it is not there.
         name: of the model.
         options: how it is served.
@@ -73,34 +73,49 @@ def publish(artifact: Path, manifest: Manifest, repository: Path, name: str, opt
         The version that it is now.
 
     Raises:
+        ArtifactError: the artifact is damaged.
         UsageError: a target that can't be served so.
         OutputError: the repository can't be written, or has something else of that name.
         MissingDependency: no tritonclient, which knows the form of the configuration.
     """
+    with OpenArtifact(artifact) as opened:
+        opened.check()
+        return _publish(opened, repository, name, options)
+
+
+def _publish(artifact: OpenArtifact, repository: Path, name: str, options: TritonOptions) -> int:
+    manifest = artifact.manifest
     _check(manifest, options)
     if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):
         raise UsageError(f"model name '{name}': expected letters, digits, '.', '_' and '-'")
     if options.native:
         version = _next_version(repository, name, name + ENGINE_SUFFIX)
         with _staged(repository, name + ENGINE_SUFFIX, version) as stage:
-            entry, folder = artifact / manifest.entry, stage / str(version)
-            # Weights lie beside a graph, with its name and another ending.
-            for path in [entry] if manifest.engine else sorted(entry.parent.glob(f"{entry.stem}.*")):
-                shutil.copy2(path, folder / path.name)
+            _copy_engine(artifact, stage / str(version))
             _write_config(stage, _engine_config(stage, manifest, name + ENGINE_SUFFIX, options))
         # After its engine: the new front may ask for it at once.
         with _staged(repository, name, version) as stage:
             _write_front(stage, version, "NativeModel", name, manifest, options)
             hosted = stage / str(version) / ARTIFACT
-            hosted.mkdir()
-            for each in (MANIFEST_NAME, "tokenizer.json"):
-                shutil.copy2(artifact / each, hosted / each)
+            artifact.copy([TOKENIZER_NAME], hosted)
+            (hosted / MANIFEST_NAME).write_bytes(artifact.manifest_bytes)
         return version
     version = _next_version(repository, name)
     with _staged(repository, name, version) as stage:
         _write_front(stage, version, "HostedModel", name, manifest, options)
-        shutil.copytree(artifact, stage / str(version) / ARTIFACT)
+        artifact.copy_all(stage / str(version) / ARTIFACT)
     return version
+
+
+def _copy_engine(artifact: OpenArtifact, folder: Path) -> None:
+    """Copies what Triton's own backend opens, without the folders above it."""
+    entry = PurePosixPath(artifact.manifest.entry)
+    names = [file.path for file in artifact.manifest.files]
+    # Weights lie beside a graph, with its name and another ending.
+    places = [PurePosixPath(name) for name in names]
+    beside = [str(each) for each in places if each.parent == entry.parent and each.name.startswith(f"{entry.stem}.")]
+    for name in [str(entry)] if artifact.manifest.engine else beside:
+        artifact.copy_file(name, folder / PurePosixPath(name).name)
 
 
 def _check(manifest: Manifest, options: TritonOptions) -> None:

@@ -16,7 +16,6 @@ import psutil
 from numpy.typing import NDArray
 
 from ettin.artifacts.errors import ServerError
-from ettin.artifacts.manifest import Manifest
 from ettin.artifacts.triton_repository import TritonOptions, publish
 from ettin.runtimes.serving.tritonserver import TritonServer, free_port
 
@@ -72,7 +71,7 @@ class InTriton(Served):
         self._stack = ExitStack()
         folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
         options = TritonOptions(runtime={"max_length": str(max_length)})
-        publish(artifact, Manifest.read(artifact), folder / "models", "reranker", options)
+        publish(artifact, folder / "models", "reranker", options)
         self._server = self._stack.enter_context(TritonServer(folder / "models"))
 
     def client(self) -> Ask:

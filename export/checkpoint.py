@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from ettin.artifacts.checksum import file_sha256
 from ettin.artifacts.errors import CheckpointError, UnsupportedCheckpoint
+from ettin.artifacts.fields import checked_file_name
 from ettin.export.rope_config import rope_thetas
 from ettin.runtimes.graph import ModelShape
 from ettin.runtimes.tokenizer import PairTokenizer
@@ -95,7 +96,7 @@ def read_checkpoint(
     activation = settings.get("activation_fn")
     if activation not in _ACTIVATIONS:
         _refuse(folder, "activation_fn", activation, "Identity or Sigmoid")
-    return Checkpoint(
+    checkpoint = Checkpoint(
         folder=folder,
         id=id or folder.resolve().name,
         revision=revision,
@@ -105,6 +106,11 @@ def read_checkpoint(
         activation=_ACTIVATIONS[activation],
         max_length_tokens=_max_length(folder, shape),
     )
+    try:
+        checked_file_name(checkpoint.name)
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: artifacts would be named after it, but the name {error}. Rename it") from None
+    return checkpoint
 
 
 def _refuse(where: Path, what: str, found: object, expected: str) -> None:

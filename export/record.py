@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from ettin.artifacts.checksum import file_sha256
+from ettin.artifacts.errors import shown
 from ettin.artifacts.files import list_files
 from ettin.artifacts.manifest import MANIFEST_NAME, Calibration, Manifest, Parity, Source, Tokenizer
 from ettin.artifacts.versions import installed_versions
@@ -61,7 +62,7 @@ def write_manifest(
         calibration=calibration,
         engine=lowered.engine,
         toolchain=toolchain(),
-        command=about.command,
+        command=shown(about.command),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         parity=parity,
         files=(),

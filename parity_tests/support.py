@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from ettin.artifacts.files import list_files
 from ettin.artifacts.manifest import _digest
 from ettin.artifacts.targets import TARGETS
 from ettin.runtimes.graph import ModelShape
@@ -53,6 +54,11 @@ def run(*arguments: str | Path, cwd: Path, stdin: str = "", **environment: str) 
 
 def quiet(what: str) -> nullcontext[None]:
     return nullcontext()
+
+
+def reseal(folder: Path) -> None:
+    """Lists the files anew, as a program that knows the format could."""
+    rewrite(folder, lambda content: content.update(files=[each.model_dump() for each in list_files(folder)]))
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, Any]], Any], sign: bool = True) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import quiet, rewrite
+from support import quiet, reseal, rewrite
 
 from ettin.artifacts import publish
 from ettin.artifacts.errors import (
@@ -158,7 +158,7 @@ def test_other_ids_fail_verification(artifact: Path) -> None:
     first = json.loads(lines[0])
     first["ids"][2] += 1
     path.write_text("\n".join([json.dumps(first), *lines[1:]]) + "\n")
-    rewrite(artifact, lambda content: content.update(files=[each.model_dump() for each in list_files(artifact)]))
+    reseal(artifact)
     with pytest.raises(ParityError, match="token ids .* differ from the reference's at 2"):
         verify(artifact)
     with pytest.raises(ParityError, match="can't be verified: .*token ids"):
@@ -170,7 +170,7 @@ def test_other_scores_fail_verification(artifact: Path) -> None:
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     rows[5]["gold"] += 0.01
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    rewrite(artifact, lambda content: content.update(files=[each.model_dump() for each in list_files(artifact)]))
+    reseal(artifact)
     found = verify(artifact)
     assert not found.ok and rows[5]["query"][:20] in found.worst_pair
 
@@ -178,6 +178,7 @@ def test_other_scores_fail_verification(artifact: Path) -> None:
 def test_too_few_parity_pairs_fail(artifact: Path) -> None:
     path = artifact / "parity.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:63]))
+    reseal(artifact)
     with pytest.raises(ParityError, match="63 parity pairs, expected at least 64"):
         verify(artifact)
 

@@ -12,11 +12,10 @@ import pytest
 from click.testing import CliRunner
 
 from ettin.artifacts.errors import MissingDependency, OutputError
-from ettin.artifacts.files import check_files
-from ettin.artifacts.manifest import Manifest
 from ettin.runtimes import pack as module
 from ettin.runtimes.cli_pack import command
 from ettin.runtimes.pack import requirements
+from ettin.runtimes.registry import checked_manifest
 
 Artifacts = dict[tuple[str, str], Path]
 
@@ -74,7 +73,7 @@ def test_archive(demo_artifacts: Artifacts, tmp_path: Path, no_pip: list[list[st
         tar.extractall(tmp_path, filter="data")
     folder = tmp_path / "reranker"
     assert {path.name for path in folder.iterdir()} == {"README.md", "requirements.txt", "artifact", "wheels"}
-    check_files(folder / "artifact", Manifest.read(folder / "artifact"))
+    checked_manifest(folder / "artifact")
     assert ("pip download" in (folder / "README.md").read_text()) is not wheels
     assert sorted(path.name for path in tmp_path.iterdir()) == ["reranker", "reranker.tar.gz"]
 

@@ -16,7 +16,7 @@ from openvino import opset15 as op
 from support import rewrite, run
 from torch import Tensor
 
-from ettin.artifacts.files import file_entry
+from ettin.artifacts.files import list_files
 from ettin.artifacts.manifest import Manifest
 from ettin.export.openvino_graph import OpenVinoOps
 from ettin.export.to_openvino import share_weights
@@ -237,7 +237,7 @@ def test_what_is_not_proven_is_not_used(usable: Path, demo_artifacts: Artifacts,
 
     def signed(content: dict[str, Any]) -> None:
         content["parity"]["arithmetic"] = ["bf16", "f32"]
-        content["files"] = [file_entry(copied, each["path"]).model_dump() for each in content["files"]]
+        content["files"] = [each.model_dump() for each in list_files(copied)]
 
     rewrite(copied, signed)
     words = said("ettin-verify", copied, cwd=tmp_path)

@@ -21,7 +21,6 @@ import pytest
 from click.testing import CliRunner
 
 from ettin.artifacts.errors import Busy, Closed, ServerError
-from ettin.artifacts.manifest import Manifest
 from ettin.artifacts.triton_repository import TritonOptions, publish
 from ettin.runtimes import Runtime, load
 from ettin.runtimes.activation import sigmoid
@@ -350,7 +349,7 @@ def test_command_says_what_is_wrong(arguments: list[str], message: str, tmp_path
 def test_gateway_to_triton(demo_artifacts: Artifacts, tmp_path: Path, expected: np.ndarray) -> None:
     artifact = demo_artifacts["onnx", "fp32"]
     for name in ("one", "two"):
-        publish(artifact, Manifest.read(artifact), tmp_path, name, TritonOptions())
+        publish(artifact, tmp_path, name, TritonOptions())
     with TritonServer(tmp_path) as server:
         address = f"127.0.0.1:{server.grpc_port}"
         done = CliRunner().invoke(command, ["--triton", address, "--port", "0"])

@@ -87,7 +87,7 @@ def repository(demo_artifacts: Artifacts, tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp("triton") / "models"
     for variant in SERVED:
         artifact = demo_artifacts[variant]
-        publish(artifact, Manifest.read(artifact), folder, name_of(variant), TritonOptions())
+        publish(artifact, folder, name_of(variant), TritonOptions())
     return folder
 
 
@@ -226,7 +226,7 @@ def pending(client: Any, model: str) -> int:
 def test_damaged_model_leaves_the_others(demo_artifacts: Artifacts, tmp_path: Path) -> None:
     artifact = demo_artifacts["onnx", "fp32"]
     for name in ("good", "bad"):
-        publish(artifact, Manifest.read(artifact), tmp_path, name, TritonOptions())
+        publish(artifact, tmp_path, name, TritonOptions())
     entry = tmp_path / "bad" / "1" / "artifact" / Manifest.read(artifact).entry
     content = bytearray(entry.read_bytes())
     content[len(content) // 2] ^= 1
@@ -245,7 +245,7 @@ def test_damaged_model_leaves_the_others(demo_artifacts: Artifacts, tmp_path: Pa
 
 def test_new_version_takes_over_without_a_gap(demo_artifacts: Artifacts, tmp_path: Path) -> None:
     first, second = demo_artifacts["onnx", "fp32"], demo_artifacts["onnx", "int8"]
-    publish(first, Manifest.read(first), tmp_path / "models", "reranker", TritonOptions())
+    publish(first, tmp_path / "models", "reranker", TritonOptions())
     arguments = ["--model-control-mode=explicit", "--load-model=reranker"]
     stop, answers, errors = threading.Event(), [], []
     with TritonServer(tmp_path / "models", arguments=arguments) as running, grpc_client(running) as client:
@@ -260,7 +260,7 @@ def test_new_version_takes_over_without_a_gap(demo_artifacts: Artifacts, tmp_pat
         asking = threading.Thread(target=keep_asking)
         asking.start()
         time.sleep(0.3)
-        publish(second, Manifest.read(second), tmp_path / "models", "reranker", TritonOptions())
+        publish(second, tmp_path / "models", "reranker", TritonOptions())
         client.load_model("reranker")
         time.sleep(0.3)
         stop.set()
@@ -276,7 +276,7 @@ def test_new_version_takes_over_without_a_gap(demo_artifacts: Artifacts, tmp_pat
 
 def test_response_cache(demo_artifacts: Artifacts, tmp_path: Path) -> None:
     artifact = demo_artifacts["onnx", "fp32"]
-    publish(artifact, Manifest.read(artifact), tmp_path, "reranker", TritonOptions(response_cache=True))
+    publish(artifact, tmp_path, "reranker", TritonOptions(response_cache=True))
     with (
         TritonServer(tmp_path, arguments=["--cache-config=local,size=1048576"]) as running,
         http_client(running) as client,
@@ -304,7 +304,7 @@ def test_server_that_does_not_start(tmp_path: Path) -> None:
 
 def test_stop_leaves_nothing(repository: Path, demo_artifacts: Artifacts, tmp_path: Path) -> None:
     artifact = demo_artifacts["onnx", "fp32"]
-    publish(artifact, Manifest.read(artifact), tmp_path, "reranker", TritonOptions())
+    publish(artifact, tmp_path, "reranker", TritonOptions())
     with TritonServer(tmp_path) as running:
         pid, scratch = running.pid, running.log.parent
         assert pid and scratch.exists()
@@ -388,7 +388,7 @@ class WithStandIn(TritonServer):
 @pytest.mark.parametrize("variant", [("onnx", "fp32"), ("openvino", "bf16")], ids=name_of)
 def test_native_configuration_is_read(demo_artifacts: Artifacts, tmp_path: Path, variant: tuple[str, str]) -> None:
     artifact = demo_artifacts[variant]
-    publish(artifact, Manifest.read(artifact), tmp_path, "reranker", TritonOptions(native=True))
+    publish(artifact, tmp_path, "reranker", TritonOptions(native=True))
     arguments = ["--exit-on-error=false", "--strict-readiness=false", "--disable-auto-complete-config"]
     with TritonServer(tmp_path, arguments=arguments) as running, http_client(running) as client:
         index = {each["name"]: each for each in client.get_model_repository_index()}
@@ -397,7 +397,7 @@ def test_native_configuration_is_read(demo_artifacts: Artifacts, tmp_path: Path,
 
 def test_native_engine(demo_artifacts: Artifacts, tmp_path: Path) -> None:
     artifact = demo_artifacts["onnx", "fp32"]
-    publish(artifact, Manifest.read(artifact), tmp_path, "reranker", TritonOptions(native=True))
+    publish(artifact, tmp_path, "reranker", TritonOptions(native=True))
     requests = [(f"query {at}", [f"text {number} " * (number * at % 70) for number in range(20)]) for at in range(12)]
     with WithStandIn(tmp_path) as running, grpc_client(running) as client, load(artifact) as runtime:
         with ThreadPoolExecutor(6) as pool:
@@ -406,7 +406,7 @@ def test_native_engine(demo_artifacts: Artifacts, tmp_path: Path) -> None:
             expected = runtime.predict([(query, document) for document in documents])
             np.testing.assert_allclose(scores, expected, atol=1e-4)
         # The next version of both.
-        publish(artifact, Manifest.read(artifact), tmp_path, "reranker", TritonOptions(native=True))
+        publish(artifact, tmp_path, "reranker", TritonOptions(native=True))
     with WithStandIn(tmp_path) as running, grpc_client(running) as client:
         assert ask(client, "reranker", *requests[3]) == pytest.approx(found[3], abs=1e-4)
         assert client.get_model_metadata("reranker").versions == ["2"]

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from support import reseal
 
-from ettin.artifacts import triton_repository
 from ettin.artifacts.errors import DamagedArtifact, OutputError, UsageError
 from ettin.artifacts.manifest import MANIFEST_NAME, Manifest
+from ettin.artifacts.opened import OpenArtifact
 from ettin.artifacts.triton_repository import TritonOptions, publish
 from ettin.runtimes.cli_triton import command
 
@@ -31,7 +32,7 @@ def files(folder: Path) -> set[str]:
 def test_hosted_model(demo_artifacts: Artifacts, tmp_path: Path) -> None:
     artifact, repository = demo_artifacts["openvino", "int8"], tmp_path / "models"
     options = TritonOptions(runtime={"threads": "2"}, environment="/opt/ettin", response_cache=True)
-    assert publish(artifact, Manifest.read(artifact), repository, "reranker", options) == 1
+    assert publish(artifact, repository, "reranker", options) == 1
     model = repository / "reranker"
     inside = {f"1/artifact/{name}" for name in files(artifact)}
     assert files(model) == inside | {"config.pbtxt", "1/model.py", "warmup/query", "warmup/documents"}
@@ -51,32 +52,32 @@ def test_hosted_model(demo_artifacts: Artifacts, tmp_path: Path) -> None:
 
 def test_next_version_leaves_the_one_before(demo_artifacts: Artifacts, tmp_path: Path) -> None:
     first, second = demo_artifacts["onnx", "fp32"], demo_artifacts["onnx", "fp16"]
-    publish(first, Manifest.read(first), tmp_path / "models", "reranker", TritonOptions())
+    publish(first, tmp_path / "models", "reranker", TritonOptions())
     before = {name: (tmp_path / "models/reranker" / name).read_bytes() for name in files(tmp_path / "models/reranker/1")
               if (tmp_path / "models/reranker" / name).exists()}  # fmt: skip
-    assert publish(second, Manifest.read(second), tmp_path / "models", "reranker", TritonOptions()) == 2
+    assert publish(second, tmp_path / "models", "reranker", TritonOptions()) == 2
     model = tmp_path / "models" / "reranker"
     assert sorted(path.name for path in model.iterdir()) == ["1", "2", "config.pbtxt", "warmup"]
     assert Manifest.read(model / "1" / "artifact").precision == "fp32"
     assert Manifest.read(model / "2" / "artifact").precision == "fp16"
     assert all((model / name).read_bytes() == content for name, content in before.items())
     shutil.rmtree(model / "1")
-    assert publish(first, Manifest.read(first), tmp_path / "models", "reranker", TritonOptions()) == 3
+    assert publish(first, tmp_path / "models", "reranker", TritonOptions()) == 3
 
 
 def test_nothing_half_written_stays(demo_artifacts: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     artifact = demo_artifacts["onnx", "fp32"]
-    manifest, repository = Manifest.read(artifact), tmp_path / "models"
-    publish(artifact, manifest, repository, "reranker", TritonOptions())
+    repository = tmp_path / "models"
+    publish(artifact, repository, "reranker", TritonOptions())
     before = files(repository)
 
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(triton_repository.shutil, "copytree", full)
+    monkeypatch.setattr(OpenArtifact, "copy_all", full)
     for name in ("reranker", "another"):
         with pytest.raises(OutputError, match="No space left on device.*Nothing was published"):
-            publish(artifact, manifest, repository, name, TritonOptions())
+            publish(artifact, repository, name, TritonOptions())
     assert files(repository) == before and [path.name for path in tmp_path.iterdir()] == ["models"]
 
 
@@ -85,14 +86,14 @@ def test_something_else_is_left_alone(demo_artifacts: Artifacts, tmp_path: Path)
     (tmp_path / "models" / "reranker").mkdir(parents=True)
     (tmp_path / "models" / "reranker" / "notes.txt").write_text("mine")
     with pytest.raises(OutputError, match="not a model of Triton's, left as it is"):
-        publish(artifact, Manifest.read(artifact), tmp_path / "models", "reranker", TritonOptions())
+        publish(artifact, tmp_path / "models", "reranker", TritonOptions())
     assert files(tmp_path) == {"models/reranker/notes.txt"}
 
 
 def test_native_onnx(demo_artifacts: Artifacts, tmp_path: Path) -> None:
     artifact = demo_artifacts["onnx", "fp16"]
     options = TritonOptions(native=True, on_gpu=True, instances=2)
-    assert publish(artifact, Manifest.read(artifact), tmp_path, "reranker", options) == 1
+    assert publish(artifact, tmp_path, "reranker", options) == 1
     assert files(tmp_path / "reranker-engine") == {
         "config.pbtxt", "1/model_fp16.onnx", "warmup/input_ids", "warmup/attention_mask",
     }  # fmt: skip
@@ -114,20 +115,20 @@ def test_native_onnx_with_weights_of_its_own(demo_artifacts: Artifacts, tmp_path
     artifact = tmp_path / "artifact"
     shutil.copytree(demo_artifacts["onnx", "fp32"], artifact)
     (artifact / "onnx" / "model.onnx_data").write_bytes(b"weights")
-    publish(artifact, Manifest.read(artifact), tmp_path / "models", "reranker", TritonOptions(native=True))
+    reseal(artifact)
+    publish(artifact, tmp_path / "models", "reranker", TritonOptions(native=True))
     assert files(tmp_path / "models" / "reranker-engine" / "1") == {"model.onnx", "model.onnx_data"}
 
 
 def test_native_openvino(demo_artifacts: Artifacts, tmp_path: Path) -> None:
     artifact = demo_artifacts["openvino", "bf16"]
-    publish(artifact, Manifest.read(artifact), tmp_path, "reranker", TritonOptions(native=True))
+    publish(artifact, tmp_path, "reranker", TritonOptions(native=True))
     assert files(tmp_path / "reranker-engine") == {
         "config.pbtxt", "1/openvino_model.xml", "1/openvino_model.bin", "warmup/input_ids", "warmup/attention_mask",
     }  # fmt: skip
     assert config(tmp_path / "reranker-engine").parameters["HINT_BF16"].string_value == "YES"
     with pytest.raises(UsageError, match="can't be told to compute in f32"):
-        publish(
-            demo_artifacts["openvino", "fp32"], Manifest.read(demo_artifacts["openvino", "fp32"]), tmp_path, "other",
+        publish(demo_artifacts["openvino", "fp32"], tmp_path, "other",
             TritonOptions(native=True),
         )  # fmt: skip
 
@@ -135,7 +136,7 @@ def test_native_openvino(demo_artifacts: Artifacts, tmp_path: Path) -> None:
 def test_torch_stays_outside(demo_artifacts: Artifacts, tmp_path: Path) -> None:
     artifact = demo_artifacts["transformers", "fp32"]
     with pytest.raises(UsageError, match="'transformers' needs torch, which has no place in a server"):
-        publish(artifact, Manifest.read(artifact), tmp_path / "models", "reranker", TritonOptions())
+        publish(artifact, tmp_path / "models", "reranker", TritonOptions())
     assert list(tmp_path.iterdir()) == []
 
 

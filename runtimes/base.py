@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ettin.artifacts.errors import DamagedArtifact, UsageError
-from ettin.artifacts.manifest import Manifest
+from ettin.artifacts.opened import OpenArtifact
 from ettin.runtimes import fork
 from ettin.runtimes.activation import resolved
 from ettin.runtimes.batch import Batch, BatchLimits
 from ettin.runtimes.inputs import documents_from_input, pairs_from_inputs, text
 from ettin.runtimes.scheduler import Scheduler
-from ettin.runtimes.tokenizer import PairTokenizer
+from ettin.runtimes.tokenizer import artifact_tokenizer
 
 
 def _loaded_again(folder: str, settings: "Settings", digest: str) -> "Runtime":
@@ -85,23 +85,24 @@ class Runtime(ABC):
     """A loaded artifact. Safe to use from several threads; close it or use it as a context manager.
 
     Args:
-        folder: the artifact.
-        manifest: its manifest, checked.
+        artifact: open; nothing is read from it afterwards.
         settings: the user's.
         limits: the batches that the backend takes.
 
     Raises:
+        DamagedArtifact: the tokenizer is damaged, or is not the model's.
         UsageError: max_length is not between the special tokens and what the artifact was made for.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, settings: Settings, limits: BatchLimits) -> None:
+    def __init__(self, artifact: OpenArtifact, settings: Settings, limits: BatchLimits) -> None:
         if settings.batch_tokens is not None:
             limits = replace(limits, batch_tokens=settings.batch_tokens)
-        self.folder, self.manifest, self.settings, self.limits = folder, manifest, settings, limits
-        self.tokenizer = PairTokenizer(folder / "tokenizer.json")
+        self.folder, self.manifest = artifact.path, artifact.manifest
+        self.settings, self.limits = settings, limits
+        self.tokenizer = artifact_tokenizer(artifact)
         self.max_length = self._checked_length(settings.max_length)
         # `score` is looked up at each call, so a method that is replaced (to count or trace batches) sees every batch.
-        pad = manifest.tokenizer.pad_token_id
+        pad = self.manifest.tokenizer.pad_token_id
         self.scheduler = Scheduler(self.tokenizer, lambda batch: self.score(batch), limits, pad)  # noqa: PLW0108
         self._is_released = False
         self.evaluations = Evaluations()

@@ -5,9 +5,10 @@ from typing import NoReturn
 
 import click
 
+from ettin.artifacts.opened import OpenArtifact
 from ettin.runtimes import console
 from ettin.runtimes.pack import pack
-from ettin.runtimes.registry import checked_manifest
+from ettin.runtimes.registry import check_usable
 
 
 @click.command(epilog=console.example_epilog("ettin-pack ettin-reranker-demo/openvino-int8 --wheels"))
@@ -20,10 +21,11 @@ def command(artifact: Path, output: Path | None, wheels: bool, force: bool) -> N
 
     Where it is unpacked, pip installs it without a network, and ettin-verify, ettin-rerank and ettin-serve run.
     """
-    manifest = checked_manifest(artifact)
-    archive = output or Path(f"{manifest.full_name}.tar.gz")
-    with console.step(f"pack {archive.name}"):
-        pack(artifact, manifest, archive, with_wheels=wheels, force=force)
+    with OpenArtifact(artifact) as opened:
+        check_usable(opened)
+        archive = output or Path(f"{opened.manifest.full_name}.tar.gz")
+        with console.step(f"pack {archive.name}"):
+            pack(opened, archive, with_wheels=wheels, force=force)
     console.note(f"  {archive.stat().st_size / 2**20:.0f} MiB")
     click.echo(archive)
 

@@ -62,7 +62,7 @@ def command(
         )  # fmt: skip
         model = name or manifest.full_name
         with console.step(f"publish {model}"):
-            version = publish(artifact, manifest, repository, model, options)
+            version = publish(artifact, repository, model, options)
         click.echo(repository / model / str(version))
         if native and manifest.engine is not None:
             console.note(

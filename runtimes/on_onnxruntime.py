@@ -1,13 +1,14 @@
 """Runs `onnx` artifacts with ONNX Runtime."""
 
-from pathlib import Path
+import os
+from pathlib import PurePosixPath
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from ettin.artifacts.errors import HardwareError
-from ettin.artifacts.manifest import Manifest
+from ettin.artifacts.errors import DamagedArtifact, HardwareError
+from ettin.artifacts.opened import OpenArtifact
 from ettin.runtimes.base import Runtime, Settings
 from ettin.runtimes.batch import Batch, BatchLimits
 from ettin.runtimes.cpu import CpuPlan
@@ -23,16 +24,15 @@ class OnnxRuntime(Runtime):
     """An ONNX Runtime session; see `Runtime`.
 
     Args:
-        folder: the artifact.
-        manifest: its manifest.
+        artifact: open.
         settings: no cache; streams on the CPU only. A session that lacks the device's provider is not made.
 
     Raises:
         HardwareError: the provider is not in this build of ONNX Runtime, or found no device.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, settings: Settings) -> None:
-        device = settings.device
+    def __init__(self, artifact: OpenArtifact, settings: Settings) -> None:
+        manifest, device = artifact.manifest, settings.device
         settings.refuse("onnx", "cache_dir", *(() if device == "cpu" else ("streams",)))
         provider = _PROVIDERS[device]
         available = ort.get_available_providers()
@@ -48,7 +48,7 @@ class OnnxRuntime(Runtime):
         # A rerank's batches have many shapes: planned memory would grow with each, the arena with the largest.
         options.enable_mem_pattern = False
         options.enable_cpu_mem_arena = False
-        session = ort.InferenceSession(str(folder / manifest.entry), options, providers=[provider])
+        session = _session(artifact, options, provider)
         if session.get_providers()[0] != provider:
             raise HardwareError(
                 f"device '{device}': ONNX Runtime could not start {provider}. Run: ettin-export --doctor"
@@ -57,7 +57,7 @@ class OnnxRuntime(Runtime):
         self._device, self._provider = device, provider
         self._packed = any(each.name == "cu_seqlens" for each in manifest.interface.inputs)
         tokens = _CPU_TOKENS_PER_THREAD * plan.threads_per_stream if device == "cpu" else 65536
-        super().__init__(folder, manifest, settings, BatchLimits(concurrency=plan.streams, batch_tokens=tokens))
+        super().__init__(artifact, settings, BatchLimits(concurrency=plan.streams, batch_tokens=tokens))
 
     @property
     def description(self) -> str:
@@ -84,3 +84,24 @@ class OnnxRuntime(Runtime):
 
     def _release(self) -> None:
         self._session = None
+
+
+def _session(artifact: OpenArtifact, options: ort.SessionOptions, provider: str) -> ort.InferenceSession:
+    """A session made of checked bytes: ONNX Runtime opens no file."""
+    manifest = artifact.manifest
+    # A graph may name a file for its weights. Those that the manifest lists are handed over as bytes; any other is
+    # looked for in a folder that can't exist, else ONNX Runtime would look in the current one.
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
+    data_name = f"{manifest.entry}_data"
+    if any(file.path == data_name for file in manifest.files):
+        data = artifact.read(data_name)
+        options.add_external_initializers_from_files_in_memory([PurePosixPath(data_name).name], [data], [len(data)])
+    session = ort.InferenceSession(artifact.read(manifest.entry), options, providers=[provider])
+    session._model_bytes = None  # kept for ONNX Runtime's own fallback to another provider, which is not wanted
+    names = [each.name for each in (*session.get_inputs(), *session.get_outputs())]
+    if names != [each.name for each in (*manifest.interface.inputs, *manifest.interface.outputs)]:
+        raise DamagedArtifact(
+            f"{artifact.path / manifest.entry}: inputs and outputs are {', '.join(names)}, not those of its manifest. "
+            f"Export again: {manifest.command}"
+        )
+    return session

@@ -1,9 +1,10 @@
 """Runs `openvino` artifacts on CPUs."""
 
+import hashlib
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from queue import SimpleQueue
 
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from ettin.artifacts.checksum import file_sha256
 from ettin.artifacts.errors import HardwareError, OutputError
 from ettin.artifacts.manifest import Manifest
+from ettin.artifacts.opened import OpenArtifact
 from ettin.runtimes.base import Runtime, Settings
 from ettin.runtimes.batch import Batch, BatchLimits, round_up
 from ettin.runtimes.cpu import CpuPlan, has_bf16, is_hybrid
@@ -44,8 +46,7 @@ class OpenVinoRuntime(Runtime):
     quarter less memory.
 
     Args:
-        folder: the artifact.
-        manifest: its manifest.
+        artifact: open.
         settings: all but device "cuda".
 
     Raises:
@@ -53,7 +54,8 @@ class OpenVinoRuntime(Runtime):
         OutputError: the cache folder can't be made.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, settings: Settings) -> None:
+    def __init__(self, artifact: OpenArtifact, settings: Settings) -> None:
+        manifest = artifact.manifest
         if settings.device != "cpu":
             raise HardwareError(
                 f"target 'openvino' runs on the CPU, not on '{settings.device}'. Export another target: --target onnx"
@@ -69,12 +71,10 @@ class OpenVinoRuntime(Runtime):
             options["SCHEDULING_CORE_TYPE"] = "PCORE_ONLY"
         tokens = _TOKENS_PER_THREAD * plan.threads_per_stream
         limits = BatchLimits(plan.streams, tokens, 1 if self._kernels else _LENGTH_MULTIPLE)
-        super().__init__(folder, manifest, settings, limits)
-        self._options, self._cache_dir = options, settings.cache_dir
-        # Read now, mapped into memory: who replaces the artifact meanwhile does not change what is compiled later.
-        entry = folder / manifest.entry
-        graph = entry.with_name(RAGGED_NAME) if self._kernels else entry
-        self._model = self.core().read_model(graph, entry.with_suffix(".bin"))
+        super().__init__(artifact, settings, limits)
+        self._options = options
+        self._model, key = self._read_model(artifact)
+        self._cache_folder = settings.cache_dir and settings.cache_dir / f"{manifest.name}-{manifest.precision}-{key}"
         self._threshold_tokens = int(manifest.graph["block_threshold_tokens"])
         self._forms: dict[str, _Form] = {}
         self._making = threading.Lock()
@@ -120,7 +120,7 @@ class OpenVinoRuntime(Runtime):
         name = self._form_name(longest)
         with self._making:
             if name not in self._forms:
-                with _cache(self._cache_dir, self.manifest, name) as cached:
+                with _cache(self._cache_folder and self._cache_folder / name) as cached:
                     compiled = self.core().compile_model(self.model_for(longest), "CPU", self._options | cached)
                 self._forms[name] = _Form(compiled, self.limits.concurrency)
             return self._forms[name]
@@ -136,9 +136,24 @@ class OpenVinoRuntime(Runtime):
         useless = () if self.precision_hint == "f32" else (ONLY_IN_F32,)
         return _without(self._model, (*useless, SAME_WHEN_SHORT) if form == "short" else useless)
 
+    def _read_model(self, artifact: OpenArtifact) -> tuple[ov.Model, str]:
+        """The graph, and a key over what it is made of.
+
+        All of it is in memory, none of it mapped: who truncates or replaces a file changes nothing that is compiled
+        now or later. OpenVINO keeps the tensor of weights as long as anything uses them.
+        """
+        entry = PurePosixPath(self.manifest.entry)
+        graph = artifact.read(str(entry.with_name(RAGGED_NAME) if self._kernels else entry))
+        weights_name = str(entry.with_suffix(".bin"))
+        weights = ov.Tensor(ov.Type.u8, ov.Shape([artifact.size_bytes(weights_name)]))
+        artifact.read_into(weights_name, memoryview(weights.data))
+        digest = hashlib.sha256(graph + artifact.sha256(weights_name).encode()).hexdigest()
+        return self.core().read_model(graph.decode(), weights), digest[:16]
+
     def core(self) -> ov.Core:
         """What reads and compiles the graph: it knows our operation, where that is used."""
         core = ov.Core()
+        core.set_property({"ENABLE_MMAP": False})  # a mapped file that is truncated ends the process
         if self._kernels:
             core.add_extension(str(self._kernels))
         return core
@@ -192,17 +207,17 @@ def _arithmetic(manifest: Manifest, allow_unverified: bool) -> tuple[Path | None
 
 
 @contextmanager
-def _cache(cache_dir: Path | None, manifest: Manifest, form: str) -> Iterator[dict[str, str]]:
+def _cache(folder: Path | None) -> Iterator[dict[str, str]]:
     """Options that make OpenVINO keep what it compiles within, or take it from there.
 
-    A folder for each form of each artifact: one that replaces another is never taken for it. OpenVINO notices a
-    truncated file but not changed bytes (2026.4.1), so each has its checksum beside it and is dropped if it does not
-    match.
+    Args:
+        folder: one for each form of each graph and weights: none is ever taken for another, and what is kept stays
+            of use when only the manifest is rewritten; None: nothing is kept. OpenVINO notices a truncated file but
+            not changed bytes (2026.4.1), so each has its checksum beside it and is dropped if it does not match.
     """
-    if cache_dir is None:
+    if folder is None:
         yield {}
         return
-    folder = cache_dir / f"{manifest.name}-{manifest.precision}-{manifest.digest[:16]}-{form}"
     with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for blob, checksum in _cached(folder):

@@ -1,9 +1,7 @@
 """Runs `trt` and `trt-rtx` artifacts: TensorRT's and TensorRT-RTX's engines. Needs no torch."""
 
-import importlib
 from collections import OrderedDict
 from dataclasses import dataclass
-from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ettin.artifacts.errors import DamagedArtifact, HardwareError, ShapeError, UsageError
-from ettin.artifacts.manifest import Engine, Manifest
+from ettin.artifacts.manifest import Engine
+from ettin.artifacts.opened import OpenArtifact
 from ettin.runtimes.base import Runtime, Settings
 from ettin.runtimes.batch import Batch, BatchLimits, round_up
 from ettin.runtimes.gpu import gpus
+from ettin.runtimes.registry import engine_module
 
 if TYPE_CHECKING:  # imports cuda.bindings
     from ettin.runtimes.cuda import Graph
@@ -34,8 +34,7 @@ class TensorRtRuntime(Runtime):
     """A deserialised engine; see `Runtime`.
 
     Args:
-        folder: the artifact.
-        manifest: its manifest.
+        artifact: open.
         settings: device "cuda"; no threads, no streams, no cache.
 
     Raises:
@@ -43,14 +42,15 @@ class TensorRtRuntime(Runtime):
         DamagedArtifact: the engine can't be read.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, settings: Settings) -> None:
+    def __init__(self, artifact: OpenArtifact, settings: Settings) -> None:
+        folder, manifest = artifact.path, artifact.manifest
         if settings.device != "cuda":
             raise HardwareError(f"target '{manifest.target}' runs on a GPU, not on '{settings.device}': device='cuda'")
         settings.refuse(manifest.target, "threads", "streams", "cache_dir")
         engine = manifest.engine
         if engine is None:
             raise DamagedArtifact(f"{folder}: no 'engine' in its manifest. Export again: {manifest.command}")
-        self._module = importlib.import_module(manifest.needs.package)
+        self._module = engine_module(manifest)
         self.check_machine(manifest.target, engine.arch)
         if self._module.__version__ != manifest.needs.version:
             raise HardwareError(
@@ -68,11 +68,11 @@ class TensorRtRuntime(Runtime):
             batch_pairs=int(graph["batch_pairs"]),
             in_parallel=False,
         )
-        super().__init__(folder, manifest, settings, limits)
+        super().__init__(artifact, settings, limits)
         self._profiles = Profiles(engine, manifest.tokenizer.pad_token_id)
         self._logger = self._module.Logger(self._module.Logger.ERROR)
         self._runtime = self._module.Runtime(self._logger)
-        self._engine = self._runtime.deserialize_cuda_engine((folder / manifest.entry).read_bytes())
+        self._engine = self._runtime.deserialize_cuda_engine(artifact.read(manifest.entry))
         if self._engine is None:
             raise DamagedArtifact(f"{folder}: {manifest.needs.package} can't read the engine. Run: {manifest.command}")
         self._slots: SimpleQueue[_Slot] = SimpleQueue()

@@ -11,12 +11,14 @@ import tempfile
 import urllib.parse
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import IO, cast
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from ettin.artifacts.errors import MissingDependency, OutputError
-from ettin.artifacts.manifest import Manifest
+from ettin.artifacts.manifest import MANIFEST_NAME
+from ettin.artifacts.opened import OpenArtifact
 from ettin.runtimes.registry import ENGINES
 
 _PROJECT = "ettin-export"
@@ -63,22 +65,23 @@ def requirements(extras: Iterable[str]) -> list[str]:
     return [project, *(f"{name}=={version}" for name, version in sorted(pinned.items()))]
 
 
-def pack(artifact: Path, manifest: Manifest, archive: Path, *, with_wheels: bool, force: bool = False) -> None:
+def pack(artifact: OpenArtifact, archive: Path, *, with_wheels: bool, force: bool = False) -> None:
     """Writes the archive: artifact, requirements, wheels, and how to install them.
 
     Args:
-        artifact: its folder, checked.
-        manifest: its manifest.
+        artifact: open; the files that its manifest lists are packed, as it lists them.
         archive: a `.tar.gz`.
         with_wheels: bring every package, for this system and Python; False: this project alone.
         force: replace an archive that is there.
 
     Raises:
+        DamagedArtifact: a file of the artifact differs from the manifest.
         OutputError: the archive exists, or can't be written; or pip could not bring the wheels.
         MissingDependency: something that the archive must name is not installed here.
     """
     if archive.exists() and not force:
         raise OutputError(f"{archive}: exists, left as it is. Replace it with --force")
+    manifest = artifact.manifest
     lines = requirements({ENGINES[manifest.target].extra, "serve"})
     name = archive.name.removesuffix(".gz").removesuffix(".tar")
     readme = _README.format(
@@ -93,9 +96,9 @@ def pack(artifact: Path, manifest: Manifest, archive: Path, *, with_wheels: bool
             _collect(wheels, lines, with_wheels)
             part = Path(scratch) / archive.name
             with tarfile.open(part, "w:gz", compresslevel=6) as tar:
-                _add_text(tar, f"{name}/README.md", readme)
-                _add_text(tar, f"{name}/requirements.txt", "\n".join(lines) + "\n")
-                tar.add(artifact, f"{name}/artifact", filter=_anonymous)
+                _add_bytes(tar, f"{name}/README.md", readme.encode())
+                _add_bytes(tar, f"{name}/requirements.txt", "".join(f"{line}\n" for line in lines).encode())
+                _add_artifact(tar, artifact, f"{name}/artifact")
                 tar.add(wheels, f"{name}/wheels", filter=_anonymous)
             part.replace(archive)
     except OSError as error:
@@ -137,11 +140,21 @@ def _run(command: list[str], variables: Mapping[str, str] | None = None) -> None
         raise OutputError(f"pip could not bring the wheels: {errors[-1].removeprefix('ERROR: ')}")
 
 
-def _add_text(tar: tarfile.TarFile, name: str, text: str) -> None:
-    content = text.encode()
+def _add_bytes(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    tar.addfile(_new_entry(name, len(content)), io.BytesIO(content))
+
+
+def _add_artifact(tar: tarfile.TarFile, artifact: OpenArtifact, name: str) -> None:
+    for listed in artifact.manifest.files:
+        with artifact.stream(listed.path) as file:
+            tar.addfile(_new_entry(f"{name}/{listed.path}", listed.size_bytes), cast(IO[bytes], file))
+    _add_bytes(tar, f"{name}/{MANIFEST_NAME}", artifact.manifest_bytes)
+
+
+def _new_entry(name: str, size_bytes: int) -> tarfile.TarInfo:
     entry = tarfile.TarInfo(name)
-    entry.size, entry.mode = len(content), 0o644
-    tar.addfile(entry, io.BytesIO(content))
+    entry.size, entry.mode = size_bytes, 0o644
+    return entry
 
 
 def _anonymous(entry: tarfile.TarInfo) -> tarfile.TarInfo:

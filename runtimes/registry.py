@@ -5,10 +5,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ettin.artifacts.errors import HardwareError, MissingDependency, UnverifiedArtifact, UsageError
-from ettin.artifacts.files import check_files
+from ettin.artifacts.errors import (
+    ArtifactError,
+    EttinError,
+    HardwareError,
+    ManifestError,
+    MissingDependency,
+    UnverifiedArtifact,
+    UsageError,
+)
 from ettin.artifacts.manifest import Manifest
-from ettin.artifacts.targets import target_named
+from ettin.artifacts.opened import OpenArtifact
+from ettin.artifacts.targets import checked_precision, target_named
 from ettin.runtimes.base import Runtime, Settings
 from ettin.runtimes.cpu import lacks_vnni, model_name
 
@@ -79,7 +87,8 @@ def load(
             the artifact's own size. None: nothing is kept.
         max_length: tokens that pairs are truncated to; None: the artifact's.
         batch_tokens: token budget of a batch, padding included; None: the backend's own, chosen by measurement.
-        checksums: compare every file with the manifest; False: names and sizes only.
+        checksums: compare every file with the manifest; False: names, kinds and sizes only. Either way the engine
+            gets the files' contents as they are now, and nothing is read from the folder afterwards.
         allow_unverified: load an artifact whose scores nobody has proven yet, and compute in whatever this machine has.
 
     Raises:
@@ -88,40 +97,71 @@ def load(
         HardwareError: this machine lacks the device or an instruction set.
         UsageError: an argument out of its range.
     """
-    folder = Path(path)
-    manifest = checked_manifest(folder, checksums=checksums, allow_unverified=allow_unverified)
-    target = target_named(manifest.target)
-    if device is None:
-        device = "cuda" if manifest.needs.device == "cuda" else "cpu"
-    if "vnni" in manifest.needs.isa and device == "cpu" and lacks_vnni():
-        raise HardwareError(
-            f"{folder}: int8 sums overflow on {model_name()}, which has no VNNI. Export another precision: "
-            f"{manifest.command} --precision fp32"
-        )
     for name, count in (("threads", threads), ("streams", streams), ("batch_tokens", batch_tokens)):
         if count is not None and count < 1:
             raise UsageError(f"{name} is {count}, expected 1 or more")
-    if device not in ("cpu", "cuda"):
+    if device not in (None, "cpu", "cuda"):
         raise UsageError(f"unknown device '{device}', expected one of: cpu, cuda")
-    cache = Path(cache_dir) if cache_dir else None
-    settings = Settings(device, threads, streams, cache, max_length, batch_tokens, allow_unverified)
-    runtime: Runtime = runtime_class(target.name)(folder, manifest, settings)
+    with OpenArtifact(Path(path), checksums=checksums) as artifact:
+        check_usable(artifact, allow_unverified=allow_unverified)
+        manifest = artifact.manifest
+        if device is None:
+            device = "cuda" if manifest.needs.device == "cuda" else "cpu"
+        if "vnni" in manifest.needs.isa and device == "cpu" and lacks_vnni():
+            raise HardwareError(
+                f"{path}: int8 sums overflow on {model_name()}, which has no VNNI. Export another precision: "
+                f"{manifest.command} --precision fp32"
+            )
+        cache = Path(cache_dir) if cache_dir else None
+        settings = Settings(device, threads, streams, cache, max_length, batch_tokens, allow_unverified)
+        return _loaded(artifact, settings)
+
+
+def _loaded(artifact: OpenArtifact, settings: Settings) -> Runtime:
+    """The runtime, after what it did not read was compared with the manifest, too."""
+    runs = runtime_class(artifact.manifest.target)
+    try:
+        runtime: Runtime = runs(artifact, settings)
+    except EttinError:
+        raise
+    except Exception as error:
+        # Whatever an engine makes of bytes that are what the manifest lists, but not what it can load.
+        raise ArtifactError(
+            f"{artifact.path}: the engine can't load it ({type(error).__name__}: {str(error)[:400]}). "
+            f"Export again: {artifact.manifest.command}"
+        ) from error
+    try:
+        artifact.check_contents()
+    except BaseException:
+        runtime.close()
+        raise
     return runtime
 
 
-def checked_manifest(folder: Path, *, checksums: bool = True, allow_unverified: bool = False) -> Manifest:
+def checked_manifest(folder: Path) -> Manifest:
     """The manifest of an artifact that is whole and proven.
 
     Raises:
         ArtifactError: not an artifact, damaged, edited, newer or unverified.
     """
-    manifest = Manifest.read(folder)
-    target_named(manifest.target)
+    with OpenArtifact(folder) as artifact:
+        check_usable(artifact)
+        artifact.check_contents()
+        return artifact.manifest
+
+
+def check_usable(artifact: OpenArtifact, *, allow_unverified: bool = False) -> None:
+    """Whether an artifact holds the files of its manifest and is proven; their contents are compared when read.
+
+    Raises:
+        ArtifactError: not an artifact, damaged or unverified.
+    """
+    folder, manifest = artifact.path, artifact.manifest
+    checked_precision(target_named(manifest.target), manifest.precision)
     check_kit(folder, manifest)
-    check_files(folder, manifest, checksums)
+    artifact.check()
     if manifest.parity.status == "unverified" and not allow_unverified:
         raise UnverifiedArtifact(f"{folder}: exported without proof of its scores. Run here: ettin-verify {folder}")
-    return manifest
 
 
 def check_kit(folder: Path, manifest: Manifest) -> None:
@@ -135,6 +175,23 @@ def check_kit(folder: Path, manifest: Manifest) -> None:
             f"{folder}: a build kit, its engine for {manifest.engine.arch} is not built yet. On a machine with such a "
             f"GPU and TensorRT, run: sh {folder}/engine/build.sh && ettin-verify {folder}"
         )
+
+
+def engine_module(manifest: Manifest) -> Any:
+    """The module of the engine that runs an artifact: the target's, whatever the manifest says.
+
+    Raises:
+        ManifestError: the manifest names another package.
+        MissingDependency: its engine is not installed.
+    """
+    runtime_class(manifest.target)
+    package = ENGINES[manifest.target].packages[0]
+    if manifest.needs.package != package:
+        raise ManifestError(
+            f"its manifest needs the package '{manifest.needs.package}', but target '{manifest.target}' runs on "
+            f"'{package}'. Export again: {manifest.command}"
+        )
+    return importlib.import_module(package)
 
 
 def runtime_class(target: str) -> Any:

@@ -9,6 +9,7 @@ import numpy as np
 import tokenizers
 
 from ettin.artifacts.errors import DamagedArtifact, InputError, UsageError
+from ettin.artifacts.opened import TOKENIZER_NAME, OpenArtifact
 from ettin.runtimes.batch import Ids
 
 SPECIAL_TOKENS = 3  # [CLS] query [SEP] document [SEP]
@@ -60,19 +61,37 @@ class Encoded(NamedTuple):
     is_truncated: bool
 
 
+def artifact_tokenizer(artifact: OpenArtifact) -> "PairTokenizer":
+    """The tokenizer of an artifact.
+
+    Raises:
+        DamagedArtifact: it is damaged, or its token ids are not the model's.
+    """
+    manifest = artifact.manifest
+    tokenizer = PairTokenizer(artifact.path / TOKENIZER_NAME, artifact.read(TOKENIZER_NAME))
+    rows, pad = manifest.source.shape.get("vocab_size"), manifest.tokenizer.pad_token_id
+    if not isinstance(rows, int) or max(tokenizer.vocab_size - 1, pad) >= rows:
+        raise DamagedArtifact(
+            f"{artifact.path}: token ids up to {max(tokenizer.vocab_size - 1, pad)}, but the model has embeddings for "
+            f"{rows}. Export again: {manifest.command}"
+        )
+    return tokenizer
+
+
 class PairTokenizer:
     """Tokenises queries and documents separately and joins their ids, so a query is tokenised once.
 
     Args:
         path: a `tokenizer.json`.
+        content: what was read from it and checked; None: it is read now.
 
     Raises:
         DamagedArtifact: not a tokenizer, or one that joins pairs in another way than [CLS] q [SEP] d [SEP].
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, content: bytes | None = None) -> None:
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(path.read_bytes() if content is None else content)
         except Exception as error:  # the library raises bare Exception
             raise DamagedArtifact(f"{path}: not a tokenizer ({error}). Export again.") from None
         self._tokenizer.no_truncation()

@@ -1,6 +1,5 @@
 """Proves an artifact's scores: the reference's pairs through the runtime that users will run. No torch needed."""
 
-import importlib
 import json
 import os
 import subprocess
@@ -14,15 +13,15 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from ettin.artifacts.errors import EttinError, OutputError, ParityError
-from ettin.artifacts.files import file_entry
-from ettin.artifacts.manifest import MANIFEST_NAME, Manifest, Parity
+from ettin.artifacts.errors import ArtifactError, EttinError, ParityError
+from ettin.artifacts.manifest import Manifest, Parity
 from ettin.artifacts.metrics import ScoreError, score_error
+from ettin.artifacts.opened import OpenArtifact
 from ettin.artifacts.parity import ParityCase, read_parity
 from ettin.artifacts.tolerances import FP32, MIN_PAIRS, REDUCED_MIN_PAIRS, fp32_rule, int8_rule, reduced_rule
 from ettin.runtimes.base import Runtime
 from ettin.runtimes.batch import Batch
-from ettin.runtimes.registry import check_kit, load, runtime_class
+from ettin.runtimes.registry import check_kit, engine_module, load
 
 _MIXED_PAIRS = 12  # scored together and alone
 _MIXED_TOKENS = 768  # … where they are no longer than this
@@ -45,6 +44,7 @@ class Verification:
         runtime: what really ran.
         quality: ranking quality, where the precision is judged by it.
         unproven: see `Runtime.unproven_arithmetic`.
+        artifact: digest of the manifest that was verified.
     """
 
     ok: bool
@@ -59,6 +59,7 @@ class Verification:
     runtime: str
     quality: dict[str, float] | None = None
     unproven: str = ""
+    artifact: str = ""
 
     @property
     def summary(self) -> str:
@@ -137,6 +138,7 @@ def verify(
             runtime=runtime.description,
             quality=quality,
             unproven=runtime.unproven_arithmetic,
+            artifact=runtime.manifest.digest,
         )
 
 
@@ -164,15 +166,21 @@ def record_verified(folder: Path, verification: Verification) -> None:
     """Marks an unverified artifact as verified; of a verified one, records the arithmetic that passed here, too.
 
     Raises:
+        ArtifactError: another artifact is there by now.
         OutputError: the manifest can't be written.
     """
-    manifest = Manifest.read(folder)
+    with OpenArtifact(folder) as artifact:
+        manifest = artifact.manifest
+        if manifest.digest != verification.artifact:
+            raise ArtifactError(f"{folder}: was replaced while it was verified. Run again: ettin-verify {folder}")
+        artifact.replace_manifest(manifest.model_copy(update={"parity": _recorded(manifest, verification)}))
+
+
+def _recorded(manifest: Manifest, verification: Verification) -> Parity:
     if manifest.parity.status == "unverified":
-        parity = verification.parity(manifest.parity.reference)
-    else:
-        proven = _each_once(manifest.parity.arithmetic, verification.arithmetic)
-        parity = manifest.parity.model_copy(update={"arithmetic": proven})
-    _rewrite(folder, manifest.model_copy(update={"parity": parity}))
+        return verification.parity(manifest.parity.reference)
+    proven = _each_once(manifest.parity.arithmetic, verification.arithmetic)
+    return manifest.parity.model_copy(update={"arithmetic": proven})
 
 
 def _each_once(first: tuple[str, ...], second: tuple[str, ...]) -> tuple[str, ...]:
@@ -189,28 +197,18 @@ def adopt_engine(folder: Path) -> bool:
         UnverifiedArtifact: its engine is not there yet.
         MissingDependency: the engine's package, whose version is recorded, is not installed.
     """
-    manifest = Manifest.read(folder)
-    if not manifest.is_build_kit:
-        return False
-    if not (folder / manifest.entry).is_file():
-        check_kit(folder, manifest)
-    runtime_class(manifest.target)
-    version = str(importlib.import_module(manifest.needs.package).__version__)
-    needs = manifest.needs.model_copy(update={"version": version})
-    files = (*manifest.files, file_entry(folder, manifest.entry))
-    _rewrite(folder, manifest.model_copy(update={"needs": needs, "files": files}))
-    return True
-
-
-def _rewrite(folder: Path, manifest: Manifest) -> None:
-    fresh = folder / f"{MANIFEST_NAME}.new"
-    try:
-        fresh.write_bytes(manifest.to_bytes())
-        fresh.replace(folder / MANIFEST_NAME)
-    except OSError as error:
-        raise OutputError(
-            f"{fresh}: can't be written ({error.strerror}). Verify a copy that can, and use that"
-        ) from None
+    with OpenArtifact(folder) as artifact:
+        manifest = artifact.manifest
+        if not manifest.is_build_kit:
+            return False
+        built = artifact.listing(manifest.entry)
+        if built is None:
+            check_kit(folder, manifest)
+            return False
+        version = str(engine_module(manifest).__version__)
+        needs = manifest.needs.model_copy(update={"version": version})
+        artifact.replace_manifest(manifest.model_copy(update={"needs": needs, "files": (*manifest.files, built)}))
+        return True
 
 
 def _check_ids(runtime: Runtime, cases: list[ParityCase]) -> None:
@@ -253,7 +251,8 @@ def _judged(
         return *fp32_rule(scores, gold), None
     if manifest.precision == "int8" and manifest.source.weights == "random":
         # Random weights say nothing about int8: measured correlations were 0.98 where trained ones have 0.9998.
-        return bool(np.isfinite(scores).all()), "none: random weights", score_error(scores, gold), None
+        rule = "random weights: token ids equal the reference's, scores are finite; accuracy is not judged"
+        return bool(np.isfinite(scores).all()), rule, score_error(scores, gold), None
     if manifest.precision == "int8":
         return int8_rule(scores, gold, [case.query for case in cases])
     if len(cases) < REDUCED_MIN_PAIRS:

@@ -13,7 +13,7 @@ import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
 from ettin.artifacts.errors import Busy, Closed, EttinError, Expired, InputError
-from ettin.artifacts.manifest import Manifest
+from ettin.artifacts.opened import OpenArtifact
 from ettin.artifacts.triton_repository import ARTIFACT
 from ettin.runtimes.batch import Batch, BatchLimits
 from ettin.runtimes.inputs import Pair
@@ -21,7 +21,7 @@ from ettin.runtimes.registry import load
 from ettin.runtimes.request import Scored
 from ettin.runtimes.scheduler import Scheduler
 from ettin.runtimes.serving.backends import DRAIN_S, REFUSE_TRUNCATED
-from ettin.runtimes.tokenizer import PairTokenizer
+from ettin.runtimes.tokenizer import artifact_tokenizer
 
 _ASK_EVERY_S = 0.1  # whether a client is still there: a question to the server's process
 _REPORT_EVERY_S = 0.25
@@ -101,7 +101,8 @@ class NativeModel(_Model):
     """Tokenising and batches here, the engine in a backend of Triton's."""
 
     def _load(self, artifact: Path, version: str, parameters: dict[str, str]) -> None:
-        manifest = Manifest.read(artifact)
+        with OpenArtifact(artifact) as opened:  # its engine is elsewhere: only what is read here is compared
+            manifest, tokenizer = opened.manifest, artifact_tokenizer(opened)
         self._engine, self._version = parameters["engine"], int(version)
         self._is_packed = manifest.engine is not None
         if self._is_packed:
@@ -110,7 +111,6 @@ class NativeModel(_Model):
             limits = BatchLimits(concurrency=2, batch_tokens=tokens, batch_pairs=most, in_parallel=False)
         else:
             limits = BatchLimits(concurrency=2, batch_tokens=_PADDED_TOKENS, length_multiple=_PADDED_MULTIPLE)
-        tokenizer = PairTokenizer(artifact / "tokenizer.json")
         self._max_length = int(parameters.get("max_length", manifest.max_length_tokens))
         self._scheduler = Scheduler(tokenizer, self._score, limits, manifest.tokenizer.pad_token_id)
 

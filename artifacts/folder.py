@@ -1,0 +1,160 @@
+"""A folder that is read through descriptors: no link is followed, and nothing but plain files is opened."""
+
+import contextlib
+import errno
+import os
+import re
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, Literal, Self
+
+Kind = Literal["file", "folder", "link", "other"]
+
+_FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+# O_NONBLOCK: a FIFO that replaces a file between the look and the opening does not block.
+_FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+FRESH_SUFFIX = ".new"  # of a file that `Folder.replace` is writing
+_BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+
+
+class Folder:
+    """An open folder. Every name is looked up below it, whatever its path comes to mean afterwards.
+
+    The path that the user gives is resolved once, so it may lead through links. Below it links are refused, with one
+    exception: in a snapshot of the model hub's cache (`models--ORG--NAME/snapshots/REVISION`, or a folder in it) a file
+    may be a link to `models--ORG--NAME/blobs/HASH`, written relative, as the hub's client writes it.
+
+    Args:
+        path: the folder.
+
+    Raises:
+        OSError: it is missing, is not a folder or can't be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            resolved = Path(os.path.realpath(path))
+        except ValueError as error:  # a NUL in the path
+            raise OSError(errno.EINVAL, str(error), str(path)) from None
+        self._top = os.open(resolved, _FOLDER_FLAGS)
+        self._closing = contextlib.ExitStack()
+        self._closing.callback(os.close, self._top)
+        self._blobs: tuple[int, str] | None = None
+        place = _hub_blobs(resolved)
+        if place is not None:
+            with contextlib.suppress(OSError):  # a cache without links has none
+                blobs = os.open(place[0], _FOLDER_FLAGS)
+                self._closing.callback(os.close, blobs)
+                self._blobs = blobs, place[1]
+
+    def open(self, name: str) -> BinaryIO:
+        """Opens a file for reading.
+
+        Args:
+            name: its path below the folder, with '/' between the parts.
+
+        Raises:
+            OSError: it is missing, is a link or anything else but a plain file, or can't be read.
+        """
+        *parents, last = name.split("/")
+        parent = self._opened_folder(parents)
+        try:
+            if not stat.S_ISLNK(os.stat(last, dir_fd=parent, follow_symlinks=False).st_mode):
+                return _plain_file(last, parent)
+            target = os.readlink(last, dir_fd=parent)
+        finally:
+            os.close(parent)
+        if self._blobs is None:
+            raise OSError(errno.ELOOP, "a link", name)
+        blobs, way = self._blobs
+        blob = target.removeprefix("../" * len(parents) + way)
+        if target != "../" * len(parents) + way + blob or not _BLOB.fullmatch(blob):
+            raise OSError(errno.ELOOP, "a link that does not lead to a blob of its own hub repository", name)
+        return _plain_file(blob, blobs)
+
+    def entries(self, name: str = "") -> Iterator[tuple[str, Kind]]:
+        """Names and kinds of what one folder holds, in no order.
+
+        Args:
+            name: the folder's path below this one; "" for this one.
+
+        Raises:
+            OSError: it is missing, is not a folder or can't be read.
+        """
+        descriptor = self._opened_folder(name.split("/") if name else [])
+        try:
+            with os.scandir(descriptor) as entries:
+                for entry in entries:
+                    yield (f"{name}/{entry.name}" if name else entry.name), _kind(entry)
+        finally:
+            os.close(descriptor)
+
+    def replace(self, name: str, content: bytes) -> None:
+        """Writes a file of this folder, whole or not at all; what stood there before, link or file, is replaced.
+
+        Raises:
+            OSError: it can't be written.
+        """
+        top, fresh = self._top, name + FRESH_SUFFIX
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(fresh, dir_fd=top)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            with os.fdopen(os.open(fresh, flags, 0o644, dir_fd=top), "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(fresh, name, src_dir_fd=top, dst_dir_fd=top)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.unlink(fresh, dir_fd=top)
+            raise
+
+    def close(self) -> None:
+        """Closes the descriptors; closing twice is no error."""
+        self._closing.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _opened_folder(self, parts: list[str]) -> int:
+        descriptor = os.dup(self._top)
+        for part in parts:
+            try:
+                below = os.open(part, _FOLDER_FLAGS, dir_fd=descriptor)
+            finally:
+                os.close(descriptor)
+            descriptor = below
+        return descriptor
+
+
+def _plain_file(name: str, parent: int) -> BinaryIO:
+    # Looked at before it is opened: opening a device can have effects.
+    if not stat.S_ISREG(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode):
+        raise OSError(errno.EINVAL, "not a plain file", name)
+    file = os.fdopen(os.open(name, _FILE_FLAGS, dir_fd=parent), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "not a plain file", name)
+    return file
+
+
+def _kind(entry: "os.DirEntry[str]") -> Kind:
+    if entry.is_symlink():
+        return "link"
+    if entry.is_dir(follow_symlinks=False):
+        return "folder"
+    return "file" if entry.is_file(follow_symlinks=False) else "other"
+
+
+def _hub_blobs(resolved: Path) -> tuple[Path, str] | None:
+    """Where the hub keeps a snapshot's files, and the way there from the top of `resolved`; None: not in a snapshot."""
+    parts = resolved.parts
+    for revision in range(len(parts) - 1, 1, -1):
+        if parts[revision - 1] == "snapshots" and parts[revision - 2].startswith("models--"):
+            return Path(*parts[: revision - 1], "blobs"), "../" * (len(parts) - revision + 1) + "blobs/"
+    return None

@@ -1,0 +1,276 @@
+"""An artifact that is open for reading: what it hands out is what its manifest lists, byte for byte."""
+
+import errno
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, Self
+
+from ettin.artifacts.errors import DamagedArtifact, OutputError
+from ettin.artifacts.files import CheckedFile, file_entry
+from ettin.artifacts.folder import FRESH_SUFFIX, Kind
+from ettin.artifacts.manifest import MANIFEST_NAME, FileEntry, Manifest, manifest_bytes, opened_folder
+
+TOKENIZER_NAME = "tokenizer.json"
+
+# Never read, and not an artifact's: what the hub's client leaves in a folder that it downloads to, and what a killed
+# `OpenArtifact.replace_manifest` left.
+_IGNORED = frozenset({".gitattributes", MANIFEST_NAME + FRESH_SUFFIX})
+_IGNORED_FOLDERS = frozenset({".cache/huggingface"})
+
+
+class OpenArtifact:
+    """An artifact's folder, opened once; close it or use it as a context manager.
+
+    Opening reads the manifest. `check` compares the folder with it. `read`, `read_into`, `stream` and `copy` give
+    files' contents and hash the very bytes that they give, so nothing can change between a check and a use. Whoever
+    replaces the folder meanwhile does not replace what is open.
+
+    Args:
+        path: the folder; links on the way to it are followed, links below it are refused (see `Folder`).
+        checksums: compare contents with the manifest; False: names and sizes only.
+
+    Raises:
+        ManifestError: no manifest, not a valid one, or an edited one.
+        NewerFormat: a newer version of this project wrote it.
+    """
+
+    def __init__(self, path: Path, *, checksums: bool = True) -> None:
+        self.path, self._checksums = path, checksums
+        self._folder = opened_folder(path)
+        try:
+            # A signature is checked here, over these bytes, before anything in them is trusted.
+            self.manifest_bytes = manifest_bytes(self._folder, path)
+            self.manifest = Manifest.from_bytes(self.manifest_bytes, path)
+        except BaseException:
+            self._folder.close()
+            raise
+        self._listed = {entry.path: entry for entry in self.manifest.files}
+        self._hashed: set[str] = set()
+
+    def check(self) -> None:
+        """Compares what the folder holds with what the manifest lists: names, kinds and sizes, but no contents.
+
+        Raises:
+            DamagedArtifact: names the first file that is missing, has another size, is a link, or is not listed.
+        """
+        manifest = self.manifest
+        if manifest.entry not in self._listed:
+            raise DamagedArtifact(f"{self.path}: the entry '{manifest.entry}' is not among its files. {self._again}")
+        tokenizer = self._listed.get(TOKENIZER_NAME)
+        if tokenizer is None or tokenizer.sha256 != manifest.tokenizer.sha256:
+            raise DamagedArtifact(f"{self.path}: '{TOKENIZER_NAME}' is not the manifest's tokenizer. {self._again}")
+        for entry in manifest.files:
+            with self._opened(entry):
+                pass
+        self._refuse_unlisted()
+
+    def check_contents(self) -> None:
+        """Compares the contents of those files that nobody has read yet.
+
+        Raises:
+            DamagedArtifact: names the first that differs.
+        """
+        for name in self._listed if self._checksums else ():
+            if name not in self._hashed:
+                with self.stream(name) as file:
+                    while file.read(1 << 20):
+                        pass
+
+    def size_bytes(self, name: str) -> int:
+        """Size of a listed file.
+
+        Raises:
+            DamagedArtifact: the manifest does not list it.
+        """
+        return self._entry(name).size_bytes
+
+    def sha256(self, name: str) -> str:
+        """Checksum of a listed file, as listed.
+
+        Raises:
+            DamagedArtifact: the manifest does not list it.
+        """
+        return self._entry(name).sha256
+
+    def read(self, name: str) -> bytes:
+        """Content of a listed file, in memory: no later change of the file reaches it.
+
+        Raises:
+            DamagedArtifact: the file is missing or differs from the manifest.
+        """
+        with self.stream(name) as file, self._in_memory(name):
+            return file.read()
+
+    def read_into(self, name: str, buffer: memoryview) -> None:
+        """The same, into memory of the caller's.
+
+        Args:
+            name: the file.
+            buffer: bytes, as many as `size_bytes` says.
+
+        Raises:
+            DamagedArtifact: the file is missing or differs from the manifest.
+        """
+        with self.stream(name) as file:
+            file.readinto(buffer)
+
+    @contextmanager
+    def stream(self, name: str) -> Iterator[CheckedFile]:
+        """A listed file, to be read to its end; the block raises at its end if that was not what the manifest lists.
+
+        Raises:
+            DamagedArtifact: the file is missing or differs from the manifest.
+        """
+        entry = self._entry(name)
+        with self._opened(entry) as file:
+            checked = CheckedFile(file, entry, self._checksums, f"{self.path / name}", self._again)
+            yield checked
+            checked.finish()
+        self._hashed.add(name)
+
+    def copy(self, names: Iterable[str], folder: Path) -> None:
+        """Copies listed files to their paths below `folder`; they are plain files there.
+
+        Raises:
+            DamagedArtifact: a file is missing or differs from the manifest.
+            OSError: `folder` can't be written.
+        """
+        for name in names:
+            self.copy_file(name, folder / name)
+
+    def copy_file(self, name: str, target: Path) -> None:
+        """Copies one listed file to a new plain file.
+
+        Raises:
+            DamagedArtifact: the file is missing or differs from the manifest.
+            OSError: `target` can't be written.
+        """
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("xb") as copied, self.stream(name) as file:
+            while content := file.read(1 << 20):
+                copied.write(content)
+
+    def copy_all(self, folder: Path) -> None:
+        """Copies the artifact: the listed files and the manifest.
+
+        Raises:
+            DamagedArtifact: a file is missing or differs from the manifest.
+            OSError: `folder` can't be written.
+        """
+        self.copy(self._listed, folder)
+        (folder / MANIFEST_NAME).write_bytes(self.manifest_bytes)
+
+    def listing(self, name: str) -> FileEntry | None:
+        """What a manifest would say of a file that this one does not list yet; None: no such file.
+
+        Raises:
+            DamagedArtifact: something that is no plain file.
+        """
+        with self._explained(name):
+            try:
+                with self._folder.open(name) as file:
+                    return file_entry(name, file)
+            except FileNotFoundError:
+                return None
+
+    def replace_manifest(self, manifest: Manifest) -> None:
+        """Writes another manifest into the folder.
+
+        Raises:
+            OutputError: it can't be written.
+        """
+        try:
+            self._folder.replace(MANIFEST_NAME, manifest.to_bytes())
+        except OSError as error:
+            raise OutputError(
+                f"{self.path / MANIFEST_NAME}: can't be written ({error.strerror}). Verify a copy that can, and use "
+                "that"
+            ) from None
+
+    def close(self) -> None:
+        """Closes the folder."""
+        self._folder.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def _again(self) -> str:
+        return f"Export again: {self.manifest.command}"
+
+    def _entry(self, name: str) -> FileEntry:
+        if name not in self._listed:
+            raise DamagedArtifact(f"{self.path / name}: not listed in {MANIFEST_NAME}. {self._again}")
+        return self._listed[name]
+
+    @contextmanager
+    def _opened(self, entry: FileEntry) -> Iterator[BinaryIO]:
+        """The file, which has the size that the manifest lists."""
+        with self._explained(entry.path):
+            file = self._folder.open(entry.path)
+        with file:
+            size_bytes = os.fstat(file.fileno()).st_size
+            if size_bytes != entry.size_bytes:
+                raise DamagedArtifact(
+                    f"{self.path / entry.path}: {size_bytes} bytes, {MANIFEST_NAME} says {entry.size_bytes}. "
+                    f"{self._again}"
+                )
+            yield file
+
+    @contextmanager
+    def _explained(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError:
+            raise DamagedArtifact(
+                f"{self.path / name}: missing, but listed in {MANIFEST_NAME}. {self._again}"
+            ) from None
+        except OSError as error:
+            why = "a link" if error.errno in (errno.ELOOP, errno.ENOTDIR) else error.strerror
+            raise DamagedArtifact(f"{self.path / name}: can't be read ({why}). {self._again}") from None
+
+    @contextmanager
+    def _in_memory(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except (MemoryError, OverflowError):
+            raise DamagedArtifact(
+                f"{self.path / name}: {self.size_bytes(name)} bytes do not fit into memory. {self._again}"
+            ) from None
+
+    def _refuse_unlisted(self) -> None:
+        expected = {*self._listed, MANIFEST_NAME, *_left_by_the_builder(self.manifest)}
+        folders = {str(parent) for name in self._listed for parent in Path(name).parents} - {"."}
+        pending = [""]
+        while pending:
+            with self._explained(pending[-1]):
+                for name, kind in self._folder.entries(pending.pop()):
+                    if kind == "folder" and (name in folders or name == ".cache"):
+                        pending.append(name)
+                    elif not _is_expected(name, kind, expected):
+                        self._refuse(name, kind)
+
+    def _refuse(self, name: str, kind: Kind) -> None:
+        what = {"file": "a file", "folder": "a folder", "link": "a link", "other": "a special file"}[kind]
+        raise DamagedArtifact(
+            f"{self.path / name}: {what} that is not listed in {MANIFEST_NAME}; an artifact holds nothing else. "
+            "Remove it, or keep it elsewhere"
+        )
+
+
+def _is_expected(name: str, kind: Kind, expected: set[str]) -> bool:
+    # A listed name that is a link was judged when it was opened; what is ignored is never opened.
+    is_listed = name in expected and kind in ("file", "link")
+    return is_listed or name in _IGNORED or (kind == "folder" and name in _IGNORED_FOLDERS)
+
+
+def _left_by_the_builder(manifest: Manifest) -> tuple[str, ...]:
+    """What `trtexec` writes beside the engine of a build kit."""
+    if manifest.engine is None:
+        return ()
+    return manifest.entry, f"{manifest.entry}.part", str(Path(manifest.entry).with_name("timing.cache"))
