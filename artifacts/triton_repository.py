@@ -7,7 +7,6 @@ never changed; publishing again adds the next, to which a server that polls, or 
 import re
 import shutil
 import struct
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +16,8 @@ from typing import Any
 from ettin.artifacts.errors import MissingDependency, OutputError, UsageError
 from ettin.artifacts.manifest import MANIFEST_NAME, Manifest, TensorSpec
 from ettin.artifacts.opened import TOKENIZER_NAME, OpenArtifact
+from ettin.artifacts.staging import NEW, workspace
+from ettin.artifacts.writing import sync, sync_tree
 
 ENGINE_SUFFIX = "-engine"
 ARTIFACT = "artifact"
@@ -149,29 +150,34 @@ def _staged(repository: Path, name: str, version: int) -> Iterator[Path]:
     if model.exists() and not (model / "config.pbtxt").is_file():
         raise OutputError(f"{model}: not a model of Triton's, left as it is. Choose another name: --name NAME")
     try:
-        repository.mkdir(parents=True, exist_ok=True)
         # Beside the repository: Triton takes every folder in it for a model.
-        stage = Path(tempfile.mkdtemp(prefix=f".{repository.name}.partial-", dir=repository.absolute().parent))
+        with workspace(repository) as scratch:
+            repository.mkdir(exist_ok=True)
+            stage = scratch / NEW
+            (stage / str(version)).mkdir(parents=True)
+            yield stage
+            sync_tree(stage)
+            _into_place(stage, model, version)
     except OSError as error:
-        raise OutputError(f"{repository}: can't be written ({error.strerror}). Choose another: --repository") from error
+        raise OutputError(
+            f"{model}: can't be written ({error.strerror or error}). Nothing was published; choose another: "
+            "--repository"
+        ) from error
+
+
+def _into_place(stage: Path, model: Path, version: int) -> None:
+    if not model.exists():
+        stage.rename(model)
+        sync(model.parent)
+        return
+    # The warm-up is that of the version before: what there is to warm up does not change.
+    (stage / str(version)).rename(model / str(version))
     try:
-        (stage / str(version)).mkdir()
-        yield stage
-        stage.chmod(0o755)
-        if not model.exists():
-            stage.rename(model)
-            return
-        # The warm-up is that of the version before: what there is to warm up does not change.
-        (stage / str(version)).rename(model / str(version))
-        try:
-            (stage / "config.pbtxt").replace(model / "config.pbtxt")
-        except OSError:
-            shutil.rmtree(model / str(version))
-            raise
-    except OSError as error:
-        raise OutputError(f"{model}: can't be written ({error.strerror or error}). Nothing was published") from error
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
+        (stage / "config.pbtxt").replace(model / "config.pbtxt")
+    except OSError:
+        shutil.rmtree(model / str(version))
+        raise
+    sync(model)
 
 
 def _pb() -> Any:

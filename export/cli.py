@@ -201,4 +201,4 @@ def _typed() -> str:
 
 def main() -> NoReturn:
     """Entry point."""
-    console.run(command)
+    console.run(command, publishes=True)

@@ -3,7 +3,6 @@
 import functools
 import gc
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from ettin.artifacts.errors import (
 from ettin.artifacts.manifest import Calibration, Parity
 from ettin.artifacts.parity import write_parity
 from ettin.artifacts.publish import check_output, staged
+from ettin.artifacts.staging import NEW, workspace
 from ettin.artifacts.targets import TARGETS
 from ettin.artifacts.tolerances import FP16_MAX_ACTIVATION, REDUCED_RATIO
 from ettin.export.calibration import CalibrationText, calibration_text
@@ -280,11 +280,9 @@ class Export:
             proof: what is lowered for it, an `onnx` artifact; None: the job's target.
         """
         assert self._gold is not None  # noqa: S101
-        above = job.output.absolute().parent
-        while not above.exists():
-            above = above.parent
-        with tempfile.TemporaryDirectory(prefix=".ettin-fp32-", dir=above) as folder:
-            stage = Path(folder)
+        with workspace(job.output) as folder:
+            stage = folder / NEW
+            stage.mkdir()
             target = "onnx" if proof else job.target
             with self.step(f"write {proof or job.target} fp32, to prove the graph"):
                 lowered = lower(self.checkpoint, proof or job.target, "fp32", stage, None, self.max_length)

@@ -94,4 +94,4 @@ def _serve(repository: Path, address: str, http_port: int, grpc_port: int, metri
 
 def main() -> NoReturn:
     """Entry point."""
-    console.run(command)
+    console.run(command, publishes=True)

@@ -1,7 +1,9 @@
 """Proves an artifact's scores: the reference's pairs through the runtime that users will run. No torch needed."""
 
+import ctypes
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections import defaultdict
@@ -25,6 +27,7 @@ from ettin.runtimes.registry import check_kit, engine_module, load
 
 _MIXED_PAIRS = 12  # scored together and alone
 _MIXED_TOKENS = 768  # … where they are no longer than this
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 @dataclass(frozen=True)
@@ -151,7 +154,7 @@ def verify_in_child(folder: Path, environment: Mapping[str, str] | None = None) 
     Raises:
         ParityError: it found the artifact unusable, or died.
     """
-    command = [sys.executable, "-m", "ettin.runtimes.verify", str(folder)]
+    command = [sys.executable, "-m", "ettin.runtimes.verify", str(folder), str(os.getpid())]
     variables = {**os.environ, **(environment or {})}
     child = subprocess.run(command, capture_output=True, text=True, check=False, env=variables)
     if child.returncode == 0:
@@ -270,7 +273,16 @@ def _described(case: ParityCase, score: float) -> str:
     return f"{pair} ({len(case.ids)} tokens): {score:.6f}, gold {case.gold:.6f}"
 
 
+def _end_with(parent: int) -> None:
+    """Lets the kernel end this process with its parent, however that ends. Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it has ended already
+        sys.exit("error: the export that asked for this has ended")
+
+
 if __name__ == "__main__":
+    _end_with(int(sys.argv[2]))
     try:
         print(json.dumps(asdict(verify(Path(sys.argv[1])))))  # noqa: T201 (read by verify_in_child)
     except EttinError as error:
