@@ -384,7 +384,7 @@ def test_files_and_folders_are_on_disk_before_they_get_their_place(
     fsync = os.fsync
 
     def note_sync(descriptor: int) -> None:
-        done.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        done.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
         fsync(descriptor)
 
     def note_exchange(first: Path, second: Path) -> bool:
@@ -408,8 +408,12 @@ def test_files_and_folders_are_on_disk_before_they_get_their_place(
 def test_a_file_is_the_old_one_or_the_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "result.json"
     write_file(path, b"old")
+
+    def fail(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
     with monkeypatch.context() as patch:
-        patch.setattr(writing.os, "fsync", lambda descriptor: exec("raise OSError(28, 'No space left on device')"))
+        patch.setattr(writing.os, "fsync", fail)
         with pytest.raises(OSError, match="No space left"):
             write_file(path, b"new")
     assert path.read_bytes() == b"old" and names(tmp_path) == ["result.json"]
