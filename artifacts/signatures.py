@@ -80,13 +80,12 @@ class _Statement(_Read):
     predicate: _Predicate
 
 
-def signature(manifest_bytes: bytes, manifest: Manifest, name: str, private_key: Path) -> bytes:
+def signature(manifest_bytes: bytes, manifest: Manifest, private_key: Path) -> bytes:
     """Content of `model.sig`: signs the manifest's bytes and the checksums that it lists.
 
     Args:
         manifest_bytes: content of `manifest.json`.
         manifest: the same, parsed; its files are there and have the checksums that it lists.
-        name: what the statement calls the artifact; it proves nothing.
         private_key: PEM file with an elliptic-curve key (P-256, P-384 or P-521) without a password.
 
     Raises:
@@ -104,7 +103,7 @@ def signature(manifest_bytes: bytes, manifest: Manifest, name: str, private_key:
     }  # fmt: skip
     statement = {
         "_type": _STATEMENT,
-        "subject": [{"name": name, "digest": {"sha256": root}}],
+        "subject": [{"name": manifest.full_name, "digest": {"sha256": root}}],
         "predicateType": _PREDICATE,
         "predicate": {"serialization": serialization, "resources": resources},
     }
@@ -139,7 +138,9 @@ def signed_digests(content: bytes, public_key: Path, path: Path) -> dict[str, st
     try:
         bundle = _Bundle.model_validate_json(content)
     except ValidationError as error:
-        raise SignatureError(f"{path}: not a signature ({_first(error)}). Sign again: ettin-verify --sign KEY") from None
+        raise SignatureError(
+            f"{path}: not a signature ({_first(error)}). Sign again: ettin-verify --sign KEY"
+        ) from None
     hint, envelope = bundle.material.public_key.hint, bundle.envelope
     if hint and hint != _hint(key):
         raise SignatureError(f"{path}: signed by another key than {public_key}. Don't use what you don't trust")
@@ -267,6 +268,11 @@ def _hint(key: Any) -> str:
 def _first(error: ValidationError) -> str:
     problem = error.errors(include_input=False, include_url=False)[0]
     return f"{'.'.join(str(part)[:40] for part in problem['loc']) or 'content'}: {problem['msg'][:200]}"
+
+
+def manifest_digest(content: bytes) -> str:
+    """What a signature says of a manifest: SHA-256 of the file's content."""
+    return _sha256(content)
 
 
 def _sha256(content: bytes) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ettin.artifacts.errors import MissingDependency, OutputError, UsageError
-from ettin.artifacts.manifest import MANIFEST_NAME, Manifest, TensorSpec
+from ettin.artifacts.manifest import Manifest, TensorSpec
 from ettin.artifacts.opened import TOKENIZER_NAME, OpenArtifact
 from ettin.artifacts.staging import NEW, workspace
 from ettin.artifacts.writing import sync, sync_tree
@@ -50,6 +50,7 @@ class TritonOptions:
         response_cache: answer equal requests from Triton's cache (the server needs `--cache-config`).
         max_queued_requests: more are refused.
         runtime: arguments of `load`, in words.
+        trusted_key: who must have signed the artifact, see `OpenArtifact`; None: it need not be signed.
     """
 
     native: bool = False
@@ -59,6 +60,7 @@ class TritonOptions:
     response_cache: bool = False
     max_queued_requests: int = 1024
     runtime: Mapping[str, str] = field(default_factory=dict)
+    trusted_key: Path | None = None
 
 
 def publish(artifact: Path, repository: Path, name: str, options: TritonOptions) -> int:
@@ -79,7 +81,7 @@ def publish(artifact: Path, repository: Path, name: str, options: TritonOptions)
         OutputError: the repository can't be written, or has something else of that name.
         MissingDependency: no tritonclient, which knows the form of the configuration.
     """
-    with OpenArtifact(artifact) as opened:
+    with OpenArtifact(artifact, trusted_key=options.trusted_key) as opened:
         opened.check()
         return _publish(opened, repository, name, options)
 
@@ -99,7 +101,7 @@ def _publish(artifact: OpenArtifact, repository: Path, name: str, options: Trito
             _write_front(stage, version, "NativeModel", name, manifest, options)
             hosted = stage / str(version) / ARTIFACT
             artifact.copy([TOKENIZER_NAME], hosted)
-            (hosted / MANIFEST_NAME).write_bytes(artifact.manifest_bytes)
+            artifact.copy_proof(hosted)
         return version
     version = _next_version(repository, name)
     with _staged(repository, name, version) as stage:
@@ -201,6 +203,8 @@ def _write_front(
     """The model that users call: texts in, scores out."""
     (stage / str(version) / "model.py").write_text(_MODEL.format(implementation=implementation), encoding="utf-8")
     parameters = dict(options.runtime)
+    if options.trusted_key is not None:
+        parameters["trusted_key"] = str(options.trusted_key.absolute())
     if options.environment is not None:
         parameters["EXECUTION_ENV_PATH"] = options.environment
     if options.native:

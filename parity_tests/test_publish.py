@@ -16,7 +16,8 @@ import pytest
 from support import COMMANDS, wait_until
 
 from ettin.artifacts import publish, staging, writing
-from ettin.artifacts.errors import OutputError, ParityError
+from ettin.artifacts.errors import DamagedArtifact, OutputError, ParityError
+from ettin.artifacts.opened import OpenArtifact, of_current
 from ettin.artifacts.publish import staged
 from ettin.artifacts.staging import NEW, OLD, workspace
 from ettin.artifacts.writing import exchange, write_file
@@ -362,6 +363,30 @@ def test_a_reader_never_misses_an_artifact_that_is_replaced(small: Path, tmp_pat
     with staged(output, force=True) as stage:
         shutil.copytree(small, stage, dirs_exist_ok=True)
     assert names(tmp_path) == ["out"]
+
+
+def test_what_is_replaced_while_it_is_read_is_read_again(small: Path, tmp_path: Path) -> None:
+    """A reader that has the old folder open finds its files removed; the new artifact has taken its place."""
+    output, uses = tmp_path / "out", []
+    shutil.copytree(small, output)
+
+    def read() -> str:
+        with OpenArtifact(output) as artifact:
+            uses.append(artifact)
+            if len(uses) == 1:
+                with staged(output, force=True) as stage:
+                    shutil.copytree(small, stage, dirs_exist_ok=True)
+            artifact.check_contents()
+            return artifact.manifest.target
+
+    with pytest.raises(DamagedArtifact, match="missing"):
+        read()
+    uses.clear()
+    assert of_current(output, read) == "onnx" and len(uses) == 2
+    (output / "tokenizer.json").unlink()
+    with pytest.raises(DamagedArtifact, match="missing"):
+        of_current(output, read)
+    assert len(uses) == 3
 
 
 def test_killed_where_folders_cannot_be_exchanged(small: Path, tmp_path: Path) -> None:

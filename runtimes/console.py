@@ -13,6 +13,8 @@ from tabulate import tabulate
 
 from ettin.artifacts.errors import EttinError
 
+KEY_HELP = "Public key (PEM) whose holder must have signed the artifact."
+
 
 class _Terminated(KeyboardInterrupt):
     """SIGTERM arrived: everything is cleaned up as after Ctrl-C."""

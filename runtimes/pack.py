@@ -18,6 +18,7 @@ from packaging.utils import canonicalize_name
 from ettin.artifacts.errors import MissingDependency, OutputError
 from ettin.artifacts.manifest import MANIFEST_NAME
 from ettin.artifacts.opened import OpenArtifact
+from ettin.artifacts.signatures import SIGNATURE_NAME
 from ettin.artifacts.staging import NEW, workspace
 from ettin.artifacts.writing import replace
 from ettin.runtimes.registry import ENGINES
@@ -149,6 +150,8 @@ def _add_artifact(tar: tarfile.TarFile, artifact: OpenArtifact, name: str) -> No
         with artifact.stream(listed.path) as file:
             tar.addfile(_new_entry(f"{name}/{listed.path}", listed.size_bytes), cast(IO[bytes], file))
     _add_bytes(tar, f"{name}/{MANIFEST_NAME}", artifact.manifest_bytes)
+    if artifact.signature is not None:
+        _add_bytes(tar, f"{name}/{SIGNATURE_NAME}", artifact.signature)
 
 
 def _new_entry(name: str, size_bytes: int) -> tarfile.TarInfo:

@@ -100,8 +100,9 @@ class Verification:
 
 
 def verify(
-    folder: Path, *, device: str | None = None, threads: int | None = None, unproven: bool = False
-) -> Verification:
+    folder: Path, *, device: str | None = None, threads: int | None = None, unproven: bool = False,
+    trusted_key: Path | None = None,
+) -> Verification:  # fmt: skip
     """Runs the artifact's own pairs and compares ids and scores with the reference's.
 
     Args:
@@ -110,16 +111,17 @@ def verify(
         threads: see `load`.
         unproven: in the fastest arithmetic that this machine has; else in what `load` takes. There is no other for an
             unverified artifact.
+        trusted_key: see `load`.
 
     Raises:
         ArtifactError: the artifact can't be used.
         ParityError: its tokenizer gives other ids than the reference's.
     """
-    cases = read_parity(folder)
+    cases = read_parity(folder, trusted_key)
     if len(cases) < MIN_PAIRS:
         raise ParityError(f"{folder}: {len(cases)} parity pairs, expected at least {MIN_PAIRS}. Export again.")
     unproven = unproven or Manifest.read(folder).parity.status == "unverified"
-    with load(folder, device=device, threads=threads, allow_unverified=unproven) as runtime:
+    with load(folder, device=device, threads=threads, allow_unverified=unproven, trusted_key=trusted_key) as runtime:
         _check_ids(runtime, cases)
         scores = _scores(runtime, cases)
         alone, together = _mixed(runtime, cases)
@@ -190,8 +192,12 @@ def _each_once(first: tuple[str, ...], second: tuple[str, ...]) -> tuple[str, ..
     return tuple(dict.fromkeys((*first, *second)))
 
 
-def adopt_engine(folder: Path) -> bool:
-    """Makes a build kit whose engine was built an artifact, still unverified.
+def adopt_engine(folder: Path, trusted_key: Path | None = None) -> bool:
+    """Makes a build kit whose engine was built an artifact, still unverified. A signature of the kit no longer fits.
+
+    Args:
+        folder: the kit.
+        trusted_key: see `load`; whose signature the kit must have.
 
     Returns:
         False for anything that is not a build kit.
@@ -200,7 +206,7 @@ def adopt_engine(folder: Path) -> bool:
         UnverifiedArtifact: its engine is not there yet.
         MissingDependency: the engine's package, whose version is recorded, is not installed.
     """
-    with OpenArtifact(folder) as artifact:
+    with OpenArtifact(folder, trusted_key=trusted_key) as artifact:
         manifest = artifact.manifest
         if not manifest.is_build_kit:
             return False
