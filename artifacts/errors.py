@@ -11,6 +11,7 @@
     ├── ArtifactError         an artifact that can't be used
     │   ├── ManifestError         … its manifest is not valid, or was edited
     │   ├── DamagedArtifact       … a file is missing or differs from the manifest
+    │   ├── SignatureError        … it has no signature by the key that is trusted
     │   ├── NewerFormat           … written by a newer version of this project
     │   └── UnverifiedArtifact    … nobody has proven its scores yet
     ├── ShapeError            more pairs or tokens than an artifact was built for
@@ -92,6 +93,10 @@ class ManifestError(ArtifactError):
 
 class DamagedArtifact(ArtifactError):
     """A file that is missing or differs from the manifest."""
+
+
+class SignatureError(ArtifactError):
+    """An artifact without a signature by the key that is trusted."""
 
 
 class NewerFormat(ArtifactError):

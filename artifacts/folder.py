@@ -106,6 +106,7 @@ class Folder:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(fresh, name, src_dir_fd=top, dst_dir_fd=top)
+            os.fsync(top)
         except OSError:
             with contextlib.suppress(OSError):
                 os.unlink(fresh, dir_fd=top)

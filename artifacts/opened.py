@@ -2,21 +2,31 @@
 
 import errno
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, Self
+from typing import BinaryIO, Self, TypeVar
 
-from ettin.artifacts.errors import DamagedArtifact, OutputError
+from ettin.artifacts.errors import ArtifactError, DamagedArtifact, OutputError, SignatureError, UsageError
 from ettin.artifacts.files import CheckedFile, file_entry
 from ettin.artifacts.folder import FRESH_SUFFIX, Kind
 from ettin.artifacts.manifest import MANIFEST_NAME, FileEntry, Manifest, manifest_bytes, opened_folder
+from ettin.artifacts.signatures import (
+    MAX_SIGNATURE_BYTES,
+    SIGNATURE_NAME,
+    check_signed,
+    manifest_digest,
+    signature,
+    signed_digests,
+)
 
 TOKENIZER_NAME = "tokenizer.json"
 
 # Never read, and not an artifact's: what the hub's client leaves in a folder that it downloads to, and what a killed
 # `OpenArtifact.replace_manifest` left.
-_IGNORED = frozenset({".gitattributes", MANIFEST_NAME + FRESH_SUFFIX})
+_IGNORED = frozenset({".gitattributes", MANIFEST_NAME + FRESH_SUFFIX, SIGNATURE_NAME + FRESH_SUFFIX})
+_Result = TypeVar("_Result")
+
 _IGNORED_FOLDERS = frozenset({".cache/huggingface"})
 
 
@@ -30,24 +40,63 @@ class OpenArtifact:
     Args:
         path: the folder; links on the way to it are followed, links below it are refused (see `Folder`).
         checksums: compare contents with the manifest; False: names and sizes only.
+        trusted_key: PEM file with a public key whose holder must have signed the manifest and the checksums in it.
 
     Raises:
+        SignatureError: a key is given and the artifact is not signed by it as it is.
+        UsageError: not such a key, or a key without checksums.
         ManifestError: no manifest, not a valid one, or an edited one.
         NewerFormat: a newer version of this project wrote it.
     """
 
-    def __init__(self, path: Path, *, checksums: bool = True) -> None:
+    def __init__(self, path: Path, *, checksums: bool = True, trusted_key: Path | None = None) -> None:
+        if trusted_key is not None and not checksums:
+            raise UsageError("a signature proves nothing without checksums. Leave out checksums=False or trusted_key")
         self.path, self._checksums = path, checksums
         self._folder = opened_folder(path)
         try:
-            # A signature is checked here, over these bytes, before anything in them is trusted.
             self.manifest_bytes = manifest_bytes(self._folder, path)
+            signed = self._signed(trusted_key) if trusted_key is not None else None
             self.manifest = Manifest.from_bytes(self.manifest_bytes, path)
+            if signed is not None:
+                listed = ((entry.path, entry.sha256) for entry in self.manifest.files)
+                check_signed(signed, listed, path / SIGNATURE_NAME)
         except BaseException:
             self._folder.close()
             raise
         self._listed = {entry.path: entry for entry in self.manifest.files}
         self._hashed: set[str] = set()
+
+    @property
+    def signature(self) -> bytes | None:
+        """Content of the signature, which nobody has verified; None: it is not signed.
+
+        Raises:
+            SignatureError: it can't be read, or is larger than a signature can be.
+        """
+        try:
+            with self._folder.open(SIGNATURE_NAME) as file:
+                content = file.read(MAX_SIGNATURE_BYTES + 1)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            why = error.strerror
+        else:
+            if len(content) <= MAX_SIGNATURE_BYTES:
+                return content
+            why = f"more than {MAX_SIGNATURE_BYTES} bytes"
+        raise SignatureError(f"{self.path / SIGNATURE_NAME}: not a signature ({why})")
+
+    def sign(self, private_key: Path) -> None:
+        """Compares all contents with the manifest and writes the signature over them, in place of one that is there.
+
+        Raises:
+            DamagedArtifact: a file differs from the manifest.
+            OutputError: the signature can't be written.
+            UsageError: no such key.
+        """
+        self.check_contents()
+        self._replace(SIGNATURE_NAME, signature(self.manifest_bytes, self.manifest, private_key))
 
     def check(self) -> None:
         """Compares what the folder holds with what the manifest lists: names, kinds and sizes, but no contents.
@@ -153,14 +202,20 @@ class OpenArtifact:
                 copied.write(content)
 
     def copy_all(self, folder: Path) -> None:
-        """Copies the artifact: the listed files and the manifest.
+        """Copies the artifact: the listed files, the manifest and the signature.
 
         Raises:
             DamagedArtifact: a file is missing or differs from the manifest.
             OSError: `folder` can't be written.
         """
         self.copy(self._listed, folder)
+        self.copy_proof(folder)
+
+    def copy_proof(self, folder: Path) -> None:
+        """Copies the manifest and the signature."""
         (folder / MANIFEST_NAME).write_bytes(self.manifest_bytes)
+        if self.signature is not None:
+            (folder / SIGNATURE_NAME).write_bytes(self.signature)
 
     def listing(self, name: str) -> FileEntry | None:
         """What a manifest would say of a file that this one does not list yet; None: no such file.
@@ -176,17 +231,19 @@ class OpenArtifact:
                 return None
 
     def replace_manifest(self, manifest: Manifest) -> None:
-        """Writes another manifest into the folder.
+        """Writes another manifest into the folder. A signature that is there no longer fits.
 
         Raises:
             OutputError: it can't be written.
         """
+        self._replace(MANIFEST_NAME, manifest.to_bytes())
+
+    def _replace(self, name: str, content: bytes) -> None:
         try:
-            self._folder.replace(MANIFEST_NAME, manifest.to_bytes())
+            self._folder.replace(name, content)
         except OSError as error:
             raise OutputError(
-                f"{self.path / MANIFEST_NAME}: can't be written ({error.strerror}). Verify a copy that can, and use "
-                "that"
+                f"{self.path / name}: can't be written ({error.strerror}). Verify a copy that can, and use that"
             ) from None
 
     def close(self) -> None:
@@ -198,6 +255,17 @@ class OpenArtifact:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _signed(self, trusted_key: Path) -> dict[str, str]:
+        """Checksums that the holder of the key has signed, the manifest's among them, which is that of its bytes."""
+        path, content = self.path / SIGNATURE_NAME, self.signature
+        if content is None:
+            raise SignatureError(
+                f"{self.path}: not signed, but a key is given. Sign what you trust: ettin-verify {self.path} --sign KEY"
+            )
+        signed = signed_digests(content, trusted_key, path)
+        check_signed(signed, [(MANIFEST_NAME, manifest_digest(self.manifest_bytes))], path)
+        return signed
 
     @property
     def _again(self) -> str:
@@ -244,7 +312,7 @@ class OpenArtifact:
             ) from None
 
     def _refuse_unlisted(self) -> None:
-        expected = {*self._listed, MANIFEST_NAME, *_left_by_the_builder(self.manifest)}
+        expected = {*self._listed, MANIFEST_NAME, SIGNATURE_NAME, *_left_by_the_builder(self.manifest)}
         folders = {str(parent) for name in self._listed for parent in Path(name).parents} - {"."}
         pending = [""]
         while pending:
@@ -261,6 +329,29 @@ class OpenArtifact:
             f"{self.path / name}: {what} that is not listed in {MANIFEST_NAME}; an artifact holds nothing else. "
             "Remove it, or keep it elsewhere"
         )
+
+
+def of_current(path: Path, use: Callable[[], _Result]) -> _Result:
+    """Calls `use`, and again if it failed while another artifact took the place of the one at `path`.
+
+    Raises:
+        ArtifactError: what `use` raised about an artifact that has stayed.
+    """
+    while True:
+        before = _identity(path)
+        try:
+            return use()
+        except ArtifactError:
+            if _identity(path) in (before, None):
+                raise
+
+
+def _identity(path: Path) -> tuple[int, int, int] | None:
+    try:
+        found = path.stat()
+    except (OSError, ValueError):
+        return None
+    return found.st_dev, found.st_ino, found.st_ctime_ns
 
 
 def _is_expected(name: str, kind: Kind, expected: set[str]) -> bool:

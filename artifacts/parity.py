@@ -38,14 +38,18 @@ def write_parity(folder: Path, cases: list[ParityCase]) -> None:
     (folder / PARITY_NAME).write_text("".join(lines), encoding="utf-8")
 
 
-def read_parity(folder: Path) -> list[ParityCase]:
+def read_parity(folder: Path, trusted_key: Path | None = None) -> list[ParityCase]:
     """Reads them back.
+
+    Args:
+        folder: the artifact.
+        trusted_key: who must have signed it, see `OpenArtifact`; None: it need not be signed.
 
     Raises:
         ManifestError: not an artifact.
         DamagedArtifact: the file is missing, differs from the manifest, or a line is not a case.
     """
-    with OpenArtifact(folder) as artifact:
+    with OpenArtifact(folder, trusted_key=trusted_key) as artifact:
         content = artifact.read(PARITY_NAME)
     try:
         # Lines end at line feeds alone: texts may hold other line separators.

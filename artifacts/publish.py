@@ -2,16 +2,14 @@
 
 import errno
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from ettin.artifacts.errors import OutputError
 from ettin.artifacts.manifest import MANIFEST_NAME
-
-_MARK = ".partial-"
+from ettin.artifacts.staging import NEW, OLD, workspace
+from ettin.artifacts.writing import exchange, sync, sync_tree
 
 
 def check_output(output: Path, force: bool) -> None:
@@ -41,62 +39,40 @@ def staged(output: Path, force: bool = False) -> Iterator[Path]:
     """A temporary folder beside `output` that takes its place when the block ends without an error.
 
     Whatever ends the block early (an error, Ctrl-C, a full disk), the temporary folder is removed and what was
-    at `output` stays. A process killed outright leaves its temporary folder, which the next export to the same
-    place removes.
+    at `output` stays. What a killed process leaves, the next export to the same place removes (see `workspace`).
+
+    An artifact that is replaced is exchanged with the new one in one step, so that there is one at any time. Where the
+    file system can't do that, it is moved aside first: for a moment there is none, and if the process is killed in it,
+    the next export gives it back. The files are on disk before they get their place.
 
     Raises:
-        OutputError: see `check_output`; also a disk that is full or read-only.
+        OutputError: see `check_output`; also a disk that is full or read-only, or an output that can't be replaced.
     """
     check_output(output, force)
-    with _explained(output):
-        output.absolute().parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(output)
-        mark = f".{output.name}{_MARK}{os.getpid()}-"
-        stage = Path(tempfile.mkdtemp(prefix=mark, dir=output.absolute().parent))
-    try:
-        with _explained(output):
-            yield stage
-            stage.chmod(0o755)
-            _replace(output, stage, force)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
+    with _explained(output), workspace(output) as folder:
+        check_output(output, force)  # a killed export's artifact may have come back
+        stage = folder / NEW
+        stage.mkdir()
+        yield stage
+        sync_tree(stage)
+        check_output(output, force)  # another export may have finished meanwhile
+        try:
+            _replace(output, stage)
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise
+            raise OutputError(
+                f"{output}: can't be replaced ({error.strerror}). Nothing was published; choose another: --output DIR"
+            ) from error
 
 
-def _replace(output: Path, stage: Path, force: bool) -> None:
-    check_output(output, force)  # another export may have finished meanwhile
+def _replace(output: Path, stage: Path) -> None:
     if not output.exists():
         stage.rename(output)
-        return
-    old = stage.with_name(stage.name + "-old")
-    output.rename(old)
-    try:
+    elif not exchange(stage, output):
+        output.rename(stage.with_name(OLD))  # the workspace gives it back if the next step fails
         stage.rename(output)
-    except BaseException:
-        old.rename(output)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _remove_leftovers(output: Path) -> None:
-    """Removes what killed exports to this place left. One that was killed while it swapped gives the old back."""
-    for left in sorted(output.absolute().parent.glob(f".{output.name}{_MARK}*")):
-        pid = left.name.split(_MARK)[1].split("-")[0]
-        if pid.isdigit() and _is_running(int(pid)):
-            continue
-        if left.name.endswith("-old") and not output.exists():
-            left.rename(output)
-        else:
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def _is_running(pid: int) -> bool:
-    with suppress(ProcessLookupError):
-        try:
-            os.kill(pid, 0)
-        except PermissionError:
-            return True
-        return True
-    return False
+    sync(output.absolute().parent)
 
 
 @contextmanager

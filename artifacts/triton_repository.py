@@ -7,7 +7,6 @@ never changed; publishing again adds the next, to which a server that polls, or 
 import re
 import shutil
 import struct
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,8 +14,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ettin.artifacts.errors import MissingDependency, OutputError, UsageError
-from ettin.artifacts.manifest import MANIFEST_NAME, Manifest, TensorSpec
+from ettin.artifacts.manifest import Manifest, TensorSpec
 from ettin.artifacts.opened import TOKENIZER_NAME, OpenArtifact
+from ettin.artifacts.staging import NEW, workspace
+from ettin.artifacts.writing import sync, sync_tree
 
 ENGINE_SUFFIX = "-engine"
 ARTIFACT = "artifact"
@@ -49,6 +50,7 @@ class TritonOptions:
         response_cache: answer equal requests from Triton's cache (the server needs `--cache-config`).
         max_queued_requests: more are refused.
         runtime: arguments of `load`, in words.
+        trusted_key: who must have signed the artifact, see `OpenArtifact`; None: it need not be signed.
     """
 
     native: bool = False
@@ -58,6 +60,7 @@ class TritonOptions:
     response_cache: bool = False
     max_queued_requests: int = 1024
     runtime: Mapping[str, str] = field(default_factory=dict)
+    trusted_key: Path | None = None
 
 
 def publish(artifact: Path, repository: Path, name: str, options: TritonOptions) -> int:
@@ -78,7 +81,7 @@ def publish(artifact: Path, repository: Path, name: str, options: TritonOptions)
         OutputError: the repository can't be written, or has something else of that name.
         MissingDependency: no tritonclient, which knows the form of the configuration.
     """
-    with OpenArtifact(artifact) as opened:
+    with OpenArtifact(artifact, trusted_key=options.trusted_key) as opened:
         opened.check()
         return _publish(opened, repository, name, options)
 
@@ -98,7 +101,7 @@ def _publish(artifact: OpenArtifact, repository: Path, name: str, options: Trito
             _write_front(stage, version, "NativeModel", name, manifest, options)
             hosted = stage / str(version) / ARTIFACT
             artifact.copy([TOKENIZER_NAME], hosted)
-            (hosted / MANIFEST_NAME).write_bytes(artifact.manifest_bytes)
+            artifact.copy_proof(hosted)
         return version
     version = _next_version(repository, name)
     with _staged(repository, name, version) as stage:
@@ -149,29 +152,34 @@ def _staged(repository: Path, name: str, version: int) -> Iterator[Path]:
     if model.exists() and not (model / "config.pbtxt").is_file():
         raise OutputError(f"{model}: not a model of Triton's, left as it is. Choose another name: --name NAME")
     try:
-        repository.mkdir(parents=True, exist_ok=True)
         # Beside the repository: Triton takes every folder in it for a model.
-        stage = Path(tempfile.mkdtemp(prefix=f".{repository.name}.partial-", dir=repository.absolute().parent))
+        with workspace(repository) as scratch:
+            repository.mkdir(exist_ok=True)
+            stage = scratch / NEW
+            (stage / str(version)).mkdir(parents=True)
+            yield stage
+            sync_tree(stage)
+            _into_place(stage, model, version)
     except OSError as error:
-        raise OutputError(f"{repository}: can't be written ({error.strerror}). Choose another: --repository") from error
+        raise OutputError(
+            f"{model}: can't be written ({error.strerror or error}). Nothing was published; choose another: "
+            "--repository"
+        ) from error
+
+
+def _into_place(stage: Path, model: Path, version: int) -> None:
+    if not model.exists():
+        stage.rename(model)
+        sync(model.parent)
+        return
+    # The warm-up is that of the version before: what there is to warm up does not change.
+    (stage / str(version)).rename(model / str(version))
     try:
-        (stage / str(version)).mkdir()
-        yield stage
-        stage.chmod(0o755)
-        if not model.exists():
-            stage.rename(model)
-            return
-        # The warm-up is that of the version before: what there is to warm up does not change.
-        (stage / str(version)).rename(model / str(version))
-        try:
-            (stage / "config.pbtxt").replace(model / "config.pbtxt")
-        except OSError:
-            shutil.rmtree(model / str(version))
-            raise
-    except OSError as error:
-        raise OutputError(f"{model}: can't be written ({error.strerror or error}). Nothing was published") from error
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
+        (stage / "config.pbtxt").replace(model / "config.pbtxt")
+    except OSError:
+        shutil.rmtree(model / str(version))
+        raise
+    sync(model)
 
 
 def _pb() -> Any:
@@ -195,6 +203,8 @@ def _write_front(
     """The model that users call: texts in, scores out."""
     (stage / str(version) / "model.py").write_text(_MODEL.format(implementation=implementation), encoding="utf-8")
     parameters = dict(options.runtime)
+    if options.trusted_key is not None:
+        parameters["trusted_key"] = str(options.trusted_key.absolute())
     if options.environment is not None:
         parameters["EXECUTION_ENV_PATH"] = options.environment
     if options.native:

@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from ettin.artifacts.errors import EttinError, InputError, MissingDependency
+from ettin.artifacts.writing import write_file
 from ettin.bench.tables import filled
 from ettin.runtimes import console
 
@@ -47,7 +48,7 @@ def report(results: tuple[Path, ...], output: Path, pictures: Path | None) -> No
     except ModuleNotFoundError as error:
         raise MissingDependency("ettin-bench report", str(error.name), "bench") from None
     records = read_results(results)
-    output.write_text(page(records), encoding="utf-8")
+    write_file(output, page(records).encode())
     if pictures:
         write_pictures(records, pictures)
     click.echo(output)
@@ -64,4 +65,4 @@ def tables(files: tuple[Path, ...], check: bool) -> None:
         if check and after != before:
             raise InputError(f"{file}: a table is not what its results say. Run: ettin-bench tables {file}")
         if after != before:
-            file.write_text(after, encoding="utf-8")
+            write_file(file, after.encode())

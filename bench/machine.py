@@ -9,6 +9,7 @@ from typing import Any
 
 from ettin.artifacts.errors import InputError
 from ettin.artifacts.versions import installed_versions
+from ettin.artifacts.writing import write_file
 from ettin.runtimes import cpu
 
 _SCHEMA = 1
@@ -54,7 +55,7 @@ def write_result(
     path.parent.mkdir(parents=True, exist_ok=True)
     about = {**machine(), **(more or {})}
     content = {"schema": _SCHEMA, "kind": kind, "command": command, "machine": about, "result": result}
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_file(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def read_result(path: Path) -> dict[str, Any]:

@@ -46,6 +46,7 @@ EXAMPLES = (
 )
 @click.option("--force", is_flag=True, help="Replace an artifact that is already there.")
 @click.option("--allow-unverified", is_flag=True, help="Publish what can't be run here; it loads after ettin-verify.")
+@click.option("--sign", type=click.Path(path_type=Path), help="Private key (PEM) to sign the artifact with.")
 @click.option("--arch", help="TensorRT: the GPU, such as sm_90 or sm_86.  [default: this machine's]")
 @click.option(
     "--build-kit", is_flag=True, help="trt: write what builds the engine elsewhere (typed ONNX and a script)."
@@ -65,7 +66,8 @@ def command(
     size: str | None, checkpoint: str | None, revision: str | None, target: str, precision: str | None,
     everything: bool, output: Path | None, max_length: int | None, verify_pairs: Path | None,
     calibration: Path | None, force: bool,
-    allow_unverified: bool, arch: str | None, build_kit: bool, workspace: int | None, timing_cache: Path | None,
+    allow_unverified: bool, sign: Path | None, arch: str | None, build_kit: bool, workspace: int | None,
+    timing_cache: Path | None,
     random_weights: bool, seed: int, tokenizer: Path | None, dry_run: bool, list_: bool,
     doctor: bool,
 ) -> None:  # fmt: skip
@@ -111,7 +113,7 @@ def command(
                 f"--arch, --build-kit, --workspace and --timing-cache are for {' and '.join(FLAVOURS)}, "
                 f"not for '{target}'"
             )
-        options = Options(max_length, verify_pairs, calibration, force, allow_unverified, _typed(), build)
+        options = Options(max_length, verify_pairs, calibration, force, allow_unverified, _typed(), build, sign)
         export = Export(source, options, console.step)
         above = output if everything and output else Path(source.name)
         jobs = [
@@ -201,4 +203,4 @@ def _typed() -> str:
 
 def main() -> NoReturn:
     """Entry point."""
-    console.run(command)
+    console.run(command, publishes=True)

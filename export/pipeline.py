@@ -3,7 +3,6 @@
 import functools
 import gc
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -21,8 +20,11 @@ from ettin.artifacts.errors import (
     UsageError,
 )
 from ettin.artifacts.manifest import Calibration, Parity
+from ettin.artifacts.opened import OpenArtifact
 from ettin.artifacts.parity import write_parity
 from ettin.artifacts.publish import check_output, staged
+from ettin.artifacts.signatures import read_private_key
+from ettin.artifacts.staging import NEW, workspace
 from ettin.artifacts.targets import TARGETS
 from ettin.artifacts.tolerances import FP16_MAX_ACTIVATION, REDUCED_RATIO
 from ettin.export.calibration import CalibrationText, calibration_text
@@ -78,6 +80,7 @@ class Options:
         allow_unverified: publish what can't be run here, marked as unverified.
         command: what the user typed, for the manifest.
         build: for TensorRT.
+        sign: PEM file with the private key that artifacts are signed with; None: they are not signed.
     """
 
     max_length: int | None = None
@@ -87,6 +90,7 @@ class Options:
     allow_unverified: bool = False
     command: str = "ettin-export"
     build: BuildOptions = field(default_factory=BuildOptions)
+    sign: Path | None = None
 
 
 @dataclass
@@ -124,6 +128,8 @@ class Export:
             EttinError: an output that can't be written, a missing package, too little disk space.
         """
         _ = self.max_length
+        if self.options.sign is not None:
+            read_private_key(self.options.sign)
         if any(job.precision == "int8" for job in jobs):
             _ = self._calibration
         for job in jobs:
@@ -224,10 +230,13 @@ class Export:
                 write_parity(stage, self._gold.cases)
                 record = self._calibration_record(scheme, lowered) if scheme else None
                 self._write_manifest(stage, job, lowered, unverified(), record)
-            if not proven:
-                return None
-            verification = self._verify(stage, job.target, job.precision)
-            self._write_manifest(stage, job, lowered, verification.parity(REFERENCE), record)
+            verification = None
+            if proven:
+                verification = self._verify(stage, job.target, job.precision)
+                self._write_manifest(stage, job, lowered, verification.parity(REFERENCE), record)
+            if self.options.sign is not None:
+                with OpenArtifact(stage) as artifact:
+                    artifact.sign(self.options.sign)
         return verification
 
     @functools.cached_property
@@ -280,11 +289,9 @@ class Export:
             proof: what is lowered for it, an `onnx` artifact; None: the job's target.
         """
         assert self._gold is not None  # noqa: S101
-        above = job.output.absolute().parent
-        while not above.exists():
-            above = above.parent
-        with tempfile.TemporaryDirectory(prefix=".ettin-fp32-", dir=above) as folder:
-            stage = Path(folder)
+        with workspace(job.output) as folder:
+            stage = folder / NEW
+            stage.mkdir()
             target = "onnx" if proof else job.target
             with self.step(f"write {proof or job.target} fp32, to prove the graph"):
                 lowered = lower(self.checkpoint, proof or job.target, "fp32", stage, None, self.max_length)

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from ettin.artifacts.errors import BuildError, HardwareError, MissingDependency, UsageError
 from ettin.artifacts.manifest import ShapeRange
+from ettin.artifacts.writing import write_file
 from ettin.runtimes.gpu import Gpu, gpus
 from ettin.runtimes.registry import ENGINES
 
@@ -133,10 +134,12 @@ def check_options(target: str, options: BuildOptions) -> None:
     """Whether this machine can build `target` so; anything goes for other targets, but a kit.
 
     Raises:
-        UsageError: a kit of another target, or for no GPU in particular.
+        UsageError: a kit of another target, or for no GPU in particular; a timing cache for TensorRT-RTX.
         MissingDependency: the builder is not installed.
         HardwareError: see `checked_arch`.
     """
+    if options.timing_cache is not None and target == "trt-rtx":
+        raise UsageError("--timing-cache: TensorRT-RTX times no kernels when it builds. Leave it out")
     if not options.kit:
         if target in FLAVOURS:
             checked_arch(target, options.arch, gpus())
@@ -168,12 +171,9 @@ def build(
         show: a progress bar on stderr, if that is a terminal.
 
     Raises:
-        UsageError: a timing cache for TensorRT-RTX, which has none.
         BuildError: the builder refused the graph or the settings; its last error is in the message.
         MissingDependency: the builder is not installed.
     """
-    if options.timing_cache is not None and target == "trt-rtx":
-        raise UsageError("--timing-cache: TensorRT-RTX times no kernels when it builds. Leave it out")
     module, flavour = builder_module(target), FLAVOURS[target]
     logger = _logger(module)
     builder = module.Builder(logger)
@@ -202,7 +202,7 @@ def build(
     if serialised is None:
         raise BuildError(f"{flavour.product} {module.__version__} can't build for {arch}: {logger.last_error}")
     if options.timing_cache is not None:
-        options.timing_cache.write_bytes(bytes(cache.serialize()))
+        write_file(options.timing_cache, bytes(cache.serialize()))
     return Built(bytes(serialised), sum("_mha_" in each for each in logger.layers) // len(profiles))
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,6 +18,7 @@ from ettin.artifacts.targets import TARGETS
 from ettin.runtimes.graph import ModelShape
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
+COMMANDS = Path(sys.executable).parent
 # What any machine can run.
 VARIANTS = [(each.name, precision) for each in TARGETS.values() if not each.gpu_only for precision in each.precisions]
 
@@ -47,9 +49,17 @@ def shared_path(name: str) -> Path:
 
 def run(*arguments: str | Path, cwd: Path, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs a command of ours, in a process of its own."""
-    command = [str(Path(sys.executable).parent / arguments[0]), *map(str, arguments[1:])]
+    command = [str(COMMANDS / arguments[0]), *map(str, arguments[1:])]
     variables = {**os.environ, **environment}
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, input=stdin, env=variables, check=False)
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 120) -> None:
+    """Returns when a condition holds; fails if it takes too long, so that a test ends."""
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
 
 
 def quiet(what: str) -> nullcontext[None]:

@@ -1,18 +1,13 @@
 """The artifact format: strict on read, whole or absent on write."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support import quiet, reseal, rewrite
 
-from ettin.artifacts import publish
 from ettin.artifacts.errors import (
     ArtifactError,
     DamagedArtifact,
@@ -27,7 +22,6 @@ from ettin.artifacts.errors import (
 from ettin.artifacts.files import list_files
 from ettin.artifacts.manifest import Manifest
 from ettin.artifacts.parity import read_parity
-from ettin.artifacts.publish import staged
 from ettin.export import pipeline
 from ettin.export.checkpoint import Checkpoint
 from ettin.export.pipeline import Export, Job, Options
@@ -181,140 +175,6 @@ def test_too_few_parity_pairs_fail(artifact: Path) -> None:
     reseal(artifact)
     with pytest.raises(ParityError, match="63 parity pairs, expected at least 64"):
         verify(artifact)
-
-
-def write_artifact(folder: Path, mark: str) -> None:
-    (folder / "manifest.json").write_text(mark)
-
-
-def test_staged_appears_whole(tmp_path: Path) -> None:
-    output = tmp_path / "deep" / "out"
-    with staged(output) as stage:
-        write_artifact(stage, "new")
-        assert not output.exists()
-    assert (output / "manifest.json").read_text() == "new"
-    assert sorted(path.name for path in output.parent.iterdir()) == ["out"]
-
-
-@pytest.mark.parametrize("reason", [RuntimeError, KeyboardInterrupt, ParityError])
-def test_failed_export_leaves_nothing_and_loses_nothing(tmp_path: Path, reason: type[BaseException]) -> None:
-    output = tmp_path / "out"
-    with pytest.raises(reason), staged(output) as stage:
-        write_artifact(stage, "half")
-        raise reason("stop")
-    assert list(tmp_path.iterdir()) == []
-    with staged(output) as stage:
-        write_artifact(stage, "old")
-    with pytest.raises(reason), staged(output, force=True) as stage:
-        write_artifact(stage, "half")
-        raise reason("stop")
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert (output / "manifest.json").read_text() == "old"
-
-
-def test_existing_output_is_kept_unless_forced(tmp_path: Path) -> None:
-    output = tmp_path / "out"
-    with staged(output) as stage:
-        write_artifact(stage, "old")
-    with pytest.raises(OutputError, match="left as it is. Replace it with --force"), staged(output):
-        pass
-    with staged(output, force=True) as stage:
-        write_artifact(stage, "new")
-    assert (output / "manifest.json").read_text() == "new"
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_a_folder_of_the_users_is_never_replaced(tmp_path: Path) -> None:
-    output = tmp_path / "thesis"
-    output.mkdir()
-    (output / "chapter.txt").write_text("years of work")
-    with pytest.raises(OutputError, match="with other things in it, left as it is"), staged(output, force=True):
-        pass
-    assert (output / "chapter.txt").read_text() == "years of work"
-    with pytest.raises(OutputError, match="is not a folder"), staged(output / "chapter.txt", force=True):
-        pass
-
-
-def test_failed_rename_gives_the_old_one_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    output = tmp_path / "out"
-    with staged(output) as stage:
-        write_artifact(stage, "old")
-    original = Path.rename
-
-    def fail_into_place(self: Path, target: Path) -> Path:
-        if Path(target) == output and not self.name.endswith("-old"):
-            raise OSError(28, "No space left on device")
-        return original(self, target)
-
-    monkeypatch.setattr(Path, "rename", fail_into_place)
-    with pytest.raises(OutputError, match="the disk is full"), staged(output, force=True) as stage:
-        write_artifact(stage, "new")
-    assert (output / "manifest.json").read_text() == "old"
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_unwritable_folder(tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    with pytest.raises(OutputError, match="can't write in"), staged(tmp_path / "out"):
-        pass
-
-
-def test_read_only_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any, **__: Any) -> str:
-        raise OSError(30, "Read-only file system")
-
-    monkeypatch.setattr(publish.tempfile, "mkdtemp", fail)
-    with pytest.raises(OutputError, match="Read-only file system"), staged(tmp_path / "out"):
-        pass
-
-
-def test_full_disk_while_writing(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="the disk is full. Nothing was published"), staged(tmp_path / "out"):
-        raise OSError(28, "No space left on device")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_what_a_killed_export_left_is_cleaned_up(tmp_path: Path) -> None:
-    code = """
-import sys, time
-from pathlib import Path
-from ettin.artifacts.publish import staged
-with staged(Path(sys.argv[1])) as stage:
-    (stage / "manifest.json").write_text("half")
-    print("ready", flush=True)
-    time.sleep(60)
-"""
-    output = tmp_path / "out"
-    with subprocess.Popen([sys.executable, "-c", code, str(output)], stdout=subprocess.PIPE) as child:
-        assert child.stdout is not None
-        child.stdout.readline()
-        child.send_signal(signal.SIGKILL)
-    assert len(list(tmp_path.iterdir())) == 1 and not output.exists()
-    with staged(output) as stage:
-        write_artifact(stage, "new")
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_a_swap_that_was_killed_gives_the_old_one_back(tmp_path: Path) -> None:
-    output = tmp_path / "out"
-    dead = subprocess.run(
-        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True
-    )
-    old = tmp_path / f".out.partial-{dead.stdout.strip()}-x-old"
-    old.mkdir()
-    write_artifact(old, "old")
-    with pytest.raises(OutputError, match="--force"), staged(output):
-        pass
-    assert (output / "manifest.json").read_text() == "old"
-
-
-def test_stage_of_a_running_export_is_left_alone(tmp_path: Path) -> None:
-    running = tmp_path / f".out.partial-{os.getpid()}-x"
-    running.mkdir()
-    with staged(tmp_path / "out") as stage:
-        write_artifact(stage, "new")
-    assert running.exists()
 
 
 def test_links_are_not_published(tmp_path: Path) -> None:

@@ -188,12 +188,17 @@ def test_without_the_flag_nothing_is_published(rtx: ModuleType, demo: Checkpoint
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_timing_cache_that_rtx_has_no_use_for_is_refused_first(demo: Checkpoint, tmp_path: Path) -> None:
+    """Before the reference is scored, which takes longest."""
+    options = Options(build=BuildOptions("sm_89", timing_cache=tmp_path / "cache"), allow_unverified=True)
+    with pytest.raises(UsageError, match="TensorRT-RTX times no kernels"):
+        Export(demo, options, quiet).check([Job("trt-rtx", "bf16", tmp_path / "out")])
+
+
 def test_builder_options(rtx: ModuleType, typed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     built = build("trt-rtx", typed, profiles(256)[:1], "sm_89", BuildOptions(workspace_mib=512))
     assert built.fused_attentions == 7
     assert capsys.readouterr().err == ""  # no bar where nobody looks
-    with pytest.raises(UsageError, match="TensorRT-RTX times no kernels"):
-        build("trt-rtx", typed, profiles(256)[:1], "sm_89", BuildOptions(timing_cache=tmp_path / "cache"))
     broken = tmp_path / "broken.onnx"
     broken.write_bytes(b"no model")
     with pytest.raises(BuildError, match="TensorRT-RTX .* can't read broken.onnx: "):

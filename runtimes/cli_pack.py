@@ -32,4 +32,4 @@ def command(artifact: Path, output: Path | None, wheels: bool, force: bool) -> N
 
 def main() -> NoReturn:
     """Entry point."""
-    console.run(command)
+    console.run(command, publishes=True)

@@ -27,10 +27,11 @@ from ettin.runtimes.registry import load
 @click.option("--json", "as_json", is_flag=True, help="Write JSON lines instead of a table.")
 @click.option("--max-length", type=click.IntRange(3), help="Tokens that pairs are truncated to.")
 @click.option("--device", help="cpu or cuda.  [default: what the artifact is for]")
+@click.option("--key", type=click.Path(path_type=Path), help=console.KEY_HELP)
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: all]")
 def command(
     artifact: Path, file: Path, query: str, top_k: int | None, field: str, as_json: bool, max_length: int | None,
-    device: str | None, threads: int | None,
+    device: str | None, key: Path | None, threads: int | None,
 ) -> None:  # fmt: skip
     """Rank the documents in FILE (- or nothing: standard input) for a query, best first.
 
@@ -38,7 +39,7 @@ def command(
     output. Blank lines are skipped.
     """
     rows = list(_read(file, field))
-    with load(artifact, device=device, threads=threads, max_length=max_length) as runtime:
+    with load(artifact, device=device, threads=threads, max_length=max_length, trusted_key=key) as runtime:
         hits = runtime.rank(query, [row[field] for row in rows], top_k=top_k, show_progress_bar=len(rows) > 500)
     if as_json:
         for place, hit in enumerate(hits, 1):

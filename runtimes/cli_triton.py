@@ -31,6 +31,7 @@ from ettin.runtimes.registry import checked_manifest
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: all]")
 @click.option("--streams", type=click.IntRange(1), help="Batches at a time.  [default: as many as threads]")
 @click.option("--max-length", type=click.IntRange(3), help="Tokens that pairs are truncated to.")
+@click.option("--key", type=click.Path(path_type=Path), help=f"{console.KEY_HELP} The server checks it too, here.")
 @click.option("--serve", is_flag=True, help="Then start the Triton server that the 'triton' extra installs.")
 @click.option("--address", default="127.0.0.1", show_default=True, help="For --serve: where it listens.")
 @click.option("--http-port", type=int, default=8000, show_default=True, help="For --serve.")
@@ -39,7 +40,8 @@ from ettin.runtimes.registry import checked_manifest
 def command(
     artifacts: tuple[Path, ...], repository: Path, name: str | None, native: bool, instances: int,
     environment: str | None, response_cache: bool, device: str | None, threads: int | None, streams: int | None,
-    max_length: int | None, serve: bool, address: str, http_port: int, grpc_port: int, metrics_port: int,
+    max_length: int | None, key: Path | None, serve: bool, address: str, http_port: int, grpc_port: int,
+    metrics_port: int,
 ) -> None:  # fmt: skip
     """Write ARTIFACTs into a model repository, each as a model with 'query' and 'documents' in and 'scores' out.
 
@@ -53,12 +55,12 @@ def command(
         raise UsageError("--instances is for --native: our runtime has --streams")
     settings = {"device": device, "threads": threads, "streams": streams, "max_length": max_length}
     given = {key: str(value) for key, value in settings.items() if value is not None}
-    checked = [(artifact, checked_manifest(artifact)) for artifact in artifacts]
+    checked = [(artifact, checked_manifest(artifact, key)) for artifact in artifacts]
     for artifact, manifest in checked:
         on_gpu = device == "cuda" or manifest.needs.device == "cuda"
         options = TritonOptions(
             native=native, on_gpu=on_gpu, instances=instances, environment=environment,
-            response_cache=response_cache, runtime=given,
+            response_cache=response_cache, runtime=given, trusted_key=key,
         )  # fmt: skip
         model = name or manifest.full_name
         with console.step(f"publish {model}"):
@@ -94,4 +96,4 @@ def _serve(repository: Path, address: str, http_port: int, grpc_port: int, metri
 
 def main() -> NoReturn:
     """Entry point."""
-    console.run(command)
+    console.run(command, publishes=True)

@@ -1,9 +1,11 @@
 """What the commands share: messages on stderr, results on stdout, one line for an error."""
 
+import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any, NoReturn
 
 import click
@@ -11,18 +13,43 @@ from tabulate import tabulate
 
 from ettin.artifacts.errors import EttinError
 
+KEY_HELP = "Public key (PEM) whose holder must have signed the artifact."
 
-def run(command: Callable[..., Any]) -> NoReturn:
-    """Runs a click command. Errors raised on purpose become one line on stderr and exit code 1."""
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM arrived: everything is cleaned up as after Ctrl-C."""
+
+
+def run(command: click.Command, *, publishes: bool = False) -> NoReturn:
+    """Runs a click command. Errors raised on purpose become one line on stderr and exit code 1.
+
+    Args:
+        command: the command.
+        publishes: it makes something that is published when it is finished. SIGTERM then ends it as Ctrl-C does, and
+            both say that nothing unfinished was published.
+    """
+    if publishes:
+        signal.signal(signal.SIGTERM, _terminate)
+    code = 0
     try:
-        command(standalone_mode=True)
+        code = command.main(standalone_mode=False)  # an exit code where click ended it, as after --help
     except EttinError as error:
         note(f"error: {error}", fg="red")
-        sys.exit(1)
-    except KeyboardInterrupt:
-        note("interrupted; nothing was published", fg="red")
-        sys.exit(130)
-    sys.exit(0)
+        code = 1
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (click.Abort, KeyboardInterrupt) as error:
+        is_terminated = isinstance(error.__cause__ or error, _Terminated)
+        what = "ended by SIGTERM" if is_terminated else "interrupted"
+        note(what + ("; nothing unfinished was published" if publishes else ""), fg="red")
+        code = 128 + (signal.SIGTERM if is_terminated else signal.SIGINT)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _terminate(number: int, _: FrameType | None) -> NoReturn:
+    signal.signal(number, signal.SIG_IGN)  # a second one must not interrupt the cleaning up
+    raise _Terminated
 
 
 def note(text: str, **style: Any) -> None:

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import tarfile
-import tempfile
 import urllib.parse
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,6 +18,9 @@ from packaging.utils import canonicalize_name
 from ettin.artifacts.errors import MissingDependency, OutputError
 from ettin.artifacts.manifest import MANIFEST_NAME
 from ettin.artifacts.opened import OpenArtifact
+from ettin.artifacts.signatures import SIGNATURE_NAME
+from ettin.artifacts.staging import NEW, workspace
+from ettin.artifacts.writing import replace
 from ettin.runtimes.registry import ENGINES
 
 _PROJECT = "ettin-export"
@@ -91,16 +93,15 @@ def pack(artifact: OpenArtifact, archive: Path, *, with_wheels: bool, force: boo
         missing="" if with_wheels else _MISSING,
     )
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{archive.name}.partial-", dir=archive.absolute().parent) as scratch:
-            wheels = Path(scratch) / "wheels"
+        with workspace(archive) as scratch:
+            wheels, part = scratch / "wheels", scratch / NEW
             _collect(wheels, lines, with_wheels)
-            part = Path(scratch) / archive.name
             with tarfile.open(part, "w:gz", compresslevel=6) as tar:
                 _add_bytes(tar, f"{name}/README.md", readme.encode())
                 _add_bytes(tar, f"{name}/requirements.txt", "".join(f"{line}\n" for line in lines).encode())
                 _add_artifact(tar, artifact, f"{name}/artifact")
                 tar.add(wheels, f"{name}/wheels", filter=_anonymous)
-            part.replace(archive)
+            replace(part, archive)
     except OSError as error:
         raise OutputError(
             f"{archive}: can't be written ({error.strerror or error}). Choose another: --output"
@@ -149,6 +150,8 @@ def _add_artifact(tar: tarfile.TarFile, artifact: OpenArtifact, name: str) -> No
         with artifact.stream(listed.path) as file:
             tar.addfile(_new_entry(f"{name}/{listed.path}", listed.size_bytes), cast(IO[bytes], file))
     _add_bytes(tar, f"{name}/{MANIFEST_NAME}", artifact.manifest_bytes)
+    if artifact.signature is not None:
+        _add_bytes(tar, f"{name}/{SIGNATURE_NAME}", artifact.signature)
 
 
 def _new_entry(name: str, size_bytes: int) -> tarfile.TarInfo:

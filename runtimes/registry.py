@@ -15,7 +15,7 @@ from ettin.artifacts.errors import (
     UsageError,
 )
 from ettin.artifacts.manifest import Manifest
-from ettin.artifacts.opened import OpenArtifact
+from ettin.artifacts.opened import OpenArtifact, of_current
 from ettin.artifacts.targets import checked_precision, target_named
 from ettin.runtimes.base import Runtime, Settings
 from ettin.runtimes.cpu import lacks_vnni, model_name
@@ -72,6 +72,7 @@ def load(
     batch_tokens: int | None = None,
     checksums: bool = True,
     allow_unverified: bool = False,
+    trusted_key: str | Path | None = None,
 ) -> Runtime:
     """Loads an artifact.
 
@@ -90,9 +91,11 @@ def load(
         checksums: compare every file with the manifest; False: names, kinds and sizes only. Either way the engine
             gets the files' contents as they are now, and nothing is read from the folder afterwards.
         allow_unverified: load an artifact whose scores nobody has proven yet, and compute in whatever this machine has.
+        trusted_key: PEM file with an elliptic-curve public key. The artifact must be signed with its private key, as it
+            is, every file of it; without a key, checksums prove that it is whole, and not whose it is.
 
     Raises:
-        ArtifactError: not an artifact, damaged, edited, newer or unverified.
+        ArtifactError: not an artifact, damaged, edited, newer, unverified, or not signed by the key.
         MissingDependency: the engine is not installed.
         HardwareError: this machine lacks the device or an instruction set.
         UsageError: an argument out of its range.
@@ -102,19 +105,34 @@ def load(
             raise UsageError(f"{name} is {count}, expected 1 or more")
     if device not in (None, "cpu", "cuda"):
         raise UsageError(f"unknown device '{device}', expected one of: cpu, cuda")
-    with OpenArtifact(Path(path), checksums=checksums) as artifact:
-        check_usable(artifact, allow_unverified=allow_unverified)
-        manifest = artifact.manifest
-        if device is None:
-            device = "cuda" if manifest.needs.device == "cuda" else "cpu"
-        if "vnni" in manifest.needs.isa and device == "cpu" and lacks_vnni():
-            raise HardwareError(
-                f"{path}: int8 sums overflow on {model_name()}, which has no VNNI. Export another precision: "
-                f"{manifest.command} --precision fp32"
-            )
-        cache = Path(cache_dir) if cache_dir else None
-        settings = Settings(device, threads, streams, cache, max_length, batch_tokens, allow_unverified)
-        return _loaded(artifact, settings)
+    key = Path(trusted_key) if trusted_key is not None else None
+
+    def opened() -> Runtime:
+        with OpenArtifact(Path(path), checksums=checksums, trusted_key=key) as artifact:
+            check_usable(artifact, allow_unverified=allow_unverified)
+            used = _device(artifact, device)
+            cache = Path(cache_dir) if cache_dir else None
+            settings = Settings(used, threads, streams, cache, max_length, batch_tokens, allow_unverified)
+            return _loaded(artifact, settings)
+
+    return of_current(Path(path), opened)
+
+
+def _device(artifact: OpenArtifact, device: str | None) -> str:
+    """The device to run on: what was asked for, or what the artifact is for.
+
+    Raises:
+        HardwareError: it is this machine's CPU, and that lacks an instruction set.
+    """
+    manifest = artifact.manifest
+    if device is None:
+        device = "cuda" if manifest.needs.device == "cuda" else "cpu"
+    if "vnni" in manifest.needs.isa and device == "cpu" and lacks_vnni():
+        raise HardwareError(
+            f"{artifact.path}: int8 sums overflow on {model_name()}, which has no VNNI. Export another precision: "
+            f"{manifest.command} --precision fp32"
+        )
+    return device
 
 
 def _loaded(artifact: OpenArtifact, settings: Settings) -> Runtime:
@@ -138,16 +156,24 @@ def _loaded(artifact: OpenArtifact, settings: Settings) -> Runtime:
     return runtime
 
 
-def checked_manifest(folder: Path) -> Manifest:
+def checked_manifest(folder: Path, trusted_key: Path | None = None) -> Manifest:
     """The manifest of an artifact that is whole and proven.
 
+    Args:
+        folder: the artifact.
+        trusted_key: see `load`.
+
     Raises:
-        ArtifactError: not an artifact, damaged, edited, newer or unverified.
+        ArtifactError: not an artifact, damaged, edited, newer, unverified, or not signed by the key.
     """
-    with OpenArtifact(folder) as artifact:
-        check_usable(artifact)
-        artifact.check_contents()
-        return artifact.manifest
+
+    def opened() -> Manifest:
+        with OpenArtifact(folder, trusted_key=trusted_key) as artifact:
+            check_usable(artifact)
+            artifact.check_contents()
+            return artifact.manifest
+
+    return of_current(folder, opened)
 
 
 def check_usable(artifact: OpenArtifact, *, allow_unverified: bool = False) -> None:

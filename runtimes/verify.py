@@ -1,7 +1,9 @@
 """Proves an artifact's scores: the reference's pairs through the runtime that users will run. No torch needed."""
 
+import ctypes
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections import defaultdict
@@ -25,6 +27,7 @@ from ettin.runtimes.registry import check_kit, engine_module, load
 
 _MIXED_PAIRS = 12  # scored together and alone
 _MIXED_TOKENS = 768  # … where they are no longer than this
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 @dataclass(frozen=True)
@@ -97,8 +100,9 @@ class Verification:
 
 
 def verify(
-    folder: Path, *, device: str | None = None, threads: int | None = None, unproven: bool = False
-) -> Verification:
+    folder: Path, *, device: str | None = None, threads: int | None = None, unproven: bool = False,
+    trusted_key: Path | None = None,
+) -> Verification:  # fmt: skip
     """Runs the artifact's own pairs and compares ids and scores with the reference's.
 
     Args:
@@ -107,16 +111,17 @@ def verify(
         threads: see `load`.
         unproven: in the fastest arithmetic that this machine has; else in what `load` takes. There is no other for an
             unverified artifact.
+        trusted_key: see `load`.
 
     Raises:
         ArtifactError: the artifact can't be used.
         ParityError: its tokenizer gives other ids than the reference's.
     """
-    cases = read_parity(folder)
+    cases = read_parity(folder, trusted_key)
     if len(cases) < MIN_PAIRS:
         raise ParityError(f"{folder}: {len(cases)} parity pairs, expected at least {MIN_PAIRS}. Export again.")
     unproven = unproven or Manifest.read(folder).parity.status == "unverified"
-    with load(folder, device=device, threads=threads, allow_unverified=unproven) as runtime:
+    with load(folder, device=device, threads=threads, allow_unverified=unproven, trusted_key=trusted_key) as runtime:
         _check_ids(runtime, cases)
         scores = _scores(runtime, cases)
         alone, together = _mixed(runtime, cases)
@@ -151,7 +156,7 @@ def verify_in_child(folder: Path, environment: Mapping[str, str] | None = None) 
     Raises:
         ParityError: it found the artifact unusable, or died.
     """
-    command = [sys.executable, "-m", "ettin.runtimes.verify", str(folder)]
+    command = [sys.executable, "-m", "ettin.runtimes.verify", str(folder), str(os.getpid())]
     variables = {**os.environ, **(environment or {})}
     child = subprocess.run(command, capture_output=True, text=True, check=False, env=variables)
     if child.returncode == 0:
@@ -187,8 +192,12 @@ def _each_once(first: tuple[str, ...], second: tuple[str, ...]) -> tuple[str, ..
     return tuple(dict.fromkeys((*first, *second)))
 
 
-def adopt_engine(folder: Path) -> bool:
-    """Makes a build kit whose engine was built an artifact, still unverified.
+def adopt_engine(folder: Path, trusted_key: Path | None = None) -> bool:
+    """Makes a build kit whose engine was built an artifact, still unverified. A signature of the kit no longer fits.
+
+    Args:
+        folder: the kit.
+        trusted_key: see `load`; whose signature the kit must have.
 
     Returns:
         False for anything that is not a build kit.
@@ -197,7 +206,7 @@ def adopt_engine(folder: Path) -> bool:
         UnverifiedArtifact: its engine is not there yet.
         MissingDependency: the engine's package, whose version is recorded, is not installed.
     """
-    with OpenArtifact(folder) as artifact:
+    with OpenArtifact(folder, trusted_key=trusted_key) as artifact:
         manifest = artifact.manifest
         if not manifest.is_build_kit:
             return False
@@ -270,7 +279,16 @@ def _described(case: ParityCase, score: float) -> str:
     return f"{pair} ({len(case.ids)} tokens): {score:.6f}, gold {case.gold:.6f}"
 
 
+def _end_with(parent: int) -> None:
+    """Lets the kernel end this process with its parent, however that ends. Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it has ended already
+        sys.exit("error: the export that asked for this has ended")
+
+
 if __name__ == "__main__":
+    _end_with(int(sys.argv[2]))
     try:
         print(json.dumps(asdict(verify(Path(sys.argv[1])))))  # noqa: T201 (read by verify_in_child)
     except EttinError as error:

@@ -87,8 +87,10 @@ class HostedModel(_Model):
     """The whole artifact in our runtime."""
 
     def _load(self, artifact: Path, version: str, parameters: dict[str, str]) -> None:
-        numbers = {key: int(parameters[key]) for key in ("threads", "streams", "max_length") if key in parameters}
-        self._runtime = load(artifact, device=parameters.get("device"), **numbers)  # type: ignore[arg-type]
+        numbers, texts = ("threads", "streams", "max_length"), ("device", "trusted_key")
+        arguments: dict[str, Any] = {key: int(parameters[key]) for key in numbers if key in parameters}
+        arguments |= {key: parameters[key] for key in texts if key in parameters}
+        self._runtime = load(artifact, **arguments)
         self._scheduler, self._max_length = self._runtime.scheduler, self._runtime.max_length
 
     def finalize(self) -> None:
