@@ -1,15 +1,22 @@
 """What answers the HTTP routes: an artifact in this process, or a Triton server."""
 
 import asyncio
+import math
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
 
 from ettin.artifacts.errors import Busy, EttinError, InputError, MissingDependency, ServerError, UsageError
 from ettin.runtimes.base import Runtime
+from ettin.runtimes.batch import Batch
 from ettin.runtimes.serving.batcher import Batcher, Scored
+from ettin.runtimes.tokenizer import SPECIAL_TOKENS
+
+_SLICE_DOCUMENTS = 128  # tokenised at a time
 
 
 class Backend(ABC):
@@ -26,12 +33,24 @@ class Backend(ABC):
     max_length: int | None
 
     @abstractmethod
-    async def score(self, query: str, documents: Sequence[str]) -> Scored:
+    async def score(self, query: str, documents: Sequence[str], refuse_truncated: bool = False) -> Scored:
         """Raw logits and tokens of each document.
+
+        Args:
+            query: the query.
+            documents: the documents.
+            refuse_truncated: fail before anything is scored if a pair exceeds the model's tokens.
 
         Raises:
             Busy: no room now.
-            InputError: a text that can't be scored.
+            InputError: a text that can't be scored, or a pair that would be truncated.
+        """
+
+    async def probe(self) -> None:  # noqa: B027 (nothing in this process can be stuck)
+        """Scores one pair, beside the queue, in an engine of this process.
+
+        Raises:
+            Exception: whatever the engine raised.
         """
 
     @abstractmethod
@@ -61,12 +80,42 @@ class LocalBackend(Backend):
         self.description, self.max_length = runtime.description, runtime.max_length
         runtime.predict([("what is warmed up", text) for text in ("the model", "its kernels " * 40)])
         self._runtime, self._batcher = runtime, Batcher.of(runtime, max_waiting_pairs)
+        pairs = runtime.tokenizer.pairs([("is the engine alive", "yes")], runtime.max_length)
+        self._probe = Batch.of(pairs, runtime.manifest.tokenizer.pad_token_id)
 
-    async def score(self, query: str, documents: Sequence[str]) -> Scored:
+    async def score(self, query: str, documents: Sequence[str], refuse_truncated: bool = False) -> Scored:
+        if refuse_truncated:
+            await asyncio.to_thread(self._check_lengths, query, documents)
         return await asyncio.wrap_future(self._batcher.submit([(query, document) for document in documents]))
+
+    def _check_lengths(self, query: str, documents: Sequence[str]) -> None:
+        room = self._runtime.max_length - SPECIAL_TOKENS
+        room -= len(self._runtime.tokenizer.texts([query])[query])
+        for start in range(0, len(documents), _SLICE_DOCUMENTS):
+            part = documents[start : start + _SLICE_DOCUMENTS]
+            ids = self._runtime.tokenizer.texts(part)
+            for index, document in enumerate(part, start):
+                tokens = len(ids[document])
+                if tokens > room:
+                    raise InputError(f"document {index}: {tokens} tokens, {max(room, 0)} fit beside this query")
 
     async def is_ready(self) -> bool:
         return True
+
+    async def probe(self) -> None:
+        result: Future[float] = Future()
+
+        def score() -> None:
+            try:
+                result.set_result(float(self._runtime.score(self._probe)[0]))
+            except BaseException as error:
+                result.set_exception(error)
+
+        # A thread of its own that nothing waits for: an executor would keep the process from ending.
+        threading.Thread(target=score, name="ettin-probe", daemon=True).start()
+        logit = await asyncio.wrap_future(result)
+        if not math.isfinite(logit):
+            raise ServerError(f"the engine scored {logit}")
 
     @property
     def counters(self) -> dict[str, float]:
@@ -124,7 +173,9 @@ class TritonBackend(Backend):
             )
         return str(found[0])
 
-    async def score(self, query: str, documents: Sequence[str]) -> Scored:
+    async def score(self, query: str, documents: Sequence[str], refuse_truncated: bool = False) -> Scored:
+        # The model reads this parameter of the request (triton_model.py).
+        parameters = {"refuse_truncated": True} if refuse_truncated else None
         tensors = []
         for name, texts in (("query", [query]), ("documents", documents)):
             tensor = self._module.InferInput(name, [1, len(texts)], "BYTES")
@@ -136,7 +187,7 @@ class TritonBackend(Backend):
             tensor.set_data_from_numpy(array)
             tensors.append(tensor)
         try:
-            result = await self._client.infer(self.name, tensors)
+            result = await self._client.infer(self.name, tensors, parameters=parameters)
         except _triton_error() as error:
             raise _translated(error) from None
         return Scored(result.as_numpy("scores")[0], result.as_numpy("tokens")[0])
