@@ -1,6 +1,8 @@
 """What answers the HTTP routes: an artifact in this process, or a Triton server."""
 
 import asyncio
+import json
+import logging
 import math
 import threading
 from abc import ABC, abstractmethod
@@ -16,6 +18,7 @@ from ettin.runtimes.batch import Batch
 from ettin.runtimes.serving.batcher import Batcher, Scored
 from ettin.runtimes.tokenizer import SPECIAL_TOKENS
 
+_LOG = logging.getLogger("ettin.serve")
 _SLICE_DOCUMENTS = 128  # tokenised at a time
 
 
@@ -219,7 +222,8 @@ def _triton_error() -> Any:
 def _translated(error: Any) -> EttinError:
     status, message = str(error.status()), str(error.message())
     if "UNAVAILABLE" in status or "RESOURCE_EXHAUSTED" in status:
-        return Busy(f"Triton: {message}", 1.0)
+        _LOG.warning(json.dumps({"triton": message}))  # it may name addresses, which are not for clients
+        return Busy("Triton has no room or does not answer", 1.0)
     if "INVALID_ARGUMENT" in status:
         return InputError(message)
     return ServerError(f"Triton: {message}")
