@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import shutil
+import subprocess
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import click
 import pytest
 
 from ettin.runtimes import cli_serve
+from ettin.runtimes.serving.limits import PROBES
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
@@ -103,3 +106,42 @@ def test_images_install_extras_that_exist() -> None:
     for file in DEPLOY.glob("*.Dockerfile"):
         named = re.search(r"\.whl\)\[([\w,-]+)\]", file.read_text())
         assert named and set(named[1].split(",")) <= extras.keys(), file
+
+
+def test_the_unit_is_hardened() -> None:
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("needs systemd-analyze")
+    words = ["systemd-analyze", "security", "--offline=true", "--no-pager", str(DEPLOY / "ettin-serve.service")]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    rated = re.search(r"Overall exposure level for .*: ([\d.]+) ", done.stdout)
+    assert rated and float(rated[1]) <= 2.5, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", ["ettin-triton", "ettin-gateway"])
+def test_pods_are_hardened(name: str) -> None:
+    spec = resource("Deployment", name)["spec"]["template"]["spec"]
+    (container,) = spec["containers"]
+    assert spec["securityContext"]["runAsNonRoot"] and spec["securityContext"]["runAsUser"] > 0
+    assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert spec["automountServiceAccountToken"] is False
+    own = container["securityContext"]
+    assert own["readOnlyRootFilesystem"] and own["allowPrivilegeEscalation"] is False
+    assert own["capabilities"] == {"drop": ["ALL"]}
+    assert container["lifecycle"]["preStop"] and container["resources"]["limits"]["memory"]
+    labels = resource("Deployment", name)["spec"]["selector"]
+    assert resource("PodDisruptionBudget", name)["spec"]["selector"] == labels
+    policy = resource("NetworkPolicy", name)["spec"]
+    assert policy["podSelector"] == labels and policy["policyTypes"] == ["Ingress", "Egress"]
+    ports = {port["name"] for port in container["ports"]}
+    assert {port["port"] for rule in policy["ingress"] for port in rule["ports"]} == ports
+
+
+def test_probes_ask_for_routes_that_exist() -> None:
+    (container,) = resource("Deployment", "ettin-gateway")["spec"]["template"]["spec"]["containers"]
+    paths = {container[key]["httpGet"]["path"] for key in container if key.endswith("Probe")}
+    assert paths <= set(PROBES)
+
+
+def test_images_do_not_run_as_root() -> None:
+    for file in DEPLOY.glob("*.Dockerfile"):
+        assert re.search(r"^USER [1-9]\d*$", file.read_text(), re.M), file

@@ -100,7 +100,7 @@ def test_pieces_of_a_long_text_have_the_ids_of_the_text(
 ) -> None:
     """Cut every few characters, so that every kind of place is met."""
     monkeypatch.setattr(tokenizer_module, "_LEAST_PIECE_CHARACTERS", 1)
-    monkeypatch.setattr(tokenizer_module, "_CHARACTERS_PER_TOKEN", 0)
+    monkeypatch.setattr(tokenizer_module, "CHARACTERS_PER_TOKEN", 0)
     generator = random.Random(script)
     parts = SCRIPTS[script].split(" ")
     texts = [SCRIPTS[script] * 20, *(" ".join(generator.choices(parts, k=600)) for _ in range(4))]

@@ -13,12 +13,14 @@ from numpy.typing import NDArray
 from ettin.artifacts.errors import Expired, InputError
 from ettin.runtimes.batch import Ids
 from ettin.runtimes.inputs import Pair
-from ettin.runtimes.tokenizer import Encoded
+from ettin.runtimes.tokenizer import CHARACTERS_PER_TOKEN, Encoded
 
 _PATIENCE = 64
-_CHARACTERS_PER_TOKEN = 4  # English text; only decides who is next
+_ENGLISH_CHARACTERS_PER_TOKEN = 4  # only decides who is next
 _AHEAD_PAIRS = 2048  # of one request, tokenised and waiting: enough for batches of like lengths
 _AHEAD_TOKENS = 1 << 20
+_SLICE_PAIRS = 128  # tokenised at a time, so that a large request does not keep others waiting
+_SLICE_CHARACTERS = 1 << 20  # … which takes about 80 MiB while it lasts
 _SHOWN_EVERY_S = 0.1
 
 
@@ -65,7 +67,7 @@ class Request:
         self.future: Future[Scored] = Future()
         self.arrival_s = time.monotonic()
         self.deadline_s = self.arrival_s + (float("inf") if timeout_s is None else timeout_s)
-        self._work_tokens = sum(len(query) + len(document) for query, document in pairs) / _CHARACTERS_PER_TOKEN
+        self._work_tokens = sum(len(query) + len(document) for query, document in pairs) / _ENGLISH_CHARACTERS_PER_TOKEN
         self.logits = np.empty(len(pairs), np.float32)
         self.tokens = np.empty(len(pairs), np.int32)
         self._taken = self._tokenised = 0  # pairs that a tokeniser took, and gave back
@@ -105,10 +107,14 @@ class Request:
         """Whether all pairs are scored."""
         return self.done == len(self.pairs)
 
-    def take_slice(self, most_pairs: int) -> range | None:
+    def take_slice(self) -> range | None:
         """Indices of the pairs that are tokenised next; None: there are no more."""
-        start = self._taken
-        self._taken = min(start + most_pairs, len(self.pairs))
+        start, characters = self._taken, 0
+        while self._taken < min(start + _SLICE_PAIRS, len(self.pairs)) and characters < _SLICE_CHARACTERS:
+            characters += sum(
+                min(len(text), CHARACTERS_PER_TOKEN * self.max_length) for text in self.pairs[self._taken]
+            )
+            self._taken += 1
         return range(start, self._taken) if self._taken > start else None
 
     def check(self, encoded: Sequence[Encoded], part: range) -> None:

@@ -27,7 +27,6 @@ from ettin.runtimes.inputs import Pair
 from ettin.runtimes.request import Progress, Request, Scored
 from ettin.runtimes.tokenizer import PairTokenizer
 
-_SLICE_PAIRS = 128  # tokenised at a time, so that a large request does not keep others waiting
 _CHOICE = 4  # batches' worth of pairs to choose from: as little padding as with 32, and requests end in order
 _FIRST_SPEED = 20_000.0  # tokens/s, until measured
 _TOKENISERS = 2  # threads that tokenise for callers that don't wait; each call uses all cores for many texts
@@ -289,7 +288,7 @@ class Scheduler:
         with self._lock:
             while request in self._requests and request.has_untokenised and not request.has_room:
                 self._changed.wait()
-            return request.take_slice(_SLICE_PAIRS) if request in self._requests else None
+            return request.take_slice() if request in self._requests else None
 
     def _tokenise_turn(self) -> bool:
         request: Request | None = None
@@ -298,7 +297,7 @@ class Scheduler:
                 request = self._next(self._has_texts, lambda each: each.has_room and not each.caller_tokenises)
                 if request is None:
                     return False
-                part = request.take_slice(_SLICE_PAIRS)
+                part = request.take_slice()
             if not self._ended_early(request) and part is not None:
                 self._tokenise(request, part)
         return True

@@ -15,7 +15,7 @@ from ettin.runtimes.batch import Ids
 SPECIAL_TOKENS = 3  # [CLS] query [SEP] document [SEP]
 
 # A text is tokenised in pieces of this many characters for each token that is wanted, until there are enough tokens.
-_CHARACTERS_PER_TOKEN = 8
+CHARACTERS_PER_TOKEN = 8
 _LEAST_PIECE_CHARACTERS = 2048
 # Longest piece without a place where it may be cut. It bounds the memory and the time that one text can take.
 _MOST_PIECE_CHARACTERS = 1_000_000
@@ -144,7 +144,7 @@ class PairTokenizer:
     def _piece_end(self, text: str, start: int, enough: int | None) -> int:
         if enough is None or not self._may_cut:
             return len(text)
-        size = max(_LEAST_PIECE_CHARACTERS, _CHARACTERS_PER_TOKEN * enough)
+        size = max(_LEAST_PIECE_CHARACTERS, CHARACTERS_PER_TOKEN * enough)
         if len(text) - start <= size:
             return len(text)
         cut = _CUT.search(text, start + size)

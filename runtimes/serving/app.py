@@ -5,20 +5,24 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from http import HTTPStatus
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
 from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from ettin.artifacts.errors import Busy, Closed, EttinError, Expired, InputError
 from ettin.artifacts.versions import installed_version
 from ettin.runtimes.activation import sigmoid
 from ettin.runtimes.request import Scored
+from ettin.runtimes.serving.answers import ClientLeft, Refused, clipped, failure, internal_failure
 from ettin.runtimes.serving.backends import Backend
-from ettin.runtimes.serving.gate import Gate, Limits, Metrics, failure
+from ettin.runtimes.serving.bodies import Bodies
+from ettin.runtimes.serving.gate import Gate, Metrics
+from ettin.runtimes.serving.health import Health
+from ettin.runtimes.serving.limits import Limits
+from ettin.runtimes.serving.parsing import parsed
 from ettin.runtimes.serving.schemas import (
     Document,
     Failure,
@@ -31,40 +35,35 @@ from ettin.runtimes.serving.schemas import (
     Usage,
 )
 
-_FAILURES: dict[int | str, dict[str, Any]] = {code: {"model": Failure} for code in (401, 404, 413, 422, 429, 500, 503)}
+_FAILURES: dict[int | str, dict[str, Any]] = {
+    code: {"model": Failure} for code in (401, 404, 405, 408, 413, 415, 422, 429, 500, 502, 503)
+}
+_SMALL_BYTES = 1 << 16  # parsed at once: a thread would cost more
 
-_KINDS: dict[int, str] = {HTTPStatus.NOT_FOUND: "not_found", HTTPStatus.SERVICE_UNAVAILABLE: "unhealthy"}
-
-
-class _Refused(Exception):
-    """A request that is answered with an error.
-
-    Args:
-        status: of HTTP.
-        message: why.
-    """
-
-    def __init__(self, status: HTTPStatus, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-
-
-class _ClientLeft(Exception):
-    """Nobody waits for the answer."""
+_Request = TypeVar("_Request", TeiRequest, RerankRequest)
 
 
 def create_app(
-    backend: Backend, limits: Limits | None = None, api_key: str | None = None, names: Sequence[str] = ()
+    backend: Backend,
+    limits: Limits | None = None,
+    api_key: str | None = None,
+    names: Sequence[str] = (),
+    *,
+    bodies: Bodies | None = None,
+    health: Health | None = None,
 ) -> FastAPI:
     """The service.
 
     Args:
         backend: what scores; closed when the service ends.
-        limits: of a request.
+        limits: of requests and connections.
         api_key: see `Gate`.
         names: that clients may call the model by, besides its own.
+        bodies: request bodies in memory, shared with the connections they arrive on; None: the service's own.
+        health: of the backend, told when the server drains; None: the service's own.
     """
     limits = limits or Limits()
+    bodies, health = bodies or Bodies(limits), health or Health(backend, limits.probe_timeout_s)
     metrics = Metrics(backend)
 
     @asynccontextmanager
@@ -75,40 +74,49 @@ def create_app(
     app = FastAPI(
         title="Ettin reranker", version=installed_version("ettin-export"), lifespan=lifespan, responses=_FAILURES
     )
-    app.add_middleware(Gate, limits=limits, api_key=api_key, metrics=metrics)
+    app.add_middleware(Gate, limits=limits, bodies=bodies, api_key=api_key, metrics=metrics)
     _add_error_handlers(app)
+    _add_rerank_routes(app, backend, limits, metrics, names)
+    _add_other_routes(app, backend, limits, metrics, health)
+    return app
 
-    async def scored(request: Request, query: str, documents: Sequence[str]) -> Scored:
-        if len(documents) > limits.max_documents:
-            raise _Refused(
-                HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-                f"{len(documents)} documents, limit {limits.max_documents}. Send fewer at a time",
-            )
-        found = await _unless_left(request, backend.score(query, documents))
+
+def _add_rerank_routes(app: FastAPI, backend: Backend, limits: Limits, metrics: Metrics, names: Sequence[str]) -> None:
+    async def scored(request: Request, query: str, documents: Sequence[str], refuse_truncated: bool = False) -> Scored:
+        found = await _unless_left(request, backend.score(query, documents, refuse_truncated))
         metrics.documents.inc(len(documents))
-        request.scope["ettin"] = {"documents": len(documents), "tokens": int(found.tokens.sum())}
+        request.scope["ettin"] |= {"documents": len(documents), "tokens": int(found.tokens.sum())}
         return found
 
-    @app.post("/rerank", response_model_exclude_none=True, summary="text-embeddings-inference's route")
-    async def tei(request: Request, body: TeiRequest) -> list[TeiHit]:
-        found = await scored(request, body.query, body.texts)
-        if body.truncate is False and backend.max_length:
-            for at in np.flatnonzero(found.tokens >= backend.max_length):
-                text = f"texts.{at}: fills the {backend.max_length} tokens of the model"
-                raise _Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, text)
+    @app.post("/rerank", response_model_exclude_none=True, openapi_extra=_documented(TeiRequest),
+              summary="text-embeddings-inference's route")  # fmt: skip
+    async def tei(request: Request) -> list[TeiHit]:
+        body = await _body(TeiRequest, request, limits)
+        try:
+            found = await scored(request, body.query, body.texts, body.truncate is False)
+        except InputError as error:
+            if body.truncate is not False:
+                raise
+            raise Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, str(error)) from None
         values = (found.logits if body.raw_scores else sigmoid(found.logits)).tolist()
         return [
             TeiHit(index=at, score=values[at], text=body.texts[at] if body.return_text else None)
             for at in _best_first(found)
         ]
 
-    @app.post("/v1/rerank", response_model_exclude_none=True, summary="Jina's route, and Cohere's first")
-    @app.post("/v2/rerank", response_model_exclude_none=True, summary="Cohere's second route")
-    async def rerank(request: Request, body: RerankRequest) -> RerankResponse:
+    documented = _documented(RerankRequest)
+
+    @app.post("/v1/rerank", response_model_exclude_none=True, openapi_extra=documented,
+              summary="Jina's route, and Cohere's first")  # fmt: skip
+    @app.post("/v2/rerank", response_model_exclude_none=True, openapi_extra=documented,
+              summary="Cohere's second route")  # fmt: skip
+    async def rerank(request: Request) -> RerankResponse:
+        body = await _body(RerankRequest, request, limits)
         if body.model is not None and body.model not in (backend.name, *names):
             served = ", ".join((backend.name, *names))
-            raise _Refused(HTTPStatus.NOT_FOUND, f"model '{body.model}' is not served here, which has: {served}")
-        texts = [each if isinstance(each, str) else each.text for each in body.documents]
+            text = f"model '{clipped(body.model, 80)}' is not served here, which has: {served}"
+            raise Refused(HTTPStatus.NOT_FOUND, text, "not_found")
+        texts = body.passages
         found = await scored(request, body.query, texts)
         values, tokens = sigmoid(found.logits).tolist(), int(found.tokens.sum())
         hits = [
@@ -119,7 +127,7 @@ def create_app(
             )
             for at in _best_first(found)[: body.top_n]
         ]
-        version = request.url.path.split("/")[1].removeprefix("v")
+        version = request.scope["path"].split("/")[1].removeprefix("v")
         return RerankResponse(
             id=str(uuid.uuid4()),
             model=backend.name,
@@ -128,10 +136,21 @@ def create_app(
             meta={"api_version": {"version": version}, "billed_units": {"search_units": 1}},
         )
 
+
+def _add_other_routes(app: FastAPI, backend: Backend, limits: Limits, metrics: Metrics, health: Health) -> None:
     @app.get("/health", summary="200 when requests can be answered")
-    async def health() -> dict[str, str]:
-        if not await backend.is_ready():
-            raise _Refused(HTTPStatus.SERVICE_UNAVAILABLE, "the model is not ready")
+    async def model_health() -> dict[str, str]:
+        await health.check_model()
+        return {"status": "ok"}
+
+    @app.get("/health/live", summary="200 while the engine scores: restart the server otherwise")
+    async def live() -> dict[str, str]:
+        await health.check_live()
+        return {"status": "ok"}
+
+    @app.get("/health/ready", summary="200 while requests should be sent here")
+    async def ready() -> dict[str, str]:
+        await health.check_ready()
         return {"status": "ok"}
 
     @app.get("/info", summary="What is served")
@@ -149,7 +168,29 @@ def create_app(
     async def prometheus() -> Response:
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    return app
+
+def _documented(model: type[BaseModel]) -> dict[str, Any]:
+    """The request body on the OpenAPI page: FastAPI does not parse it here, see `parsed`."""
+    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+    schema.pop("$defs", None)  # Document, which the answer brings
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+async def _body(model: type[_Request], request: Request, limits: Limits) -> _Request:
+    """The request; a large one is parsed in a thread.
+
+    Raises:
+        Refused: it is not one.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise Refused(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "expected the header Content-Type: application/json")
+    body = request.scope["ettin.body"]
+    if len(body) <= _SMALL_BYTES:
+        return parsed(model, body, limits)
+    request_model = await asyncio.to_thread(parsed, model, body, limits)
+    body.clear()  # its texts are what is needed now
+    return request_model
 
 
 def _best_first(found: Scored) -> list[int]:
@@ -161,7 +202,7 @@ async def _unless_left(request: Request, scoring: Any) -> Scored:
     """Scores; stops when the client hangs up.
 
     Raises:
-        _ClientLeft: it did.
+        ClientLeft: it did.
     """
 
     async def hung_up() -> None:
@@ -172,7 +213,7 @@ async def _unless_left(request: Request, scoring: Any) -> Scored:
     try:
         await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
         if not work.done():
-            raise _ClientLeft
+            raise ClientLeft
         found: Scored = work.result()
         return found
     finally:
@@ -181,24 +222,14 @@ async def _unless_left(request: Request, scoring: Any) -> Scored:
 
 
 def _add_error_handlers(app: FastAPI) -> None:
-    @app.exception_handler(_Refused)
-    async def refused(_: Request, error: _Refused) -> Response:
-        return failure(error.status, str(error), _KINDS.get(error.status, "validation"))
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]  # its "input" would repeat the client's text
-        if first["type"] == "json_invalid":
-            text = f"the body is not JSON (character {first['loc'][-1]}: {first['ctx']['error']})"
-        else:
-            text = ": ".join(filter(None, (".".join(str(part) for part in first["loc"][1:]), first["msg"])))
-        return failure(HTTPStatus.UNPROCESSABLE_ENTITY, text, "validation")
+    @app.exception_handler(Refused)
+    async def refused(_: Request, error: Refused) -> Response:
+        return error.answer()
 
     @app.exception_handler(HTTPException)
     async def http(_: Request, error: HTTPException) -> Response:
-        if error.status_code == HTTPStatus.BAD_REQUEST:  # FastAPI's word for bytes that are no text
-            return failure(HTTPStatus.UNPROCESSABLE_ENTITY, "the body is not JSON in UTF-8", "validation")
-        return failure(error.status_code, str(error.detail), _KINDS.get(error.status_code, "validation"))
+        kind = "not_found" if error.status_code == HTTPStatus.NOT_FOUND else "validation"
+        return failure(error.status_code, str(error.detail), kind, error.headers)
 
     @app.exception_handler(InputError)
     async def unfit(_: Request, error: InputError) -> Response:
@@ -218,13 +249,5 @@ def _add_error_handlers(app: FastAPI) -> None:
         return failure(HTTPStatus.GATEWAY_TIMEOUT, str(error), "overloaded")
 
     @app.exception_handler(EttinError)
-    async def failed(_: Request, error: EttinError) -> Response:
-        return failure(HTTPStatus.BAD_GATEWAY, str(error), "backend")
-
-    @app.exception_handler(_ClientLeft)
-    async def left(_: Request, error: _ClientLeft) -> Response:
-        return Response(status_code=499)  # nobody reads it; nginx' number for it, in log and metrics
-
-    @app.exception_handler(Exception)
-    async def broken(_: Request, error: Exception) -> Response:
-        return failure(HTTPStatus.INTERNAL_SERVER_ERROR, f"{type(error).__name__}: {error}", "backend")
+    async def failed(request: Request, error: EttinError) -> Response:
+        return internal_failure(request.scope, error, HTTPStatus.BAD_GATEWAY)

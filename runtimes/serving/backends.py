@@ -1,16 +1,23 @@
 """What answers the HTTP routes: an artifact in this process, or a Triton server."""
 
 import asyncio
+import json
+import logging
+import math
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
 
 from ettin.artifacts.errors import Busy, EttinError, InputError, MissingDependency, ServerError, UsageError
 from ettin.runtimes.base import Runtime
+from ettin.runtimes.batch import Batch
 from ettin.runtimes.request import Scored
 
+_LOG = logging.getLogger("ettin.serve")
 REFUSE_TRUNCATED = "refuse_truncated"  # a parameter of requests to Triton
 DRAIN_S = 30.0  # that pending requests are given when a server stops
 
@@ -35,12 +42,19 @@ class Backend(ABC):
         Args:
             query: the query.
             documents: the documents.
-            refuse_truncated: fail, before anything is scored, if a document would be truncated.
+            refuse_truncated: fail, before anything is scored, if a pair would be truncated.
 
         Raises:
             Busy: there is no room now.
             Closed: the backend is closed.
-            InputError: a text that can't be scored, or that would be truncated.
+            InputError: a text that can't be scored, or a pair that would be truncated.
+        """
+
+    async def probe(self) -> None:  # noqa: B027 (nothing in this process can be stuck)
+        """Scores one pair, beside the queue, in an engine of this process.
+
+        Raises:
+            Exception: whatever the engine raised.
         """
 
     @abstractmethod
@@ -63,18 +77,22 @@ class LocalBackend(Backend):
     Args:
         runtime: loaded; closed with the backend.
         max_waiting_pairs: maximum number of queued pairs before requests are refused as `Busy`.
+        timeout_s: time for a request to be scored before it fails with `Expired`; None: no limit.
     """
 
-    def __init__(self, runtime: Runtime, max_waiting_pairs: int) -> None:
+    def __init__(self, runtime: Runtime, max_waiting_pairs: int, timeout_s: float | None = None) -> None:
         self.name = runtime.manifest.full_name
         self.description, self.max_length = runtime.description, runtime.max_length
         runtime.predict([("what is warmed up", text) for text in ("the model", "its kernels " * 40)])
-        self._runtime, self._max_waiting_pairs = runtime, max_waiting_pairs
+        self._runtime, self._max_waiting_pairs, self._timeout_s = runtime, max_waiting_pairs, timeout_s
+        pairs = runtime.tokenizer.pairs([("is the engine alive", "yes")], runtime.max_length)
+        self._probe = Batch.of(pairs, runtime.manifest.tokenizer.pad_token_id)
 
     async def score(self, query: str, documents: Sequence[str], refuse_truncated: bool = False) -> Scored:
         future = self._runtime.scheduler.submit(
             [(query, document) for document in documents],
             self._runtime.max_length,
+            timeout_s=self._timeout_s,
             refuse_truncated=refuse_truncated,
             max_waiting_pairs=self._max_waiting_pairs,
         )
@@ -82,6 +100,21 @@ class LocalBackend(Backend):
 
     async def is_ready(self) -> bool:
         return True
+
+    async def probe(self) -> None:
+        result: Future[float] = Future()
+
+        def score() -> None:
+            try:
+                result.set_result(float(self._runtime.score(self._probe)[0]))
+            except BaseException as error:
+                result.set_exception(error)
+
+        # A thread of its own that nothing waits for: an executor would keep the process from ending.
+        threading.Thread(target=score, name="ettin-probe", daemon=True).start()
+        logit = await asyncio.wrap_future(result)
+        if not math.isfinite(logit):
+            raise ServerError(f"the engine scored {logit}")
 
     @property
     def counters(self) -> dict[str, float]:
@@ -185,7 +218,8 @@ def _triton_error() -> Any:
 def _translated(error: Any) -> EttinError:
     status, message = str(error.status()), str(error.message())
     if "UNAVAILABLE" in status or "RESOURCE_EXHAUSTED" in status:
-        return Busy(f"Triton: {message}", 1.0)
+        _LOG.warning(json.dumps({"triton": message}))  # it may name addresses, which are not for clients
+        return Busy("Triton has no room or does not answer", 1.0)
     if "INVALID_ARGUMENT" in status:
         return InputError(message)
     return ServerError(f"Triton: {message}")

@@ -1,38 +1,27 @@
-"""What every HTTP request passes: size limit, API key, access log without texts, metrics."""
+"""What every HTTP request passes: API key, limits, access log without texts, metrics."""
 
 import json
 import logging
 import secrets
 import time
+import uuid
 from collections.abc import Iterable
-from dataclasses import dataclass
 from http import HTTPStatus
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ettin.runtimes.serving.answers import CLOSE, ClientLeft, Refused, clipped, internal_failure
 from ettin.runtimes.serving.backends import Backend
+from ettin.runtimes.serving.bodies import Bodies
+from ettin.runtimes.serving.limits import PROBES, Limits
 
 ACCESS = logging.getLogger("ettin.access")
-OPEN = ("/health", "/metrics")  # without a key: for probes and scrapers
-_DRAIN = 4  # times the limit: what is larger is not even read to its end
+OPEN = (*PROBES, "/metrics")  # without a key: for probes and scrapers
+_CLIENT_LEFT = 499  # nginx' number, for log and metrics
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one request may be.
-
-    Args:
-        max_body_bytes: its size.
-        max_documents: how many it may bring.
-    """
-
-    max_body_bytes: int = 32 << 20
-    max_documents: int = 10_000
 
 
 class Metrics:
@@ -53,7 +42,7 @@ class _Engine(Collector):
         self._backend = backend
 
     def collect(self) -> Iterable[Metric]:
-        """Prometheus': what the batcher counts."""
+        """Prometheus': what the scheduler counts."""
         texts = {
             "batches": "Batches scored",
             "pairs": "Pairs scored",
@@ -67,87 +56,86 @@ class _Engine(Collector):
 
 
 class Gate:
-    """ASGI middleware.
+    """ASGI middleware. Leaves a request's body in `scope["ettin.body"]` and its own notes in `scope["ettin"]`.
 
     Args:
         app: what it guards.
-        limits: of a request.
+        limits: of the service.
+        bodies: request bodies in memory.
         api_key: that clients must show, `Authorization: Bearer KEY`; None: none.
         metrics: where it counts.
     """
 
-    def __init__(self, app: ASGIApp, limits: Limits, api_key: str | None, metrics: Metrics) -> None:
-        self._app, self._limits, self._metrics = app, limits, metrics
+    def __init__(self, app: ASGIApp, limits: Limits, bodies: Bodies, api_key: str | None, metrics: Metrics) -> None:
+        self._app, self._limits, self._bodies, self._metrics = app, limits, bodies, metrics
         self._expected = None if api_key is None else f"Bearer {api_key}".encode()
+        self._requests = 0  # in progress, without probes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        started, status = time.perf_counter(), 499
+        started, status, identifier = time.perf_counter(), 0, uuid.uuid4().hex
+        scope["ettin"] = {"id": identifier}
 
         async def watched(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                message["headers"] = [*message.get("headers", []), (b"x-request-id", identifier.encode())]
             await send(message)
 
         try:
-            await self._guarded(scope, receive, watched)
+            await self._answered(scope, receive, watched)
+        except ClientLeft:
+            pass
+        except Exception as error:
+            answer = internal_failure(scope, error, HTTPStatus.INTERNAL_SERVER_ERROR)
+            if status:
+                raise  # the answer has begun: uvicorn closes the connection
+            await answer(scope, receive, watched)
         finally:
             seconds = time.perf_counter() - started
             route = getattr(scope.get("route"), "path", "other")
+            status = status or _CLIENT_LEFT
             self._metrics.requests.labels(route, str(status)).inc()
             self._metrics.seconds.labels(route).observe(seconds)
-            about = {"method": scope["method"], "path": scope["path"], "status": status, "ms": round(1000 * seconds, 1)}
-            ACCESS.info(json.dumps(about | scope.get("ettin", {})))
+            line = {
+                "method": clipped(scope["method"], 16),
+                "path": clipped(scope["path"], 200),
+                "status": status,
+                "ms": round(1000 * seconds, 1),
+            }
+            ACCESS.info(json.dumps(line | scope["ettin"]))
+
+    async def _answered(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] in PROBES:
+            await self._app(scope, receive, send)
+            return
+        self._requests += 1
+        try:
+            await self._guarded(scope, receive, send)
+        except Refused as error:
+            await error.answer()(scope, receive, send)
+        finally:
+            self._requests -= 1
 
     async def _guarded(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = dict(scope["headers"])
         if not self._may_enter(scope["path"], headers):
             text = "missing or wrong API key. Send it: Authorization: Bearer KEY"
-            await failure(HTTPStatus.UNAUTHORIZED, text, "unauthorized")(scope, receive, send)
+            raise Refused(HTTPStatus.UNAUTHORIZED, text, "unauthorized")
+        if self._requests > self._limits.max_connections and not self._bodies.evict_oldest():
+            text = f"{self._limits.max_connections} requests are in progress, the limit. Try again in 1 s"
+            raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, text, "overloaded", {**CLOSE, "Retry-After": "1"})
+        if scope["method"] != "POST":
+            await self._app(scope, receive, send)
             return
-        body = await self._body(headers, receive)
-        if body is None:
-            text = f"the request is larger than {self._limits.max_body_bytes} bytes. Send fewer documents at a time"
-            answer = failure(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, text, "validation", {"Connection": "close"})
-            await answer(scope, receive, send)
-            return
-        is_given = False
-
-        async def replayed() -> Message:
-            nonlocal is_given
-            if is_given:
-                return await receive()  # whether the client hangs up
-            is_given = True
-            return {"type": "http.request", "body": body, "more_body": False}
-
-        await self._app(scope, replayed, send)
+        async with self._bodies.received(headers, receive) as body:
+            scope["ettin.body"] = body
+            await self._app(scope, receive, send)
 
     def _may_enter(self, path: str, headers: dict[bytes, bytes]) -> bool:
         if self._expected is None or path in OPEN:
             return True
         return secrets.compare_digest(headers.get(b"authorization", b""), self._expected)
-
-    async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes | None:
-        """All of it; None if it is too large: read all the same, for clients look for an answer when they have sent."""
-        most = self._limits.max_body_bytes
-        declared = headers.get(b"content-length", b"0")
-        is_too_large = declared.isdigit() and int(declared) > most
-        parts, size = [], 0
-        while size <= _DRAIN * most:
-            message = await receive()
-            part = message.get("body", b"")
-            size += len(part)
-            is_too_large = is_too_large or size > most
-            if not is_too_large:
-                parts.append(part)
-            if not message.get("more_body", False):
-                break
-        return None if is_too_large else b"".join(parts)
-
-
-def failure(status: int, message: str, kind: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    """An error as TEI's clients (`error`, `error_type`) and Cohere's (`message`) expect it."""
-    return JSONResponse({"error": message, "error_type": kind, "message": message}, int(status), headers)

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, FailFast, Field
 
 
 class _Request(BaseModel):
@@ -14,11 +14,16 @@ class TeiRequest(_Request):
     """`POST /rerank` of text-embeddings-inference."""
 
     query: str
-    texts: list[str]
+    texts: Annotated[list[str], FailFast()]  # or each wrong element would cost an error of a kilobyte
     raw_scores: bool = Field(False, description="logits instead of values between 0 and 1")
     return_text: bool = False
     truncate: bool | None = Field(None, description="false: an input that fills the model is refused, not cut")
     truncation_direction: Literal["Right", "right"] = "Right"
+
+    @property
+    def passages(self) -> list[str]:
+        """The documents."""
+        return self.texts
 
 
 class TeiHit(BaseModel):
@@ -40,9 +45,14 @@ class RerankRequest(_Request):
 
     model: str | None = Field(None, description="must be the name of what is served, if given")
     query: str
-    documents: list[str | Document]
+    documents: Annotated[list[str | Document], FailFast()]
     top_n: Annotated[int, Field(ge=1)] | None = None
     return_documents: bool = False
+
+    @property
+    def passages(self) -> list[str]:
+        """The documents."""
+        return [document if isinstance(document, str) else document.text for document in self.documents]
 
 
 class RerankHit(BaseModel):

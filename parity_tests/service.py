@@ -1,0 +1,69 @@
+"""A server of ours in a process of its own, for the tests over HTTP."""
+
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import httpx
+
+
+class Service:
+    """The command in a process of its own."""
+
+    def __init__(self, *arguments: object, environment: dict[str, str] | None = None, open_files: int = 0) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            self.port = probe.getsockname()[1]
+        limit = (
+            f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({open_files},) * 2); " if open_files else ""
+        )
+        code = f"{limit}from ettin.runtimes.cli_serve import main; main()"
+        words = [sys.executable, "-c", code, *map(str, arguments), "--port", str(self.port)]
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed in __exit__; a pipe that nobody reads would fill)
+        self.process = subprocess.Popen(words, stderr=self._log, env=environment)
+        self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=60)
+
+    def wait_ready(self) -> None:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            try:
+                if self.http.get("/health").status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            if self.process.poll() is not None:
+                break
+            time.sleep(0.05)
+        raise AssertionError(self.stop())
+
+    def stop(self) -> str:
+        self.process.send_signal(signal.SIGTERM)
+        return self.ended()
+
+    def ended(self) -> str:
+        """Waits for its end; its log."""
+        self.process.wait(timeout=40)
+        return self.log()
+
+    def log(self) -> str:
+        """What it wrote so far."""
+        self._log.seek(0)
+        return self._log.read()
+
+    def memory_mib(self) -> int:
+        """Resident memory."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1]) >> 10
+
+    def __enter__(self) -> "Service":
+        self.wait_ready()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.http.close()
+        if self.process.poll() is None:
+            self.stop()
+        self._log.close()
