@@ -1,6 +1,6 @@
 """The primitive operations written as ONNX nodes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -41,6 +41,7 @@ class OnnxOps:
     def __init__(self, weights: Mapping[str, NDArray[np.float32]], compute: str) -> None:
         self._weights, self._compute = weights, compute
         self._is_bfloat16 = compute == "bfloat16"
+        self._names = 0
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, TensorProto] = {}
 
@@ -49,10 +50,25 @@ class OnnxOps:
         return self._nodes(kind, inputs, dtype or inputs[0].dtype, 1, **attributes)[0]
 
     def _nodes(self, kind: str, inputs: Sequence[Value], dtype: str, outputs: int, **attributes: Any) -> list[Value]:
-        name = f"{kind}_{len(self.nodes)}"
+        name = self._new_name(kind)
         names = [f"{name}:{at}" for at in range(outputs)]
         self.nodes.append(helper.make_node(kind, [each.name for each in inputs], names, name, **attributes))
         return [Value(each, dtype) for each in names]
+
+    def _new_name(self, kind: str) -> str:
+        self._names += 1
+        return f"{kind}_{self._names}"
+
+    def _subgraph(self, write: Callable[..., Value], *inputs: Value) -> onnx.GraphProto:
+        """What `write` makes of `inputs`, as a graph of its own; it may read values and weights of this one."""
+        outer, self.nodes = self.nodes, []
+        result = write(*inputs)
+        nodes, self.nodes = self.nodes, outer
+        results, parameters = (
+            [helper.make_tensor_value_info(value.name, _ELEMENT[value.dtype], None) for value in values]
+            for values in ([result], inputs)
+        )
+        return helper.make_graph(nodes, self._new_name("subgraph"), parameters, results)
 
     def constant(self, values: NDArray[Any], name: str | None = None) -> Value:
         """Adds an initializer; equal small constants share one."""
@@ -188,6 +204,34 @@ class OnnxOps:
         return self._back(self.add(self.multiply(wide, cos), self.multiply(turned, sin)), x)
 
     def attention(self, q: Value, k: Value, v: Value, bias: Value, reader: str) -> Value:
-        scores = self._widened(self.node("MatMul", [q, self.transpose(k, [0, 1, 3, 2])]))
+        return self._mixed(q, self.transpose(k, [0, 1, 3, 2]), v, bias)
+
+    def local_attention(self, q: Value, k: Value, v: Value, bias: Value, reader: str) -> Value:
+        return self._mixed(q, self.transpose(k, [0, 1, 2, 4, 3]), v, bias)
+
+    def _mixed(self, q: Value, keys: Value, v: Value, bias: Value) -> Value:
+        """Attention, with `keys` [..., d, keys]."""
+        scores = self._widened(self.node("MatMul", [q, keys]))
         shares = self.node("Softmax", [self.add(scores, bias)], axis=-1)
         return self.node("MatMul", [self._back(shares, q), v])
+
+    def global_attention(self, q: Value, k: Value, v: Value, bias: Value, blocks: Value, reader: str) -> Value:
+        def one_block(queries: Value) -> Value:
+            return self.attention(queries, k, v, bias, reader)
+
+        def one_after_another() -> Value:
+            head_dim = self.dim(q, 3)
+            queries = Value(self._new_name("queries"), q.dtype)
+            body = self._subgraph(one_block, queries)
+            by_block = self.transpose(self.reshape(q, [0, 0, blocks, -1, head_dim]), [2, 0, 1, 3, 4])
+            mixed = self.node("Scan", [by_block], body=body, num_scan_inputs=1)
+            return self.reshape(self.transpose(mixed, [1, 2, 0, 3, 4]), [0, 0, -1, head_dim])
+
+        # A runtime executes the branch taken alone. Scan has a cost of its own, so short inputs go without.
+        return self.node(
+            "If",
+            [self.node("Greater", [blocks, self.integer(1)], "bool")],
+            q.dtype,
+            then_branch=self._subgraph(one_after_another),
+            else_branch=self._subgraph(lambda: one_block(q)),
+        )

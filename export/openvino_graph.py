@@ -143,6 +143,14 @@ class OpenVinoOps:
             op.scaled_dot_product_attention(q, k, v, bias, op.constant(np.float32(1)), causal=False), reader
         )
 
+    def local_attention(self, q: ov.Node, k: ov.Node, v: ov.Node, bias: ov.Node, reader: str) -> ov.Node:
+        raise NotImplementedError("OpenVINO graphs cut blocks before they rotate, see GraphForm.rotate_blocks")
+
+    def global_attention(
+        self, q: ov.Node, k: ov.Node, v: ov.Node, bias: ov.Node, blocks: ov.Node, reader: str
+    ) -> ov.Node:
+        return self.attention(q, k, v, bias, reader)
+
     def ragged_attention(
         self,
         q: ov.Node,

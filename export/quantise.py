@@ -93,7 +93,7 @@ class _RangeOps(TorchOps):
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, reader: str) -> Tensor:
         for x, name in ((q, _queries(reader)), (k, _keys(reader))):
-            self._seen(x.transpose(1, 2).flatten(2), name)
+            self._seen(x.movedim(1, -2).flatten(-2), name)
         return super().attention(q, k, v, bias, reader)
 
     def _seen(self, x: Tensor, name: str) -> None:

@@ -25,7 +25,7 @@ from ettin.runtimes.openvino_kernels import HEAD_DIM, RAGGED_NAME, compiled
 # SIGFPE on one thread per stream and is no faster elsewhere.
 # Local layers pay for blocks from about 500 tokens on (17m shape, AMX; from 250 on with AVX2-VNNI): up to there the
 # runtime leaves out all that serves them.
-FORM = GraphForm(block_threshold_tokens=512, split_geglu=False)
+FORM = GraphForm(block_threshold_tokens=512, split_geglu=False, rotate_blocks=True)
 
 
 def openvino_from_checkpoint(material: Material, precision: str, folder: Path, *, form: GraphForm = FORM) -> Lowered:

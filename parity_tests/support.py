@@ -62,6 +62,15 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 120) -> None:
         time.sleep(0.01)
 
 
+def in_a_child(code: str, artifact: Path, environment: dict[str, str] | None = None) -> str:
+    """What a fresh process prints; OpenVINO can die instead of raising."""
+    program = f"import sys\nfrom ettin.runtimes import load\n{code}"
+    command = [sys.executable, "-c", program, str(artifact)]
+    child = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=120)
+    assert child.returncode == 0, (child.returncode, child.stderr)
+    return child.stdout
+
+
 def quiet(what: str) -> nullcontext[None]:
     return nullcontext()
 

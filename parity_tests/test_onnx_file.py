@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -32,10 +33,45 @@ def test_interface_and_types(demo_artifacts: dict[tuple[str, str], Path]) -> Non
         assert types["head.dense"] == types["head.score"] == onnx.TensorProto.FLOAT
 
 
-def test_no_control_flow_and_no_foreign_operators(demo_artifacts: dict[tuple[str, str], Path]) -> None:
-    model = onnx.load(demo_artifacts["onnx", "fp32"] / "onnx" / "model.onnx")
-    assert {each.domain for each in model.graph.node} == {""}
-    assert not {each.op_type for each in model.graph.node} & {"If", "Loop", "Scan"}
+def subgraphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    for node in graph.node:
+        yield from (attribute.g for attribute in node.attribute if attribute.HasField("g"))
+
+
+def kinds(graph: onnx.GraphProto) -> set[str]:
+    return {node.op_type for node in graph.node}
+
+
+def test_no_foreign_operators_and_control_flow_for_global_attention_alone(
+    demo_artifacts: dict[tuple[str, str], Path],
+) -> None:
+    graph = onnx.load(demo_artifacts["onnx", "fp32"] / "onnx" / "model.onnx").graph
+    branches = list(subgraphs(graph))
+    bodies = [body for branch in branches for body in subgraphs(branch)]
+    assert len(branches) == 2 * 2 and len(bodies) == 2  # layers 0 and 3; the last one has a single query for each pair
+    assert kinds(graph) & {"If", "Loop", "Scan"} == {"If"}
+    assert {node.domain for part in (graph, *branches, *bodies) for node in part.node} == {""}
+    assert sorted("Scan" in kinds(branch) for branch in branches) == [False, False, True, True]
+    assert all(kinds(body) == {"Transpose", "MatMul", "Add", "Softmax"} for body in bodies)
+
+
+@pytest.mark.parametrize("tokens", [256, 257, 1000])
+def test_scores_of_a_long_input_are_computed_by_blocks(
+    demo_artifacts: dict[tuple[str, str], Path], tmp_path: Path, tokens: int
+) -> None:
+    """Up to the block threshold the dense branch runs, over it the one with Scan."""
+    options = ort.SessionOptions()
+    options.enable_profiling, options.profile_file_prefix = True, str(tmp_path / "profile")
+    path = demo_artifacts["onnx", "fp32"] / "onnx" / "model.onnx"
+    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    ids = np.full((1, tokens), 5)
+    session.run(None, {"input_ids": ids, "attention_mask": np.ones_like(ids)})
+    events = json.loads(Path(session.end_profiling()).read_text())
+    softmax = [event["args"] for event in events if event.get("args", {}).get("op_name") == "Softmax"]
+    largest = max(int(args["output_size"]) for args in softmax)
+    heads, padded = 4, -(-tokens // 64) * 64
+    assert (largest == heads * tokens * tokens * 4) == (tokens <= 256)
+    assert tokens <= 256 or largest <= heads * padded * 192 * 4  # local layers: each query sees 192 keys at most
 
 
 def test_last_layer_computes_one_query(demo_artifacts: dict[tuple[str, str], Path], tmp_path: Path) -> None:

@@ -1,22 +1,20 @@
 """Lowered artifacts against gold: every target, precision and length."""
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from support import VARIANTS
+from support import VARIANTS, in_a_child
 
 from ettin.artifacts import tolerances
 from ettin.artifacts.manifest import Manifest
 from ettin.runtimes import Batch, Runtime, load
 from ettin.runtimes.verify import verify
 
-LENGTHS = [1, 63, 64, 65, 66, 127, 128, 129, 130, 191, 192, 193, 256, 512, 513, 2048, 7999]
+LENGTHS = [1, 63, 64, 65, 66, 127, 128, 129, 130, 191, 192, 193, 256, 257, 512, 513, 2048, 7999]
 PAD = 8190
 
 
@@ -84,15 +82,6 @@ def test_moved_artifact_verifies_again(
     recorded = Manifest.read(moved).parity
     assert recorded.max_abs_error is not None
     assert found.max_abs_error == pytest.approx(recorded.max_abs_error, rel=0.5, abs=1e-5)
-
-
-def in_a_child(code: str, artifact: Path, environment: dict[str, str] | None = None) -> str:
-    """What a fresh process prints; OpenVINO can die instead of raising."""
-    program = f"import sys\nfrom ettin.runtimes import load\n{code}"
-    command = [sys.executable, "-c", program, str(artifact)]
-    child = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=120)
-    assert child.returncode == 0, (child.returncode, child.stderr)
-    return child.stdout
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])

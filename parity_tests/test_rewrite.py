@@ -74,12 +74,13 @@ def test_demo_equals_the_checkpoint_in_float64(demo: Checkpoint) -> None:
 
 
 @pytest.mark.usefixtures("float64_rope")
-def test_another_shape_equals_the_checkpoint_in_float64(tiny: Checkpoint) -> None:
-    assert largest_error(tiny, torch.float64) <= tolerances.REWRITE_FLOAT64
+@pytest.mark.parametrize("form", [GraphForm(), GraphForm(rotate_blocks=True)])
+def test_another_shape_equals_the_checkpoint_in_float64(tiny: Checkpoint, form: GraphForm) -> None:
+    assert largest_error(tiny, torch.float64, form) <= tolerances.REWRITE_FLOAT64
 
 
 @pytest.mark.usefixtures("float64_rope")
-@pytest.mark.parametrize("form", [GraphForm(200), GraphForm(192, 16), GraphForm(4000)])
+@pytest.mark.parametrize("form", [GraphForm(200), GraphForm(192, 16), GraphForm(4000), GraphForm(rotate_blocks=True)])
 def test_every_form_equals_the_checkpoint_in_float64(demo: Checkpoint, form: GraphForm) -> None:
     assert largest_error(demo, torch.float64, form) <= tolerances.REWRITE_FLOAT64
 

@@ -141,3 +141,15 @@ class Ops(Protocol[T]):
         `reader` names the one linear layer that reads the result, for engines that round it at its source.
         """
         ...
+
+    def local_attention(self, q: T, k: T, v: T, bias: T, reader: str) -> T:
+        """`attention` inside each block of a row: [rows, heads, blocks, tokens of a block, d]."""
+        ...
+
+    def global_attention(self, q: T, k: T, v: T, bias: T, blocks: T, reader: str) -> T:
+        """`attention` of all queries of a long input, whose scores grow with tokens².
+
+        An engine that would store all of them computes one block of queries after another: `blocks` (int64) is their
+        number, 1 for an input that needs no blocks, and divides the tokens.
+        """
+        ...

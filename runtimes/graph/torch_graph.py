@@ -107,6 +107,12 @@ class TorchOps:
     def attention(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, reader: str) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
 
+    def local_attention(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, reader: str) -> Tensor:
+        return self.attention(q, k, v, bias, reader)
+
+    def global_attention(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, blocks: Tensor, reader: str) -> Tensor:
+        return self.attention(q, k, v, bias, reader)
+
 
 class _Graph(nn.Module):
     """Holds the weights of a rewritten scorer.
