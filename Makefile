@@ -9,7 +9,9 @@ CPU_WHEELS := --extra-index-url https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 DEMO := ettin-reranker-demo/openvino-int8
 
-.PHONY: demo test test-slow check format clean
+MINUTES ?= 10
+
+.PHONY: demo test test-slow soak check format clean
 demo: $(INSTALLED)  ## export the embedded checkpoint, rank with it, print parity and speed
 	$(BIN)/ettin-export --size demo --target openvino --force
 	$(BIN)/ettin-rerank $(DEMO) --query "Which planet is known as the Red Planet?" examples/planets.txt
@@ -21,6 +23,9 @@ test: $(INSTALLED)  ## what CI runs
 
 test-slow: $(INSTALLED)  ## the tests that take minutes
 	$(BIN)/python -m pytest -q -m slow
+
+soak: $(INSTALLED)  ## attacks at full length: about an hour; MINUTES of load on each server
+	$(BIN)/python parity_tests/soak.py --minutes $(MINUTES) --json bench/results/$(shell date +%F)-soak.json
 
 check: $(INSTALLED)  ## lint, format and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -136,7 +136,7 @@ def measured(
                 if number:
                     speeds[name].append(len(flat) / seconds)
         for name, served in running.items():
-            mixed, memory = _mixed(served, asks[name], asked, tolerance, minutes * 60)
+            mixed, memory = mixed_load(served, asks[name], asked, tolerance, minutes * 60)
             results[name] = {
                 "full": tallies[name].figures(), "mixed": mixed.figures(), "mixed_seconds": minutes * 60,
                 "memory_mib": memory,
@@ -173,11 +173,22 @@ def _once_each(clients: Sequence[Ask], asked: Sequence[Asked], tally: Tally) -> 
         list(pool.map(work, clients))
 
 
-def _mixed(
+def mixed_load(
     served: Served, clients: Sequence[Ask], asked: Sequence[Asked],
     tolerance: float, seconds: float,
 ) -> tuple[Tally, list[float]]:  # fmt: skip
-    """Every client asks for one document or for all, at once again; memory every twentieth of the time."""
+    """Every client asks again and again, for one document of a request or for all of them.
+
+    Args:
+        served: the server.
+        clients: one for each thread.
+        asked: the requests.
+        tolerance: see `asked_of`.
+        seconds: how long.
+
+    Returns:
+        What the clients saw, and the server's memory in MiB at every twentieth of the time.
+    """
     tally, deadline = Tally(tolerance), time.monotonic() + seconds
 
     def work(number: int) -> None:

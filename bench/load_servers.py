@@ -43,6 +43,11 @@ Ask = Callable[[Asked], NDArray[np.float32]]
 class Served(ABC):
     """A server in a process of its own, and how it is asked."""
 
+    @property
+    @abstractmethod
+    def port(self) -> int:
+        """Port on 127.0.0.1: HTTP, or gRPC for Triton."""
+
     @abstractmethod
     def client(self) -> Ask:
         """For one thread: sends a request, returns raw logits in the order of its documents."""
@@ -91,6 +96,10 @@ class InTriton(Served):
         return ask
 
     @property
+    def port(self) -> int:
+        return self._server.grpc_port
+
+    @property
     def pid(self) -> int:
         return self._server.pid or 0
 
@@ -134,6 +143,10 @@ class InHttp(Served):
             return found
 
         return ask
+
+    @property
+    def port(self) -> int:
+        return self._port
 
     @property
     def pid(self) -> int:

@@ -1,5 +1,6 @@
 """What an artifact from a stranger can do: nothing. It loads as its manifest says, or ends in one line."""
 
+import json
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import campaign_damage
 import numpy as np
 import pytest
 from support import reseal, rewrite
@@ -397,79 +399,17 @@ def test_a_replaced_artifact_is_not_marked_as_verified(copied: Any, demo_artifac
         record_verified(folder, found)
 
 
-_MUTATED = """
-import json, random, shutil, signal, sys
-from pathlib import Path
-import numpy as np
-from support import reseal, rewrite
-from ettin.artifacts.errors import EttinError
-from ettin.runtimes import load
-
-original, scratch, seed = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-dice = random.Random(seed)
-pairs = [("red planet", "Mars is the red planet."), ("a", "b " * 40)]
-with load(original, threads=1) as runtime:
-    expected = runtime.predict(pairs)
-
-def mutate_file(folder):
-    path = dice.choice(sorted(p for p in folder.rglob("*") if p.is_file()))
-    content = bytearray(path.read_bytes())
-    for _ in range(dice.choice([1, 1, 8])):
-        kind, place = dice.choice(["flip", "cut", "insert"]), dice.randrange(len(content) or 1)
-        if kind == "flip" and content:
-            content[place] ^= 1 << dice.randrange(8)
-        elif kind == "cut":
-            del content[place : place + dice.choice([1, 100, 10**9])]
-        else:
-            content[place:place] = dice.randbytes(dice.choice([1, 50]))
-    path.write_bytes(content)
-    return path.relative_to(folder).as_posix()
-
-def mutate_field(folder):
-    values = [None, -1, 0, 1, 10**30, 1.5, "", "x", "../x", "\\x1b[2J", [], {}, ["a"], True, "x" * 10000]
-    def change(content):
-        node = content
-        while True:
-            key = dice.choice(sorted(node) if isinstance(node, dict) else range(len(node)))
-            if isinstance(node[key], (dict, list)) and node[key] and dice.random() < 0.8:
-                node = node[key]
-                continue
-            node[key] = dice.choice(values)
-            return
-    rewrite(folder, change)
-
-for number in range(int(sys.argv[4])):
-    folder = scratch / "artifact"
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(original, folder)
-    sealed = dice.random() < 0.5
-    what = "field"
-    if sealed:
-        mutate_field(folder)
-    else:
-        what = mutate_file(folder)
-    signal.alarm(60)  # ends the process
-    try:
-        with load(folder, threads=1, allow_unverified=True) as runtime:
-            assert runtime.manifest.activation != "identity" or np.array_equal(runtime.predict(pairs), expected), what
-    except EttinError as error:
-        assert str(error).isprintable()
-    signal.alarm(0)
-print("done")
-"""
-
-
 @pytest.mark.parametrize("variant", [("onnx", "int8"), ("openvino", "fp32"), ("transformers", "fp32")], ids="-".join)
 def test_random_mutations(demo_artifacts: Artifacts, tmp_path: Path, variant: tuple[str, str]) -> None:
     """Each loads with the same scores or ends in one line; in a child, which would die or hang alone."""
-    here = str(Path(__file__).parent)
     done = subprocess.run(
-        [sys.executable, "-c", _MUTATED, str(demo_artifacts[variant]), str(tmp_path), "7", "60"],
+        [sys.executable, campaign_damage.__file__, demo_artifacts[variant], tmp_path, "--mutations", "60"],
         capture_output=True, text=True, check=False, timeout=CHILD_TIMEOUT_S,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])},
     )  # fmt: skip
     assert done.returncode != -signal.SIGALRM, "hangs"
-    assert done.returncode == 0 and done.stdout.strip() == "done", done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr[-2000:]
+    counts = json.loads(done.stdout)
+    assert counts["sealed"] + counts["unsealed"] == counts.get("loaded", 0) + counts["refused"] == 60
 
 
 def test_errors_are_one_printable_line() -> None:
