@@ -2,31 +2,22 @@
 
 import errno
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, Self, TypeVar
+from typing import BinaryIO, Self
 
-from ettin.artifacts.errors import ArtifactError, DamagedArtifact, OutputError, SignatureError, UsageError
+from ettin.artifacts.errors import DamagedArtifact, OutputError, UsageError
 from ettin.artifacts.files import CheckedFile, file_entry
 from ettin.artifacts.folder import FRESH_SUFFIX, Kind
 from ettin.artifacts.manifest import MANIFEST_NAME, FileEntry, Manifest, manifest_bytes, opened_folder
-from ettin.artifacts.signatures import (
-    MAX_SIGNATURE_BYTES,
-    SIGNATURE_NAME,
-    check_signed,
-    manifest_digest,
-    signature,
-    signed_digests,
-)
+from ettin.artifacts.signatures import SIGNATURE_NAME, check_signed, read_signature, signature, signed_digests
 
 TOKENIZER_NAME = "tokenizer.json"
 
 # Never read, and not an artifact's: what the hub's client leaves in a folder that it downloads to, and what a killed
 # `OpenArtifact.replace_manifest` left.
 _IGNORED = frozenset({".gitattributes", MANIFEST_NAME + FRESH_SUFFIX, SIGNATURE_NAME + FRESH_SUFFIX})
-_Result = TypeVar("_Result")
-
 _IGNORED_FOLDERS = frozenset({".cache/huggingface"})
 
 
@@ -56,11 +47,12 @@ class OpenArtifact:
         self._folder = opened_folder(path)
         try:
             self.manifest_bytes = manifest_bytes(self._folder, path)
-            signed = self._signed(trusted_key) if trusted_key is not None else None
+            signed = None
+            if trusted_key is not None:
+                signed = signed_digests(self.signature, self.manifest_bytes, trusted_key, path)
             self.manifest = Manifest.from_bytes(self.manifest_bytes, path)
             if signed is not None:
-                listed = ((entry.path, entry.sha256) for entry in self.manifest.files)
-                check_signed(signed, listed, path / SIGNATURE_NAME)
+                check_signed(signed, ((entry.path, entry.sha256) for entry in self.manifest.files), path)
         except BaseException:
             self._folder.close()
             raise
@@ -74,18 +66,7 @@ class OpenArtifact:
         Raises:
             SignatureError: it can't be read, or is larger than a signature can be.
         """
-        try:
-            with self._folder.open(SIGNATURE_NAME) as file:
-                content = file.read(MAX_SIGNATURE_BYTES + 1)
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            why = error.strerror
-        else:
-            if len(content) <= MAX_SIGNATURE_BYTES:
-                return content
-            why = f"more than {MAX_SIGNATURE_BYTES} bytes"
-        raise SignatureError(f"{self.path / SIGNATURE_NAME}: not a signature ({why})")
+        return read_signature(self._folder, self.path)
 
     def sign(self, private_key: Path) -> None:
         """Compares all contents with the manifest and writes the signature over them, in place of one that is there.
@@ -256,17 +237,6 @@ class OpenArtifact:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _signed(self, trusted_key: Path) -> dict[str, str]:
-        """Checksums that the holder of the key has signed, the manifest's among them, which is that of its bytes."""
-        path, content = self.path / SIGNATURE_NAME, self.signature
-        if content is None:
-            raise SignatureError(
-                f"{self.path}: not signed, but a key is given. Sign what you trust: ettin-verify {self.path} --sign KEY"
-            )
-        signed = signed_digests(content, trusted_key, path)
-        check_signed(signed, [(MANIFEST_NAME, manifest_digest(self.manifest_bytes))], path)
-        return signed
-
     @property
     def _again(self) -> str:
         return f"Export again: {self.manifest.command}"
@@ -329,29 +299,6 @@ class OpenArtifact:
             f"{self.path / name}: {what} that is not listed in {MANIFEST_NAME}; an artifact holds nothing else. "
             "Remove it, or keep it elsewhere"
         )
-
-
-def of_current(path: Path, use: Callable[[], _Result]) -> _Result:
-    """Calls `use`, and again if it failed while another artifact took the place of the one at `path`.
-
-    Raises:
-        ArtifactError: what `use` raised about an artifact that has stayed.
-    """
-    while True:
-        before = _identity(path)
-        try:
-            return use()
-        except ArtifactError:
-            if _identity(path) in (before, None):
-                raise
-
-
-def _identity(path: Path) -> tuple[int, int, int] | None:
-    try:
-        found = path.stat()
-    except (OSError, ValueError):
-        return None
-    return found.st_dev, found.st_ino, found.st_ctime_ns
 
 
 def _is_expected(name: str, kind: Kind, expected: set[str]) -> bool:

@@ -11,19 +11,12 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ettin.artifacts.errors import (
-    EttinError,
-    HardwareError,
-    MissingDependency,
-    OutputError,
-    ParityError,
-    UsageError,
-)
+from ettin.artifacts.errors import EttinError, HardwareError, MissingDependency, OutputError, ParityError, UsageError
+from ettin.artifacts.keys import read_private_key
 from ettin.artifacts.manifest import Calibration, Parity
 from ettin.artifacts.opened import OpenArtifact
 from ettin.artifacts.parity import write_parity
 from ettin.artifacts.publish import check_output, staged
-from ettin.artifacts.signatures import read_private_key
 from ettin.artifacts.staging import NEW, workspace
 from ettin.artifacts.targets import TARGETS
 from ettin.artifacts.tolerances import FP16_MAX_ACTIVATION, REDUCED_RATIO

@@ -16,8 +16,9 @@ import pytest
 from support import COMMANDS, wait_until
 
 from ettin.artifacts import publish, staging, writing
+from ettin.artifacts.current import of_current
 from ettin.artifacts.errors import DamagedArtifact, OutputError, ParityError
-from ettin.artifacts.opened import OpenArtifact, of_current
+from ettin.artifacts.opened import OpenArtifact
 from ettin.artifacts.publish import staged
 from ettin.artifacts.staging import NEW, OLD, workspace
 from ettin.artifacts.writing import exchange, write_file

@@ -20,9 +20,10 @@ from ettin.artifacts.errors import (
     UsageError,
 )
 from ettin.artifacts.files import list_files
+from ettin.artifacts.keys import read_private_key, read_public_key
 from ettin.artifacts.manifest import Manifest
 from ettin.artifacts.opened import OpenArtifact
-from ettin.artifacts.signatures import SIGNATURE_NAME, read_private_key, read_public_key
+from ettin.artifacts.signatures import SIGNATURE_NAME
 from ettin.artifacts.triton_repository import TritonOptions, publish
 from ettin.runtimes import load
 from ettin.runtimes.registry import checked_manifest

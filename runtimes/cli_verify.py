@@ -6,9 +6,10 @@ from typing import NoReturn
 import click
 
 from ettin.artifacts.errors import OutputError, ParityError
+from ettin.artifacts.keys import read_private_key
 from ettin.artifacts.manifest import Manifest
 from ettin.artifacts.opened import OpenArtifact
-from ettin.artifacts.signatures import SIGNATURE_NAME, read_private_key
+from ettin.artifacts.signatures import SIGNATURE_NAME
 from ettin.runtimes import console
 from ettin.runtimes.verify import Verification, adopt_engine, record_verified, verify
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ettin.artifacts.current import of_current
 from ettin.artifacts.errors import (
     ArtifactError,
     EttinError,
@@ -15,7 +16,7 @@ from ettin.artifacts.errors import (
     UsageError,
 )
 from ettin.artifacts.manifest import Manifest
-from ettin.artifacts.opened import OpenArtifact, of_current
+from ettin.artifacts.opened import OpenArtifact
 from ettin.artifacts.targets import checked_precision, target_named
 from ettin.runtimes.base import Runtime, Settings
 from ettin.runtimes.cpu import lacks_vnni, model_name
