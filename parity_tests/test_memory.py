@@ -44,7 +44,7 @@ def memory_mib(artifact: Path, streams: int = 1) -> tuple[float, float]:
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 def test_longest_pair(demo_artifacts: dict[tuple[str, str], Path], precision: str) -> None:
-    """The embedded checkpoint has as many heads as 17m; a dense global layer stores 1 GiB of scores, twice."""
+    """A dense global layer of the embedded checkpoint, which has two heads, stores half a GiB of scores, twice."""
     peak, after = memory_mib(demo_artifacts["onnx", precision])
     assert peak <= LIMIT_MIB and after <= LIMIT_MIB / 4
 
