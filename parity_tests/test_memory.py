@@ -55,7 +55,7 @@ def test_two_streams(demo_artifacts: dict[tuple[str, str], Path]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_longest_pair_of_17m(precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = [ProofPair(pair.query, pair.document, 24) for pair in natural_pairs()[:64]]
     monkeypatch.setattr(pipeline, "proof_pairs", lambda extra, ranking: pairs)
