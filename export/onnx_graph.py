@@ -13,6 +13,7 @@ from ettin.runtimes.graph.ops import Kind
 
 OPSET = 20  # the first with Gelu; ONNX Runtime reads it from 1.17 on
 _ELEMENT = {
+    "bool": TensorProto.BOOL,
     "int64": TensorProto.INT64,
     "bfloat16": TensorProto.BFLOAT16,
     "float16": TensorProto.FLOAT16,
@@ -59,16 +60,17 @@ class OnnxOps:
         self._names += 1
         return f"{kind}_{self._names}"
 
-    def _subgraph(self, write: Callable[..., Value], *inputs: Value) -> onnx.GraphProto:
-        """What `write` makes of `inputs`, as a graph of its own; it may read values and weights of this one."""
+    def _subgraph(self, write: Callable[..., Sequence[Value]], *inputs: Value) -> onnx.GraphProto:
+        """What `write` makes of scalar `inputs`, as a graph of its own; it may read values and weights of this one."""
         outer, self.nodes = self.nodes, []
-        result = write(*inputs)
+        results = write(*inputs)
         nodes, self.nodes = self.nodes, outer
-        results, parameters = (
-            [helper.make_tensor_value_info(value.name, _ELEMENT[value.dtype], None) for value in values]
-            for values in ([result], inputs)
+        return helper.make_graph(
+            nodes,
+            self._new_name("subgraph"),
+            [helper.make_tensor_value_info(value.name, _ELEMENT[value.dtype], []) for value in inputs],
+            [helper.make_tensor_value_info(value.name, _ELEMENT[value.dtype], None) for value in results],
         )
-        return helper.make_graph(nodes, self._new_name("subgraph"), parameters, results)
 
     def constant(self, values: NDArray[Any], name: str | None = None) -> Value:
         """Adds an initializer; equal small constants share one."""
@@ -216,22 +218,27 @@ class OnnxOps:
         return self.node("MatMul", [self._back(shares, q), v])
 
     def global_attention(self, q: Value, k: Value, v: Value, bias: Value, blocks: Value, reader: str) -> Value:
-        def one_block(queries: Value) -> Value:
-            return self.attention(queries, k, v, bias, reader)
+        def at_once() -> list[Value]:
+            return [self.attention(q, k, v, bias, reader)]
 
-        def one_after_another() -> Value:
+        def block_by_block() -> list[Value]:
             head_dim = self.dim(q, 3)
-            queries = Value(self._new_name("queries"), q.dtype)
-            body = self._subgraph(one_block, queries)
             by_block = self.transpose(self.reshape(q, [0, 0, blocks, -1, head_dim]), [2, 0, 1, 3, 4])
-            mixed = self.node("Scan", [by_block], body=body, num_scan_inputs=1)
-            return self.reshape(self.transpose(mixed, [1, 2, 0, 3, 4]), [0, 0, -1, head_dim])
 
-        # A runtime executes the branch taken alone. Scan has a cost of its own, so short inputs go without.
+            def one_block(index: Value, go_on: Value) -> list[Value]:
+                queries = self.gather(by_block, index, 0)
+                return [self.node("Identity", [go_on]), self.attention(queries, k, v, bias, reader)]
+
+            index, go_on = Value(self._new_name("index"), "int64"), Value(self._new_name("go_on"), "bool")
+            body = self._subgraph(one_block, index, go_on)
+            mixed = self.node("Loop", [blocks, Value("", "bool")], q.dtype, body=body)
+            return [self.reshape(self.transpose(mixed, [1, 2, 0, 3, 4]), [0, 0, -1, head_dim])]
+
+        # A runtime executes the branch taken alone. OpenVINO 2026.4 can't read a Scan whose body uses outer values.
         return self.node(
             "If",
             [self.node("Greater", [blocks, self.integer(1)], "bool")],
             q.dtype,
-            then_branch=self._subgraph(one_after_another),
-            else_branch=self._subgraph(lambda: one_block(q)),
+            then_branch=self._subgraph(block_by_block),
+            else_branch=self._subgraph(at_once),
         )

@@ -44,7 +44,7 @@ def memory_mib(artifact: Path, streams: int = 1) -> tuple[float, float]:
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 def test_longest_pair(demo_artifacts: dict[tuple[str, str], Path], precision: str) -> None:
-    """The embedded checkpoint has as many heads as 17m; a dense global layer stores 1 GiB of scores, twice."""
+    """A dense global layer of the embedded checkpoint, which has two heads, stores half a GiB of scores, twice."""
     peak, after = memory_mib(demo_artifacts["onnx", precision])
     assert peak <= LIMIT_MIB and after <= LIMIT_MIB / 4
 
@@ -55,7 +55,7 @@ def test_two_streams(demo_artifacts: dict[tuple[str, str], Path]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_longest_pair_of_17m(precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = [ProofPair(pair.query, pair.document, 24) for pair in natural_pairs()[:64]]
     monkeypatch.setattr(pipeline, "proof_pairs", lambda extra, ranking: pairs)

@@ -56,7 +56,8 @@ class OnnxRuntime(Runtime):
         # ONNX Runtime's arena loses less to fragmentation than malloc: one int8 pair of 7999 tokens (17m) takes 109 MiB
         # against 299. It would keep what the largest batch took, so each run gives unused memory back.
         self._run_options = ort.RunOptions()
-        self._run_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        if device == "cpu":
+            self._run_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         self._packed = any(each.name == "cu_seqlens" for each in manifest.interface.inputs)
         tokens = _CPU_TOKENS_PER_THREAD * plan.threads_per_stream if device == "cpu" else 65536
         super().__init__(artifact, settings, BatchLimits(concurrency=plan.streams, batch_tokens=tokens))
