@@ -89,7 +89,9 @@ class Health:
             self._failure = ""
         except Busy:  # it answers
             self._failure = ""
-        except Exception as error:
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:  # a panic of a Rust library is no Exception
             self._failure = clipped(f"{type(error).__name__}: {error}", 1000)
             LOG.error("liveness: %r", self._failure)
         finally:
