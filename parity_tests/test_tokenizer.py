@@ -134,6 +134,7 @@ def test_a_text_is_tokenised_no_further_than_needed() -> None:
 
 def test_a_tokenizer_that_may_not_be_cut_is_not(tmp_path: Path) -> None:
     tokenizer = tokenizers.Tokenizer.from_file(str(DEMO_FOLDER / "tokenizer.json"))
+    tokenizer.no_truncation()
     tokenizer.add_tokens([tokenizers.AddedToken("New York")])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     text = "to New York " * 3000

@@ -21,6 +21,7 @@ import psutil
 import pytest
 
 from ettin.artifacts.errors import InputError, ServerError
+from ettin.artifacts.files import list_files
 from ettin.artifacts.manifest import Engine, Manifest, ShapeRange
 from ettin.artifacts.triton_repository import TritonOptions, publish
 from ettin.export.checkpoint import Checkpoint
@@ -427,9 +428,10 @@ def test_packed_engine(demo: Checkpoint, demo_artifacts: Artifacts, tmp_path: Pa
     artifact = tmp_path / "artifact"
     artifact.mkdir()
     packed_onnx(Material(demo, read_weights(demo)), "float32", artifact / "engine" / "model.engine")
-    (artifact / "manifest.json").write_bytes(plan.to_bytes())
     shutil.copy2(demo_artifacts["onnx", "fp32"] / "tokenizer.json", artifact)
-    publish(artifact, plan, tmp_path / "models", "reranker", TritonOptions(native=True))
+    plan = plan.model_copy(update={"files": list_files(artifact)})
+    (artifact / "manifest.json").write_bytes(plan.to_bytes())
+    publish(artifact, tmp_path / "models", "reranker", TritonOptions(native=True))
     config = (tmp_path / "models" / "reranker-engine" / "config.pbtxt").read_text()
     assert 'platform: "tensorrt_plan"' in config and 'profile: "0"' in config and 'profile: "1"' in config
     assert [each.name for each in (tmp_path / "models" / "reranker-engine" / "1").iterdir()] == ["model.engine"]
