@@ -9,9 +9,11 @@ Threads start with the first work and end when there was none for a while, so a 
 is freed, closed or not.
 """
 
+import atexit
 import os
 import threading
 import time
+import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
@@ -35,6 +37,16 @@ _PAUSE_S = 0.01  # after an error that belongs to no request
 _JOIN_S = 30.0  # how long `close` waits for batches that the engine has begun
 
 _Chosen = list[tuple[Request, Ids, int]]
+
+
+_alive: "weakref.WeakSet[Scheduler]" = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Ends batches before the interpreter ends: engines do not survive that it is torn down around them."""
+    for scheduler in list(_alive):
+        scheduler.close("the process is ending")
 
 
 class Scheduler:
@@ -66,6 +78,7 @@ class Scheduler:
         self._closing = ""  # why nothing more is accepted
         self._tokens_per_s = _FIRST_SPEED
         self.batches = self.pairs = self.tokens = 0  # scored so far
+        _alive.add(self)
 
     @property
     def waiting_pairs(self) -> int:
