@@ -27,6 +27,8 @@
 A message says what failed, what was found against what was expected, and what to run.
 """
 
+from typing import Self
+
 _MAX_CHARACTERS = 4000
 
 
@@ -117,6 +119,13 @@ class BuildError(EttinError):
 
 class ScoringError(EttinError):
     """An engine failed while it scored a batch; the cause is the engine's own exception."""
+
+    @classmethod
+    def caused_by(cls, error: BaseException) -> Self:
+        """Names an exception that is none of ours."""
+        named = cls(f"scoring failed: {type(error).__name__}: {error}".partition("\n")[0][:300])
+        named.__cause__ = error
+        return named
 
 
 class Busy(EttinError):

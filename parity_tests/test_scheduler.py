@@ -15,6 +15,7 @@ from ettin.artifacts.errors import Busy, Closed, EttinError, Expired, InputError
 from ettin.export.sizes import DEMO_FOLDER
 from ettin.runtimes import scheduler as scheduler_module
 from ettin.runtimes.batch import Batch, BatchLimits
+from ettin.runtimes.request import Request
 from ettin.runtimes.scheduler import Scheduler
 from ettin.runtimes.tokenizer import PairTokenizer
 
@@ -63,8 +64,10 @@ def expected(pairs: list[tuple[str, str]]) -> list[float]:
     return [float(ids.sum() % 65536) for ids in TOKENIZER.pairs(pairs, 128)]
 
 
-def submit(scheduler: Scheduler, pairs: list[tuple[str, str]], **options: Any) -> "Future[Any]":
-    return scheduler.submit(pairs, LENGTH, max_waiting_pairs=LIMIT, **options)
+def submit(
+    scheduler: Scheduler, pairs: list[tuple[str, str]], limit: int | None = LIMIT, wait: bool = False, **options: Any
+) -> "Future[Any]":
+    return scheduler.submit(Request(pairs, LENGTH, **options), max_waiting_pairs=limit, wait=wait)
 
 
 def request(seed: int, count: int) -> list[tuple[str, str]]:
@@ -75,7 +78,7 @@ def request(seed: int, count: int) -> list[tuple[str, str]]:
 def test_the_waiting_caller_tokenises(scheduler: Scheduler, engine: Engine) -> None:
     pairs = request(1, 3000)
     assert scheduler.logits(pairs, LENGTH).tolist() == expected(pairs)
-    assert {thread.name for thread in scheduler._threads} == {"ettin-score-0", "ettin-score-1"}
+    assert scheduler._threads.names == {"ettin-score-0", "ettin-score-1"}
     assert scheduler.logits(pairs[:50], LENGTH, batch_pairs=3).tolist() == expected(pairs[:50])
     assert max(map(len, engine.batches[-10:])) <= 3
     assert scheduler.logits([], LENGTH).shape == (0,)
@@ -109,9 +112,9 @@ def test_requests_share_batches(scheduler: Scheduler, engine: Engine) -> None:
 
 def test_small_requests_overtake_a_large_one(scheduler: Scheduler) -> None:
     slow = scheduler_of(_slowly, 1)
-    large = slow.submit(request(1, 4000), LENGTH)
+    large = submit(slow, request(1, 4000))
     time.sleep(0.3)
-    small = [slow.submit([("q", "d")], LENGTH) for _ in range(5)]
+    small = [submit(slow, [("q", "d")], None) for _ in range(5)]
     for future in small:
         future.result(5)
     assert not large.done()
@@ -173,10 +176,10 @@ def test_nobody_wants_it_any_more(scheduler: Scheduler, engine: Engine) -> None:
 
 def test_closing_drains_pending_requests(engine: Engine) -> None:
     scheduler = scheduler_of(engine.score)
-    future = scheduler.submit(request(1, 300), LENGTH)
+    future = submit(scheduler, request(1, 300))
     assert scheduler.close("the server is stopping", drain_s=30)
     check(future, request(1, 300))
-    for attempt in (lambda: scheduler.submit([("q", "d")], LENGTH), lambda: scheduler.logits([("q", "d")], LENGTH)):
+    for attempt in (lambda: submit(scheduler, [("q", "d")]), lambda: scheduler.logits([("q", "d")], LENGTH)):
         with pytest.raises(Closed, match="the server is stopping"):
             attempt()
 
@@ -185,7 +188,7 @@ def test_closing_does_not_wait_for_ever(engine: Engine, monkeypatch: pytest.Monk
     monkeypatch.setattr(scheduler_module, "_JOIN_S", 0.2)
     scheduler = scheduler_of(engine.score, 1)
     engine.open.clear()
-    future = scheduler.submit(request(1, 30), LENGTH)
+    future = submit(scheduler, request(1, 30))
     time.sleep(0.1)
     assert not scheduler.close(drain_s=0.2)  # the engine still has a batch, so it must not be freed
     with pytest.raises(Closed):
@@ -206,7 +209,7 @@ def test_closing_ends_every_waiter(engine: Engine, way: str) -> None:
             if way == "logits":
                 scheduler.logits(request(1, 300), LENGTH)
             else:
-                scheduler.submit(request(1, 300), LENGTH, max_waiting_pairs=300, wait=way == "room").result(20)
+                submit(scheduler, request(1, 300), 300, wait=way == "room").result(20)
             outcomes.append("scored")
         except EttinError as error:
             outcomes.append(type(error).__name__)
@@ -291,9 +294,9 @@ def test_idle_threads_end_and_come_back(monkeypatch: pytest.MonkeyPatch, engine:
     for _ in range(5):
         check(submit(scheduler, request(1, 10)), request(1, 10))
         deadline = time.monotonic() + 10
-        while scheduler._threads and time.monotonic() < deadline:
+        while scheduler._threads.names and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert not scheduler._threads
+        assert not scheduler._threads.names
     gone = weakref.ref(scheduler)
     del scheduler
     gc.collect()

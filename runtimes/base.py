@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ettin.artifacts.errors import DamagedArtifact, UsageError
 from ettin.artifacts.opened import OpenArtifact
-from ettin.runtimes import fork
+from ettin.runtimes import processes
 from ettin.runtimes.activation import resolved
 from ettin.runtimes.batch import Batch, BatchLimits
 from ettin.runtimes.inputs import documents_from_input, pairs_from_inputs, text
@@ -106,7 +106,7 @@ class Runtime(ABC):
         self.scheduler = Scheduler(self.tokenizer, lambda batch: self.score(batch), limits, pad)  # noqa: PLW0108
         self._is_released = False
         self.evaluations = Evaluations()
-        fork.keep_in_children(self)
+        processes.keep_in_children(self)
 
     @abstractmethod
     def score(self, batch: Batch) -> NDArray[np.float32]:

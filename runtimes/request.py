@@ -1,18 +1,19 @@
 """One caller's pairs on their way through the scheduler."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ettin.artifacts.errors import Expired, InputError
+from ettin.artifacts.errors import EttinError, Expired, InputError, ScoringError
 from ettin.runtimes.batch import Ids
 from ettin.runtimes.inputs import Pair
+from ettin.runtimes.threads import PAUSE_S
 from ettin.runtimes.tokenizer import CHARACTERS_PER_TOKEN, Encoded
 
 _PATIENCE = 64
@@ -179,3 +180,22 @@ class Progress:
                 self.update()
                 return result
             self.update()
+
+
+@contextmanager
+def failing(end: Callable[[Request, EttinError], None], requests: Callable[[], Sequence[Request]]) -> Iterator[None]:
+    """Fails requests with whatever is raised, `MemoryError`, a panic of a Rust library and `SystemExit` included.
+
+    Args:
+        end: ends a request with an error.
+        requests: those that are affected, asked when something was raised.
+    """
+    try:
+        yield
+    except BaseException as error:
+        named = error if isinstance(error, EttinError) else ScoringError.caused_by(error)
+        affected = requests()
+        for request in affected:
+            end(request, named)
+        if not affected:
+            time.sleep(PAUSE_S)

@@ -15,7 +15,7 @@ import numpy as np
 from ettin.artifacts.errors import Busy, EttinError, InputError, MissingDependency, ServerError, UsageError
 from ettin.runtimes.base import Runtime
 from ettin.runtimes.batch import Batch
-from ettin.runtimes.request import Scored
+from ettin.runtimes.request import Request, Scored
 
 _LOG = logging.getLogger("ettin.serve")
 REFUSE_TRUNCATED = "refuse_truncated"  # a parameter of requests to Triton
@@ -89,13 +89,13 @@ class LocalBackend(Backend):
         self._probe = Batch.of(pairs, runtime.manifest.tokenizer.pad_token_id)
 
     async def score(self, query: str, documents: Sequence[str], refuse_truncated: bool = False) -> Scored:
-        future = self._runtime.scheduler.submit(
+        request = Request(
             [(query, document) for document in documents],
             self._runtime.max_length,
             timeout_s=self._timeout_s,
             refuse_truncated=refuse_truncated,
-            max_waiting_pairs=self._max_waiting_pairs,
         )
+        future = self._runtime.scheduler.submit(request, max_waiting_pairs=self._max_waiting_pairs)
         return await asyncio.wrap_future(future)
 
     async def is_ready(self) -> bool:

@@ -18,7 +18,7 @@ from ettin.artifacts.triton_repository import ARTIFACT
 from ettin.runtimes.batch import Batch, BatchLimits
 from ettin.runtimes.inputs import Pair
 from ettin.runtimes.registry import load
-from ettin.runtimes.request import Scored
+from ettin.runtimes.request import Request, Scored
 from ettin.runtimes.scheduler import Scheduler
 from ettin.runtimes.serving.backends import DRAIN_S, REFUSE_TRUNCATED
 from ettin.runtimes.tokenizer import artifact_tokenizer
@@ -63,15 +63,14 @@ class _Model(ABC):
             try:
                 pairs, shape = _texts(request)
                 # Waiting for room here keeps what comes later in Triton's queue, which has limits and is measured.
-                future = self._scheduler.submit(
+                accepted = Request(
                     pairs,
                     self._max_length,
-                    is_cancelled=_Gone(sender),
+                    _Gone(sender),
                     timeout_s=request.timeout() / 1e6 or None,
                     refuse_truncated=bool(json.loads(request.parameters() or "{}").get(REFUSE_TRUNCATED)),
-                    max_waiting_pairs=_MAX_WAITING_PAIRS,
-                    wait=True,
                 )
+                future = self._scheduler.submit(accepted, max_waiting_pairs=_MAX_WAITING_PAIRS, wait=True)
             except EttinError as error:
                 _fail(sender, error)
                 continue
