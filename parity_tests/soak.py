@@ -215,22 +215,29 @@ def disconnect(address: campaign_http.Address) -> None:
 
 
 def loaded(artifact: Path, minutes: float) -> dict[str, Any]:
-    """Mixed load from many clients through both servers, one after the other, with faults beside it."""
+    """Mixed load from many clients through both servers at the same time, with faults beside it."""
     pairs = [(pair.query, pair.document) for pair in natural_pairs()]
     with load(artifact) as runtime:
         asked, tolerance = asked_of(runtime, pairs, 64, 30, 512)
-    results: dict[str, Any] = {}
-    failures = []
-    for name, start in SERVERS.items():
-        with start(artifact, 512) as served:
+
+    def serve(name: str) -> dict[str, Any]:
+        with SERVERS[name](artifact, 512) as served:
             clients = [served.client() for _ in range(CLIENTS)]
             with faults(name, served) as counts:
                 tally, memory_mib = mixed_load(served, clients, asked, tolerance, minutes * 60)
-        results[name] = {**tally.figures(), "minutes": minutes, "memory_mib": memory_mib, "faults": dict(counts)}
-        note(f"{name}: {results[name]}")
+        return {**tally.figures(), "minutes": minutes, "memory_mib": memory_mib, "faults": dict(counts)}
+
+    with ThreadPoolExecutor(len(SERVERS)) as pool:
+        results = dict(zip(SERVERS, pool.map(serve, SERVERS), strict=True))
+    failures = []
+    for name, result in results.items():
+        note(f"{name}: {result}")
+        memory_mib = result["memory_mib"]
         growth_mib = memory_mib[-1] - max(memory_mib[: len(memory_mib) // 2])
-        if tally.wrong or tally.lost or counts["problems"] or growth_mib > MEMORY_MIB:
-            failures.append(f"{name}: {tally.wrong} wrong, {len(tally.lost)} lost, memory grew by {growth_mib:.0f} MiB")
+        if result["wrong"] or result["lost"] or result["faults"]["problems"] or growth_mib > MEMORY_MIB:
+            failures.append(
+                f"{name}: {result['wrong']} wrong, {result['lost']} lost, memory grew by {growth_mib:.0f} MiB"
+            )
     return {"tried": sum(result["answers"] for result in results.values()), "results": results, "failures": failures}
 
 

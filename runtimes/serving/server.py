@@ -1,5 +1,7 @@
 """The server process: uvicorn with our limits, from its first connection until it has drained."""
 
+import asyncio
+import ctypes
 import resource
 import socket
 import time
@@ -18,6 +20,7 @@ from ettin.runtimes.serving.limits import Limits
 
 _BACKLOG = 128  # connections that the kernel holds, and that asyncio accepts before any of them counts
 _OTHER_FILES = 64  # the engine's and Python's
+_TRIM_TICKS = 20  # of 0.1 s, between two times that free memory is given back to the system
 _FINISH_S = 30  # for requests in progress when the server stops
 
 
@@ -70,6 +73,7 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._health, self._drain_s = health, drain_s
         self._drained_at: float | None = None
+        self._trimmed_requests = 0
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         """uvicorn's: a signal to stop."""
@@ -85,7 +89,20 @@ class Server(uvicorn.Server):
         """uvicorn's: whether to stop; asked ten times per second."""
         if self._drained_at is not None and time.monotonic() >= self._drained_at:
             self.should_exit = True
+        if counter % _TRIM_TICKS == 0 and self._trimmed_requests != self.server_state.total_requests:
+            self._trimmed_requests = self.server_state.total_requests
+            await asyncio.to_thread(_give_memory_back)
         return await super().on_tick(counter)
+
+
+def _give_memory_back() -> None:
+    """Returns free memory to the system.
+
+    glibc keeps what it once needed: after large requests were abandoned, a process of 160 MiB stayed at 420 to 590.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc alone has it
+    if trim is not None:
+        trim(0)
 
 
 def raise_file_limit(limits: Limits) -> None:
