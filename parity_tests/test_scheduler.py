@@ -311,3 +311,9 @@ def test_one_long_text_does_not_hold_the_others(scheduler: Scheduler, engine: En
     check(submit(scheduler, request(1, 10)), request(1, 10))
     assert held.result(20).tokens.tolist() == [LENGTH]
     assert time.monotonic() - started < 5  # took 14 s for 20 MB, whatever the machine does
+
+
+def test_what_truncation_cuts_off_is_no_work() -> None:
+    """A document of a million characters was scheduled as if all of them were scored, long after everything else."""
+    long, filling = Request([("q", "word " * 200_000)], LENGTH), Request([("q", "word " * 200)], LENGTH)
+    assert long.due_s(1000) - long.arrival_s == pytest.approx(filling.due_s(1000) - filling.arrival_s)

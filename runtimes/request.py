@@ -68,7 +68,9 @@ class Request:
         self.future: Future[Scored] = Future()
         self.arrival_s = time.monotonic()
         self.deadline_s = self.arrival_s + (float("inf") if timeout_s is None else timeout_s)
-        self._work_tokens = sum(len(query) + len(document) for query, document in pairs) / _ENGLISH_CHARACTERS_PER_TOKEN
+        self._work_tokens = sum(
+            min((len(query) + len(document)) / _ENGLISH_CHARACTERS_PER_TOKEN, max_length) for query, document in pairs
+        )
         self.logits = np.empty(len(pairs), np.float32)
         self.tokens = np.empty(len(pairs), np.int32)
         self._taken = self._tokenised = 0  # pairs that a tokeniser took, and gave back
