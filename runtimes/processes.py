@@ -1,4 +1,4 @@
-"""What ends an engine besides `close`: a fork of its process, and the end of it.
+"""A process around an engine: its forks, its end, its memory.
 
 An engine's threads do not survive a fork. A forked process can't use the engine, and can't free it either: OpenVINO's
 destructors wait for its threads for ever (seen with 2026.4.1). The scheduler refuses to score there; here, engines are
@@ -53,6 +53,16 @@ def refuse_child(process: int) -> None:
             "not survive a fork. Load the artifact in each process after the fork, or start processes with the method "
             "'spawn'"
         )
+
+
+def give_memory_back() -> None:
+    """Returns free memory to the system; takes milliseconds.
+
+    glibc keeps what it once needed: after large requests were abandoned, a server of 160 MiB stayed at 420 to 590.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None  # glibc alone has it
+    if trim is not None:
+        trim(0)
 
 
 def close_at_exit(scheduler: _Closable) -> None:

@@ -1,7 +1,6 @@
 """The server process: uvicorn with our limits, from its first connection until it has drained."""
 
 import asyncio
-import ctypes
 import resource
 import socket
 import time
@@ -11,6 +10,7 @@ from typing import Any, cast
 import uvicorn
 
 from ettin.artifacts.errors import UsageError
+from ettin.runtimes.processes import give_memory_back
 from ettin.runtimes.serving.app import create_app
 from ettin.runtimes.serving.backends import Backend
 from ettin.runtimes.serving.bodies import Bodies
@@ -91,18 +91,8 @@ class Server(uvicorn.Server):
             self.should_exit = True
         if counter % _TRIM_TICKS == 0 and self._trimmed_requests != self.server_state.total_requests:
             self._trimmed_requests = self.server_state.total_requests
-            await asyncio.to_thread(_give_memory_back)
+            await asyncio.to_thread(give_memory_back)
         return await super().on_tick(counter)
-
-
-def _give_memory_back() -> None:
-    """Returns free memory to the system.
-
-    glibc keeps what it once needed: after large requests were abandoned, a process of 160 MiB stayed at 420 to 590.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc alone has it
-    if trim is not None:
-        trim(0)
 
 
 def raise_file_limit(limits: Limits) -> None:

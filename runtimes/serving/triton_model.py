@@ -17,6 +17,7 @@ from ettin.artifacts.opened import OpenArtifact
 from ettin.artifacts.triton_repository import ARTIFACT
 from ettin.runtimes.batch import Batch, BatchLimits
 from ettin.runtimes.inputs import Pair
+from ettin.runtimes.processes import give_memory_back
 from ettin.runtimes.registry import load
 from ettin.runtimes.request import Request, Scored
 from ettin.runtimes.scheduler import Scheduler
@@ -25,6 +26,7 @@ from ettin.runtimes.tokenizer import artifact_tokenizer
 
 _ASK_EVERY_S = 0.1  # whether a client is still there: a question to the server's process
 _REPORT_EVERY_S = 0.25
+_TRIM_EVERY_S = 5.0
 _PADDED_TOKENS = 4096  # of a batch for a native engine that takes rectangles
 _PADDED_MULTIPLE = 16
 _MAX_WAITING_PAIRS = 8192  # what comes later waits in Triton's own queue
@@ -56,6 +58,8 @@ class _Model(ABC):
     def _load(self, artifact: Path, version: str, parameters: dict[str, str]) -> None:
         """Sets what scores, and the tokens that it truncates to."""
 
+    _trimmed_s = 0.0
+
     def execute(self, requests: list[Any]) -> None:
         """Triton's: accepts requests, each queries [rows, 1] and documents [rows, documents]."""
         for request in requests:
@@ -76,6 +80,9 @@ class _Model(ABC):
                 continue
             future.add_done_callback(_Answer(sender, shape, self._gauges))
         self._gauges.report()
+        if time.monotonic() - self._trimmed_s > _TRIM_EVERY_S:
+            self._trimmed_s = time.monotonic()
+            give_memory_back()
 
     def finalize(self) -> None:
         """Triton's: unloads, after what was accepted is done."""
