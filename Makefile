@@ -25,7 +25,7 @@ test-slow: $(INSTALLED)  ## the tests that take minutes
 	$(BIN)/python -m pytest -q -m slow
 
 soak: $(INSTALLED)  ## attacks at full length: about an hour; MINUTES of load on each server
-	$(BIN)/python parity_tests/soak.py --minutes $(MINUTES) --json bench/results/$(shell date +%F)-soak.json
+	$(BIN)/python parity_tests/soak.py --minutes $(MINUTES) --json bench/results/soak/$(shell date +%F).json
 
 check: $(INSTALLED)  ## lint, format and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -1,12 +1,13 @@
 """Reading what may be replaced meanwhile."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 from ettin.artifacts.errors import ArtifactError
 
-_ATTEMPTS = 5
+_RETRY_S = 5.0
 
 _Result = TypeVar("_Result")
 
@@ -15,17 +16,17 @@ def of_current(path: Path, use: Callable[[], _Result]) -> _Result:
     """Calls `use`, and again if it failed while another artifact took the place of the one at `path`.
 
     Raises:
-        ArtifactError: what `use` raised about an artifact that has stayed, or in the last of a few attempts: a folder
-            that changes again and again would keep the caller for ever.
+        ArtifactError: what `use` raised about an artifact that has stayed, or after some seconds: a folder that changes
+            again and again would keep the caller for ever.
     """
-    for left in reversed(range(_ATTEMPTS)):
+    deadline_s = time.monotonic() + _RETRY_S
+    while True:
         before = _identity(path)
         try:
             return use()
         except ArtifactError:
-            if not left or _identity(path) in (before, None):
+            if _identity(path) in (before, None) or time.monotonic() > deadline_s:
                 raise
-    raise AssertionError("unreachable: the last attempt returns or raises")
 
 
 def _identity(path: Path) -> tuple[int, int, int] | None:

@@ -1,6 +1,6 @@
 """The long form of the attacks: damaged artifacts, killed exports, hostile clients, and mixed load with faults.
 
-    python parity_tests/soak.py --minutes 10 --json bench/results/DATE-soak.json
+    python parity_tests/soak.py --minutes 10 --json bench/results/soak/DATE.json
 
 `make soak` runs it. It exports the embedded checkpoint, attacks loopback servers of its own only, writes what was tried
 and what survived, and ends with exit code 1 if something did not.
