@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from ettin.artifacts.checksum import file_sha256
 from ettin.artifacts.errors import CheckpointError, UnsupportedCheckpoint
-from ettin.artifacts.fields import checked_file_name
+from ettin.artifacts.names import checked_file_name
 from ettin.export.rope_config import rope_thetas
 from ettin.runtimes.graph import ModelShape
 from ettin.runtimes.tokenizer import PairTokenizer

@@ -3,14 +3,16 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import tokenizers
 
 from ettin.artifacts.errors import DamagedArtifact, InputError, UsageError
-from ettin.artifacts.opened import TOKENIZER_NAME, OpenArtifact
 from ettin.runtimes.batch import Ids
+
+if TYPE_CHECKING:  # needs pydantic, which `bench/gpu.py` does without
+    from ettin.artifacts.opened import OpenArtifact
 
 SPECIAL_TOKENS = 3  # [CLS] query [SEP] document [SEP]
 
@@ -61,12 +63,14 @@ class Encoded(NamedTuple):
     is_truncated: bool
 
 
-def artifact_tokenizer(artifact: OpenArtifact) -> "PairTokenizer":
+def artifact_tokenizer(artifact: "OpenArtifact") -> "PairTokenizer":
     """The tokenizer of an artifact.
 
     Raises:
         DamagedArtifact: it is damaged, or its token ids are not the model's.
     """
+    from ettin.artifacts.opened import TOKENIZER_NAME
+
     manifest = artifact.manifest
     tokenizer = PairTokenizer(artifact.path / TOKENIZER_NAME, artifact.read(TOKENIZER_NAME))
     rows, pad = manifest.source.shape.get("vocab_size"), manifest.tokenizer.pad_token_id
