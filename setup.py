@@ -19,9 +19,9 @@ def extensions() -> list[Extension]:
     libraries = [next((root / "libs").glob(f"{name}.so.*")) for name in ("libopenvino", "libtbb")]
     return [
         Extension(
-            "ettin.runtimes.openvino_kernels_library",
-            sources=[f"runtimes/kernels/{name}" for name in _SOURCES],
-            depends=["runtimes/kernels/ragged_attention.hpp"],
+            "ettin.runtimes.engines.openvino_kernels_library",
+            sources=[f"runtimes/engines/kernels/{name}" for name in _SOURCES],
+            depends=["runtimes/engines/kernels/ragged_attention.hpp"],
             include_dirs=[str(root / "include")],
             define_macros=[("OV_THREAD", "OV_THREAD_TBB_ADAPTIVE")],
             extra_compile_args=["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wno-maybe-uninitialized"],

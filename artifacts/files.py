@@ -106,3 +106,9 @@ def file_entry(name: str, file: BinaryIO) -> FileEntry:
     """What a manifest says of an open file."""
     digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
     return FileEntry(path=name, size_bytes=file.tell(), sha256=digest)
+
+
+def file_sha256(path: Path) -> str:
+    """Hex SHA-256 of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

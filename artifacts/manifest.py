@@ -8,8 +8,8 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from ettin.artifacts.errors import ManifestError, NewerFormat
-from ettin.artifacts.fields import FileName, Line, PathInside, Sha256, Word
 from ettin.artifacts.folder import Folder
+from ettin.artifacts.names import FileName, Line, PathInside, Sha256, Word
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"

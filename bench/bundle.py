@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ettin.artifacts.errors import OutputError
-from ettin.artifacts.publish import check_output, staged
+from ettin.artifacts.publishing import check_output, staged
 
 _PACKAGES = ("artifacts", "bench", "export", "runtimes")
 _LIMIT_MIB = 50

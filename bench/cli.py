@@ -14,10 +14,11 @@ from ettin.bench.cli_results import compare_results, report, tables
 from ettin.bench.cli_shared import about, show_and_write
 from ettin.bench.cli_speed import make_peers, peers, throughput
 from ettin.bench.texts import pairs_to_score, text_name
-from ettin.export.sizes import DEMO_FOLDER
-from ettin.runtimes import console, load
+from ettin.export.source.sizes import DEMO_FOLDER
+from ettin.runtimes import load
 from ettin.runtimes.batch import Batch
-from ettin.runtimes.cpu import isa_limit
+from ettin.runtimes.commands import console
+from ettin.runtimes.machine import isa_limit
 
 
 @click.group()
@@ -39,7 +40,7 @@ def profile(artifact: Path, count: int, tokens: int, json_path: Path | None) -> 
         if runtime.manifest.target != "openvino":
             raise UsageError(f"{artifact}: a profile of '{runtime.manifest.target}' is not made, only of 'openvino'")
         from ettin.bench.profile import peak_gops, profiled
-        from ettin.runtimes.on_openvino import OpenVinoRuntime
+        from ettin.runtimes.engines.on_openvino import OpenVinoRuntime
 
         assert isinstance(runtime, OpenVinoRuntime)  # noqa: S101 (the target says so)
         texts = pairs_to_score(None, count, tokens)

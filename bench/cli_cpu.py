@@ -10,7 +10,7 @@ from ettin.bench.cli_shared import show_and_write
 from ettin.bench.contest import PEERS, Contest, contestants, result, weights_of
 from ettin.bench.cpu import ISAS, CpuRun
 from ettin.bench.texts import pairs_to_score, text_name
-from ettin.runtimes import console
+from ettin.runtimes.commands import console
 
 
 @click.command(

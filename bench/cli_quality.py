@@ -15,7 +15,8 @@ from ettin.bench.cli_shared import about, show_and_write
 from ettin.bench.contest import artifact_name, size_mib
 from ettin.bench.hub_sets import NANOBEIR, nanobeir
 from ettin.bench.machine import read_result
-from ettin.runtimes import console, load
+from ettin.runtimes import load
+from ettin.runtimes.commands import console
 
 _REFERENCE = "reference, fp32"
 _First = tuple[RetrievalSet, dict[str, list[str]]]
@@ -151,8 +152,8 @@ def _reference(folder: Path, max_length: int) -> Any:
     """Gold's `predict`, raw logits."""
     import torch
 
-    from ettin.export.checkpoint import read_checkpoint
-    from ettin.export.gold import load_gold
+    from ettin.export.reference import load_gold
+    from ettin.export.source.checkpoint import read_checkpoint
 
     model = load_gold(read_checkpoint(folder))
     model.max_seq_length = max_length

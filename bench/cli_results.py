@@ -7,7 +7,7 @@ import click
 from ettin.artifacts.errors import EttinError, InputError, MissingDependency
 from ettin.artifacts.writing import write_file
 from ettin.bench.tables import filled
-from ettin.runtimes import console
+from ettin.runtimes.commands import console
 
 
 @click.command("compare", epilog=console.example_epilog("ettin-bench compare before.json after.json"))

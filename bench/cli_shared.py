@@ -7,7 +7,8 @@ from typing import Any
 
 from ettin.bench.machine import write_result
 from ettin.bench.tables import TABLES
-from ettin.runtimes import Runtime, console
+from ettin.runtimes import Runtime
+from ettin.runtimes.commands import console
 
 
 def about(runtime: Runtime) -> dict[str, Any]:

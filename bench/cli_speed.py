@@ -10,7 +10,7 @@ from ettin.bench.contest import Contest, artifact_entries, measured, token_lengt
 from ettin.bench.peers import PEERS, installed_in, make_environments, peer_entries
 from ettin.bench.texts import pairs_to_score, text_name
 from ettin.bench.throughput import SETTINGS, ThroughputRun
-from ettin.runtimes import console
+from ettin.runtimes.commands import console
 
 DATA = click.option(
     "--data",

@@ -15,7 +15,7 @@ import numpy as np
 from ettin.artifacts.errors import EttinError, UsageError
 from ettin.artifacts.manifest import Manifest
 from ettin.artifacts.metrics import score_error
-from ettin.runtimes import console
+from ettin.runtimes.commands import console
 from ettin.runtimes.tokenizer import PairTokenizer
 
 Pairs = Sequence[tuple[str, str]]

@@ -150,8 +150,8 @@ class Release(Kind):
 
         from ettin.bench.gpu_speed import settings
         from ettin.bench.gpu_subject import Place, opened, plain_varlen
-        from ettin.export.checkpoint import read_checkpoint
-        from ettin.runtimes.flash import flash_kernel
+        from ettin.export.source.checkpoint import read_checkpoint
+        from ettin.runtimes.engines.flash import flash_kernel
 
         place = Place(device, flash_kernel() if device == "cuda" else plain_varlen)
         self._open = ExitStack()  # until this process ends

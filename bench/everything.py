@@ -10,10 +10,10 @@ from ettin.artifacts.errors import EttinError, UsageError
 from ettin.artifacts.manifest import MANIFEST_NAME
 from ettin.artifacts.targets import TARGETS
 from ettin.bench.texts import text_name
-from ettin.export.checkpoint import Checkpoint, read_checkpoint
 from ettin.export.pipeline import Export, Job, Options
-from ettin.export.random_checkpoint import write_random_checkpoint
-from ettin.export.sizes import DEMO_FOLDER, SIZES
+from ettin.export.source.checkpoint import Checkpoint, read_checkpoint
+from ettin.export.source.sizes import DEMO_FOLDER, SIZES
+from ettin.export.source.weights import write_random_checkpoint
 
 # A pass of the slowest contestant should take seconds, not minutes: pairs by millions of parameters.
 _PAIRS = ((5, 200), (25, 120), (50, 48), (100, 16), (200, 10), (2000, 8))

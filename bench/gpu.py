@@ -37,12 +37,12 @@ from ettin.bench.gpu_speed import (
 )
 from ettin.bench.gpu_subject import Pairs, Place, opened, parity, plain_varlen
 from ettin.bench.machine import write_result
-from ettin.export.checkpoint import read_checkpoint
-from ettin.export.proof_pairs import natural_pairs, read_pairs
-from ettin.export.random_checkpoint import write_random_checkpoint
-from ettin.export.sizes import DEMO_FOLDER, SIZES
-from ettin.runtimes.flash import flash_kernel
-from ettin.runtimes.graph import ModelShape
+from ettin.export.reference import natural_pairs, read_pairs
+from ettin.export.source.checkpoint import read_checkpoint
+from ettin.export.source.sizes import DEMO_FOLDER, SIZES
+from ettin.export.source.weights import write_random_checkpoint
+from ettin.graph import ModelShape
+from ettin.runtimes.engines.flash import flash_kernel
 from ettin.runtimes.tokenizer import PairTokenizer
 
 _TINY = ModelShape(

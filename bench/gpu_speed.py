@@ -12,9 +12,9 @@ import transformers
 from numpy.typing import NDArray
 
 from ettin.bench.gpu_subject import Pairs, Place, Subject
+from ettin.graph import ModelShape
 from ettin.runtimes.batch import Batch, BatchLimits
-from ettin.runtimes.flash import flash_logits, packed_inputs
-from ettin.runtimes.graph import ModelShape
+from ettin.runtimes.engines.flash import flash_logits, packed_inputs
 from ettin.runtimes.scheduler import Scheduler
 from ettin.runtimes.tokenizer import PairTokenizer
 

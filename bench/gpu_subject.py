@@ -16,14 +16,21 @@ from torch import Tensor
 from transformers import AutoConfig, ModernBertForSequenceClassification
 
 from ettin.artifacts.metrics import score_error
-from ettin.export.checkpoint import Checkpoint
-from ettin.export.classification import classification_tensors, write_configs
-from ettin.export.weights import Weights, read_weights
+from ettin.export.source.checkpoint import Checkpoint
+from ettin.export.source.weights import Weights, read_weights
+from ettin.export.targets.to_transformers import classification_tensors, write_configs
+from ettin.graph.fold import inference_weights
+from ettin.graph.torch_ops import PackedGraph
 from ettin.runtimes.batch import Batch
-from ettin.runtimes.flash import attend_with, flash_logits, packed_inputs, use_flash, window_size
-from ettin.runtimes.graph.flash_graph import FlashGraph, Kernel
-from ettin.runtimes.graph.fold import inference_weights
-from ettin.runtimes.graph.torch_graph import PackedGraph
+from ettin.runtimes.engines.flash import (
+    FlashGraph,
+    Kernel,
+    attend_with,
+    flash_logits,
+    packed_inputs,
+    use_flash,
+    window_size,
+)
 from ettin.runtimes.tokenizer import PairTokenizer
 
 Pairs = Sequence[tuple[str, str]]

@@ -6,7 +6,7 @@ from typing import Any
 
 from ettin.artifacts.errors import DownloadError, MissingDependency
 from ettin.bench.beir import RetrievalSet
-from ettin.export.hub import reached
+from ettin.export.source.resolve import reached
 
 _QUESTIONS = "sentence-transformers/natural-questions"
 _NANO = "sentence-transformers/NanoBEIR-en"

@@ -16,8 +16,8 @@ import psutil
 from numpy.typing import NDArray
 
 from ettin.artifacts.errors import ServerError
-from ettin.artifacts.triton_repository import TritonOptions, publish
-from ettin.runtimes.serving.tritonserver import TritonServer, free_port
+from ettin.runtimes.triton.repository import TritonOptions, publish
+from ettin.runtimes.triton.server import TritonServer, free_port
 
 TIMEOUT_S = 120.0
 
@@ -115,7 +115,7 @@ class InHttp(Served):
 
         self._httpx = httpx
         self._port = free_port()
-        code = "from ettin.runtimes.cli_serve import main; main()"
+        code = "from ettin.runtimes.commands.serve import main; main()"
         options = ["--port", str(self._port), "--max-length", str(max_length), "--log-level", "warning"]
         self._process = subprocess.Popen(
             [sys.executable, "-c", code, str(artifact), *options], stderr=subprocess.DEVNULL

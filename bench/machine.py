@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ettin.artifacts.errors import InputError
-from ettin.artifacts.versions import installed_versions
 from ettin.artifacts.writing import write_file
-from ettin.runtimes import cpu
+from ettin.runtimes import machine as cpu
+from ettin.runtimes.machine import installed_versions
 
 _SCHEMA = 1
 _PACKAGES = (

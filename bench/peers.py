@@ -17,8 +17,8 @@ from typing import Any
 from ettin.artifacts.errors import EttinError, OutputError, UsageError
 from ettin.artifacts.manifest import Manifest
 from ettin.bench.contest import Contestant
-from ettin.runtimes import console
-from ettin.runtimes.pack import own_source
+from ettin.runtimes.commands import console
+from ettin.runtimes.commands.pack import own_source
 
 _MARK = "peer.json"  # what an environment was made from; written last
 

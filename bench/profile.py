@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from openvino import opset15 as op
 
 from ettin.runtimes.batch import Batch
-from ettin.runtimes.on_openvino import OpenVinoRuntime
+from ettin.runtimes.engines.on_openvino import OpenVinoRuntime
 
 _RUNS = 20
 _PEAK_SIZES = (512, 1024, 2048)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from ettin.bench.beir import read_beir
-from ettin.export.proof_pairs import read_passages
+from ettin.export.reference import read_passages
 
 NATURAL_QUESTIONS = Path("nq")  # instead of a folder: the release's text, from the hub
 _GENERATED = "generated"

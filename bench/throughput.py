@@ -10,8 +10,8 @@ from ettin.artifacts.errors import EttinError, UsageError
 from ettin.artifacts.manifest import Manifest
 from ettin.bench.contest import Child, Contest, Contestant, artifact_entries, measured, token_lengths, weights_of
 from ettin.bench.texts import pairs_to_score, text_name
-from ettin.runtimes import console
-from ettin.runtimes.graph import ModelShape
+from ettin.graph import ModelShape
+from ettin.runtimes.commands import console
 
 # PyTorch as in the release's ablation table: contestants' kinds and arguments after the checkpoint's folder, for
 # CPUs and, with FlashAttention-2, for GPUs.
@@ -184,7 +184,7 @@ def _peaks(device: str) -> dict[str, float]:
         from ettin.bench.profile import peak_gops
     except ModuleNotFoundError:
         return {}
-    from ettin.runtimes.cpu import available_cpus, has_bf16
+    from ettin.runtimes.machine import available_cpus, has_bf16
 
     threads = available_cpus()
     precisions = {"fp32": ("f32", False), "int8": ("f32", True)} | ({"bf16": ("bf16", False)} if has_bf16() else {})

@@ -9,9 +9,9 @@ import openvino as ov
 import torch
 from numpy.typing import NDArray
 
-from ettin.export.calibration import calibration_text
-from ettin.export.checkpoint import read_checkpoint
-from ettin.export.gold import load_gold
+from ettin.export.quantise import calibration_text
+from ettin.export.reference import load_gold
+from ettin.export.source.checkpoint import read_checkpoint
 from ettin.runtimes.batch import Batch, cut
 from ettin.runtimes.tokenizer import PairTokenizer
 

@@ -11,12 +11,12 @@ import click
 from ettin.artifacts.errors import EttinError, HardwareError, MissingDependency, UsageError
 from ettin.artifacts.targets import TARGETS, checked_precision, target_named
 from ettin.export import report
-from ettin.export.tensorrt_builder import FLAVOURS, BuildOptions
-from ettin.runtimes import console
+from ettin.export.targets.tensorrt_builder import FLAVOURS, BuildOptions
+from ettin.runtimes.commands import console
 
 if TYPE_CHECKING:  # these import torch
-    from ettin.export.checkpoint import Checkpoint
     from ettin.export.pipeline import Export, Job
+    from ettin.export.source.checkpoint import Checkpoint
 
 _MISSING = {"torch", "transformers", "sentence_transformers", "safetensors"}
 EXAMPLES = (
@@ -89,7 +89,7 @@ def command(
         wanted = [(target, checked_precision(target_named(target), precision))]
     try:
         from ettin.export.pipeline import Export, Job, Options
-        from ettin.export.sources import opened
+        from ettin.export.source.resolve import opened
     except ModuleNotFoundError as error:
         if error.name not in _MISSING:
             raise

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 from ettin.artifacts.errors import HardwareError
 from ettin.artifacts.targets import TARGETS
-from ettin.export.tensorrt_builder import FLAVOURS
+from ettin.export.targets.tensorrt_builder import FLAVOURS
 from ettin.export.writers import WRITERS
-from ettin.runtimes import cpu, openvino_kernels
-from ettin.runtimes.gpu import gpus
-from ettin.runtimes.pack import own_source
-from ettin.runtimes.registry import ENGINES
+from ettin.runtimes import machine as cpu
+from ettin.runtimes.commands.pack import own_source
+from ettin.runtimes.engines import openvino_kernels
+from ettin.runtimes.loading import ENGINES
+from ettin.runtimes.machine import gpus
 
 _PACKAGES = (
     "torch", "transformers", "sentence_transformers", "huggingface_hub", "safetensors", "tokenizers", "onnx",

@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ettin.artifacts.manifest import Engine, Interface, Needs, TensorSpec
-from ettin.export.checkpoint import Checkpoint
 from ettin.export.quantise import Quantised, linear_layers
-from ettin.export.tensorrt_builder import BuildOptions
-from ettin.export.weights import Weights, read_weights
+from ettin.export.source.checkpoint import Checkpoint
+from ettin.export.source.weights import Weights, read_weights
+from ettin.export.targets.tensorrt_builder import BuildOptions
 from ettin.export.writers import lowering
-from ettin.runtimes.graph.fold import inference_weights
+from ettin.graph.fold import inference_weights
 
 
 @dataclass(frozen=True)

@@ -12,25 +12,22 @@ from typing import Protocol
 from torch import Tensor
 
 from ettin.artifacts.errors import EttinError, HardwareError, MissingDependency, OutputError, ParityError, UsageError
-from ettin.artifacts.keys import read_private_key
 from ettin.artifacts.manifest import Calibration, Parity
 from ettin.artifacts.opened import OpenArtifact
 from ettin.artifacts.parity import write_parity
-from ettin.artifacts.publish import check_output, staged
-from ettin.artifacts.staging import NEW, workspace
+from ettin.artifacts.publishing import NEW, check_output, staged, workspace
+from ettin.artifacts.signatures import read_private_key
 from ettin.artifacts.targets import TARGETS
 from ettin.artifacts.tolerances import FP16_MAX_ACTIVATION, REDUCED_RATIO
-from ettin.export.calibration import CalibrationText, calibration_text
-from ettin.export.checkpoint import Checkpoint
-from ettin.export.gold import Gold, score_gold
 from ettin.export.lowering import Lowered, lower
-from ettin.export.proof_pairs import proof_pairs
-from ettin.export.quantise import LADDER, Quantised, Scheme, quantised
+from ettin.export.quantise import LADDER, CalibrationText, Quantised, Scheme, calibration_text, quantised
 from ettin.export.record import REFERENCE, About, unverified, write_manifest
-from ettin.export.tensorrt_builder import FLAVOURS, BuildOptions, check_options, checked_arch
+from ettin.export.reference import Gold, proof_pairs, score_gold
+from ettin.export.source.checkpoint import Checkpoint
+from ettin.export.targets.tensorrt_builder import FLAVOURS, BuildOptions, check_options, checked_arch
 from ettin.export.writers import WRITERS, lowering
-from ettin.runtimes.gpu import gpus
-from ettin.runtimes.registry import runtime_class
+from ettin.runtimes.loading import runtime_class
+from ettin.runtimes.machine import gpus
 from ettin.runtimes.tokenizer import PairTokenizer
 from ettin.runtimes.verify import Verification, verify_in_child
 

@@ -7,8 +7,8 @@ import click
 
 from ettin.artifacts.targets import TARGETS
 from ettin.export.doctor import examine
-from ettin.export.sizes import SIZES
-from ettin.runtimes import console
+from ettin.export.source.sizes import SIZES
+from ettin.runtimes.commands import console
 
 if TYPE_CHECKING:  # these import torch
     from ettin.export.pipeline import Export, Job

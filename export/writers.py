@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ettin.runtimes.cpu import has_bf16
-from ettin.runtimes.openvino_kernels import SWITCH, kernels
-from ettin.runtimes.registry import Engine
+from ettin.runtimes.engines.openvino_kernels import SWITCH, kernels
+from ettin.runtimes.loading import Engine
+from ettin.runtimes.machine import has_bf16
 
 if TYPE_CHECKING:  # imports torch
     from ettin.export.lowering import Lowering
@@ -35,17 +35,17 @@ def _openvino_elsewhere(precision: str) -> Iterator[Mapping[str, str]]:
 
 
 WRITERS = {
-    "onnx": Writer("ettin.export.to_onnx:onnx_from_checkpoint", ("onnx",), "export"),
+    "onnx": Writer("ettin.export.targets.to_onnx:onnx_from_checkpoint", ("onnx",), "export"),
     "openvino": Writer(
-        "ettin.export.to_openvino:openvino_from_checkpoint", ("openvino",), "openvino", _openvino_elsewhere
+        "ettin.export.targets.to_openvino:openvino_from_checkpoint", ("openvino",), "openvino", _openvino_elsewhere
     ),
     "transformers": Writer(
-        "ettin.export.to_transformers:transformers_from_checkpoint", ("safetensors", "transformers"), "export"
+        "ettin.export.targets.to_transformers:transformers_from_checkpoint", ("safetensors", "transformers"), "export"
     ),
-    "trt": Writer("ettin.export.to_tensorrt:trt_from_checkpoint", ("onnx",), "export", proof="packed"),
-    "trt-rtx": Writer("ettin.export.to_tensorrt:trt_rtx_from_checkpoint", ("onnx",), "export", proof="packed"),
+    "trt": Writer("ettin.export.targets.to_tensorrt:trt_from_checkpoint", ("onnx",), "export", proof="packed"),
+    "trt-rtx": Writer("ettin.export.targets.to_tensorrt:trt_rtx_from_checkpoint", ("onnx",), "export", proof="packed"),
     # Not a target for users: an `onnx` artifact of the packed graph.
-    "packed": Writer("ettin.export.to_tensorrt:packed_from_checkpoint", ("onnx",), "export"),
+    "packed": Writer("ettin.export.targets.to_tensorrt:packed_from_checkpoint", ("onnx",), "export"),
 }
 
 

@@ -7,11 +7,11 @@ import pytest
 from filelock import FileLock
 from support import TINY, VARIANTS, quiet, shared_path
 
-from ettin.export.checkpoint import Checkpoint, read_checkpoint
-from ettin.export.gold import load_gold
 from ettin.export.pipeline import Export, Job, Options
-from ettin.export.random_checkpoint import write_random_checkpoint
-from ettin.export.sizes import DEMO_FOLDER
+from ettin.export.reference import load_gold
+from ettin.export.source.checkpoint import Checkpoint, read_checkpoint
+from ettin.export.source.sizes import DEMO_FOLDER
+from ettin.export.source.weights import write_random_checkpoint
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ class Service:
         limit = (
             f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({open_files},) * 2); " if open_files else ""
         )
-        code = f"{limit}from ettin.runtimes.cli_serve import main; main()"
+        code = f"{limit}from ettin.runtimes.commands.serve import main; main()"
         words = [sys.executable, "-c", code, *map(str, arguments), "--port", str(self.port)]
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed in __exit__; a pipe that nobody reads would fill)
         self.process = subprocess.Popen(words, stderr=self._log, env=environment)

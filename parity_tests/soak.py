@@ -32,9 +32,9 @@ from service import Service
 from ettin.bench.load import asked_of, mixed_load
 from ettin.bench.load_servers import SERVERS, Served
 from ettin.bench.machine import write_result
-from ettin.export.proof_pairs import natural_pairs
+from ettin.export.reference import natural_pairs
 from ettin.runtimes import load
-from ettin.runtimes.registry import checked_manifest
+from ettin.runtimes.loading import checked_manifest
 
 CLIENTS = 32
 HEALTH_S = 1.0  # more than usual, while an attack lasts

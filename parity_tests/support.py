@@ -15,7 +15,7 @@ import pytest
 from ettin.artifacts.files import list_files
 from ettin.artifacts.manifest import _digest
 from ettin.artifacts.targets import TARGETS
-from ettin.runtimes.graph import ModelShape
+from ettin.graph import ModelShape
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 COMMANDS = Path(sys.executable).parent

@@ -23,9 +23,9 @@ from ettin.artifacts.files import list_files
 from ettin.artifacts.manifest import Manifest
 from ettin.artifacts.parity import read_parity
 from ettin.export import pipeline
-from ettin.export.checkpoint import Checkpoint
 from ettin.export.pipeline import Export, Job, Options
-from ettin.export.proof_pairs import natural_pairs
+from ettin.export.reference import natural_pairs
+from ettin.export.source.checkpoint import Checkpoint
 from ettin.runtimes import load
 from ettin.runtimes.verify import record_verified, verify, verify_in_child
 
@@ -186,7 +186,7 @@ def test_links_are_not_published(tmp_path: Path) -> None:
 def test_missing_engine_is_one_line_and_a_broken_one_is_not_hidden(
     artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ettin.runtimes import registry
+    from ettin.runtimes import loading as registry
 
     def absent(name: str) -> Any:
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)

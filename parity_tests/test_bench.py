@@ -18,10 +18,10 @@ from ettin.bench.profile import peak_gops, profiled
 from ettin.bench.quality import Quality, change
 from ettin.bench.tables import filled
 from ettin.bench.texts import pairs_to_score
-from ettin.export.sizes import DEMO_FOLDER
+from ettin.export.source.sizes import DEMO_FOLDER
 from ettin.runtimes import load
 from ettin.runtimes.batch import Batch
-from ettin.runtimes.on_openvino import OpenVinoRuntime
+from ettin.runtimes.engines.on_openvino import OpenVinoRuntime
 from ettin.runtimes.tokenizer import PairTokenizer
 
 

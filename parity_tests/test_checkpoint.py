@@ -12,11 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ettin.artifacts.errors import CheckpointError, DownloadError, EttinError, UnsupportedCheckpoint, UsageError
-from ettin.export import gold, hub, sources
-from ettin.export.checkpoint import Checkpoint, read_checkpoint
-from ettin.export.gold import load_gold
-from ettin.export.sizes import DEMO_FOLDER, SIZES
-from ettin.export.weights import encoder_shapes, head_shapes, read_weights
+from ettin.export import reference as gold
+from ettin.export.reference import load_gold
+from ettin.export.source import resolve as hub
+from ettin.export.source import resolve as sources
+from ettin.export.source.checkpoint import Checkpoint, read_checkpoint
+from ettin.export.source.sizes import DEMO_FOLDER, SIZES
+from ettin.export.source.weights import encoder_shapes, head_shapes, read_weights
 
 
 @pytest.fixture

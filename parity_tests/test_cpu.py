@@ -10,9 +10,9 @@ import pytest
 from ettin.artifacts.errors import OutputError, UsageError
 from ettin.runtimes import load
 from ettin.runtimes.batch import Batch
-from ettin.runtimes.cpu import CpuPlan, available_cpus, is_hybrid
-from ettin.runtimes.on_openvino import OpenVinoRuntime
-from ettin.runtimes.openvino_kernels import SWITCH
+from ettin.runtimes.engines.on_openvino import OpenVinoRuntime
+from ettin.runtimes.engines.openvino_kernels import SWITCH
+from ettin.runtimes.machine import CpuPlan, available_cpus, is_hybrid
 
 PAIRS = [("which planet is red", "Mars is the red planet."), ("what do bees make", "Bees make honey and wax.")] * 20
 SHORT = [[1], [8, 3], [66, 65, 64, 63], [130, 129, 128], [193, 192], [257, 256, 255], [512, 100]]

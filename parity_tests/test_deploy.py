@@ -11,8 +11,8 @@ from typing import Any
 import click
 import pytest
 
-from ettin.runtimes import cli_serve
-from ettin.runtimes.serving.limits import PROBES
+from ettin.runtimes.commands import serve as cli_serve
+from ettin.runtimes.serving.bodies import PROBES
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"

@@ -11,7 +11,7 @@ from ettin.artifacts.errors import UsageError
 from ettin.artifacts.metrics import mean_metrics
 from ettin.bench.beir import read_beir
 from ettin.bench.first_stage import bm25_candidates
-from ettin.export.proof_pairs import natural_pairs
+from ettin.export.reference import natural_pairs
 from ettin.runtimes import load
 
 Artifacts = dict[tuple[str, str], Path]

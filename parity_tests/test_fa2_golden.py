@@ -13,10 +13,10 @@ from support import VARIANTS, quiet, shared_path
 from ettin.artifacts.manifest import Manifest
 from ettin.artifacts.metrics import score_error
 from ettin.artifacts.tolerances import FP32, INT8_SPEARMAN, REDUCED_RATIO
-from ettin.export.checkpoint import read_checkpoint
 from ettin.export.pipeline import Export, Job, Options
-from ettin.export.proof_pairs import natural_pairs
-from ettin.export.sizes import DEMO_FOLDER
+from ettin.export.reference import natural_pairs
+from ettin.export.source.checkpoint import read_checkpoint
+from ettin.export.source.sizes import DEMO_FOLDER
 from ettin.runtimes import Batch, load
 
 ROOT = Path(__file__).parents[1]

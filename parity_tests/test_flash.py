@@ -14,14 +14,15 @@ from ettin.artifacts.errors import HardwareError
 from ettin.artifacts.parity import read_parity
 from ettin.artifacts.tolerances import REWRITE_FLOAT64
 from ettin.bench.gpu_subject import plain_varlen
-from ettin.export.checkpoint import Checkpoint
-from ettin.export.weights import read_weights
-from ettin.runtimes import flash, load
+from ettin.export.source.checkpoint import Checkpoint
+from ettin.export.source.weights import read_weights
+from ettin.graph.fold import inference_weights
+from ettin.graph.torch_ops import InferenceGraph
+from ettin.runtimes import load
 from ettin.runtimes.batch import Batch
-from ettin.runtimes.graph.flash_graph import FlashGraph
-from ettin.runtimes.graph.fold import inference_weights
-from ettin.runtimes.graph.torch_graph import InferenceGraph
-from ettin.runtimes.on_torch import TorchRuntime
+from ettin.runtimes.engines import flash
+from ettin.runtimes.engines.flash import FlashGraph
+from ettin.runtimes.engines.on_torch import TorchRuntime
 
 WINDOWS: list[tuple[int, int]] = []
 DEMO_WINDOWS = [(-1, -1), (64, 64), (64, 64), (-1, -1), (64, 64), (64, 64), (-1, -1)]
@@ -93,7 +94,7 @@ def test_runtime_uses_the_graph_on_a_gpu(
 ) -> None:
     """With a CPU in the GPU's place: everything but the device's name is what runs there."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("ettin.runtimes.on_torch.flash_kernel", lambda: watched_varlen)
+    monkeypatch.setattr("ettin.runtimes.engines.on_torch.flash_kernel", lambda: watched_varlen)
     for kind in (torch.nn.Module, Tensor):
         monkeypatch.setattr(kind, "to", staying(kind.to))
     WINDOWS.clear()

@@ -14,8 +14,8 @@ from ettin.artifacts.errors import OutputError
 from ettin.bench.bundle import assemble
 from ettin.bench.gpu_speed import stock_loop
 from ettin.bench.gpu_subject import Place, opened, plain_varlen
-from ettin.export.checkpoint import read_checkpoint
-from ettin.export.sizes import DEMO_FOLDER
+from ettin.export.source.checkpoint import read_checkpoint
+from ettin.export.source.sizes import DEMO_FOLDER
 
 PAIRS = [("What is the red planet?", "Mars is called the red planet."), ("Who?", "Nobody knows " * 40)] * 8
 # As on a bare machine: neither installed packages of this project, nor what only they need.

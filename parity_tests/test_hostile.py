@@ -148,8 +148,8 @@ def test_packing_writes_where_the_user_is(
 ) -> None:
     from click.testing import CliRunner
 
-    from ettin.runtimes import pack
-    from ettin.runtimes.cli_pack import command
+    from ettin.runtimes.commands import pack
+    from ettin.runtimes.commands.pack import command
 
     monkeypatch.setattr(pack, "_run", lambda *_: None)
     folder = copied("onnx")
@@ -278,9 +278,9 @@ def test_copies_of_a_snapshot_are_plain_files(
 
     from click.testing import CliRunner
 
-    from ettin.artifacts.triton_repository import TritonOptions, publish
-    from ettin.runtimes import pack
-    from ettin.runtimes.cli_pack import command
+    from ettin.runtimes.commands import pack
+    from ettin.runtimes.commands.pack import command
+    from ettin.runtimes.triton.repository import TritonOptions, publish
 
     pytest.importorskip("tritonclient.grpc.model_config_pb2", reason='needs pip install "ettin-export[triton]"')
     snapshot = as_hub_snapshot(demo_artifacts["onnx", "fp32"], tmp_path)

@@ -32,12 +32,11 @@ from test_serve import Stub, ask_app
 
 from ettin.artifacts.errors import UsageError
 from ettin.runtimes import load
-from ettin.runtimes.cli_serve import command
+from ettin.runtimes.commands.serve import command
 from ettin.runtimes.request import Scored
 from ettin.runtimes.serving.answers import Refused
+from ettin.runtimes.serving.bodies import Limits, parsed
 from ettin.runtimes.serving.health import Health
-from ettin.runtimes.serving.limits import Limits
-from ettin.runtimes.serving.parsing import parsed
 from ettin.runtimes.serving.schemas import RerankRequest
 
 Artifacts = dict[tuple[str, str], Path]

@@ -13,10 +13,10 @@ import pytest
 from support import quiet
 
 from ettin.artifacts import tolerances
-from ettin.export.checkpoint import Checkpoint
 from ettin.export.pipeline import Export, Job, Options
-from ettin.export.sizes import SIZES
-from ettin.export.sources import opened
+from ettin.export.source.checkpoint import Checkpoint
+from ettin.export.source.resolve import opened
+from ettin.export.source.sizes import SIZES
 from ettin.runtimes import Runtime, load
 
 TARGETS = ["onnx", "openvino", "transformers"]

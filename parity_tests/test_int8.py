@@ -17,16 +17,17 @@ from ettin.artifacts.manifest import Manifest
 from ettin.artifacts.parity import read_parity
 from ettin.artifacts.tolerances import INT8_NDCG_DROP, INT8_SPEARMAN, int8_rule
 from ettin.export import pipeline
-from ettin.export.calibration import calibration_text
-from ettin.export.checkpoint import Checkpoint
 from ettin.export.pipeline import Export, Job, Options
-from ettin.export.proof_pairs import proof_pairs
-from ettin.export.quantise import LADDER, Quantised, group_errors, int8_rows, quantised
-from ettin.export.weights import read_weights
-from ettin.runtimes import cpu, load, on_openvino
-from ettin.runtimes.graph.fold import inference_weights
-from ettin.runtimes.graph.ops import ONLY_IN_F32
-from ettin.runtimes.graph.torch_graph import InferenceGraph
+from ettin.export.quantise import LADDER, Quantised, calibration_text, group_errors, int8_rows, quantised
+from ettin.export.reference import proof_pairs
+from ettin.export.source.checkpoint import Checkpoint
+from ettin.export.source.weights import read_weights
+from ettin.graph.fold import inference_weights
+from ettin.graph.ops import ONLY_IN_F32
+from ettin.graph.torch_ops import InferenceGraph
+from ettin.runtimes import load
+from ettin.runtimes import machine as cpu
+from ettin.runtimes.engines import on_openvino
 from ettin.runtimes.tokenizer import PairTokenizer
 
 LINEARS = {f"layers.{layer}.{name}" for layer in range(7) for name in ("q", "k", "v", "o", "up", "gate", "down")}

@@ -8,8 +8,8 @@ from support import in_a_child, quiet
 
 from ettin.export import pipeline
 from ettin.export.pipeline import Export, Job, Options
-from ettin.export.proof_pairs import ProofPair, natural_pairs
-from ettin.export.sources import opened
+from ettin.export.reference import ProofPair, natural_pairs
+from ettin.export.source.resolve import opened
 
 LIMIT_MIB = 400
 MEASURE = """

@@ -9,11 +9,13 @@ import pytest
 from support import quiet
 
 from ettin.artifacts.errors import ParityError
-from ettin.export import lowering, onnx_graph, openvino_graph
-from ettin.export.checkpoint import Checkpoint
+from ettin.export import lowering
 from ettin.export.pipeline import Export, Job, Options
-from ettin.export.weights import Weights, read_weights
-from ettin.runtimes.graph.fold import HEAD_NORM, HEAD_SCORE, inference_weights
+from ettin.export.source.checkpoint import Checkpoint
+from ettin.export.source.weights import Weights, read_weights
+from ettin.export.targets import onnx_ops as onnx_graph
+from ettin.export.targets import openvino_ops as openvino_graph
+from ettin.graph.fold import HEAD_NORM, HEAD_SCORE, inference_weights
 
 Mutation = Callable[[pytest.MonkeyPatch], None]
 

@@ -10,10 +10,10 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from ettin.export.checkpoint import Checkpoint
 from ettin.export.lowering import Material
-from ettin.export.to_onnx import onnx_from_checkpoint
-from ettin.export.weights import read_weights
+from ettin.export.source.checkpoint import Checkpoint
+from ettin.export.source.weights import read_weights
+from ettin.export.targets.to_onnx import onnx_from_checkpoint
 from ettin.runtimes import load
 
 

@@ -12,10 +12,9 @@ import pytest
 from click.testing import CliRunner
 
 from ettin.artifacts.errors import MissingDependency, OutputError
-from ettin.runtimes import pack as module
-from ettin.runtimes.cli_pack import command
-from ettin.runtimes.pack import requirements
-from ettin.runtimes.registry import checked_manifest
+from ettin.runtimes.commands import pack as module
+from ettin.runtimes.commands.pack import command, requirements
+from ettin.runtimes.loading import checked_manifest
 
 Artifacts = dict[tuple[str, str], Path]
 

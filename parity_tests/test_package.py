@@ -9,8 +9,8 @@ import pytest
 from click.testing import CliRunner
 
 ROOT = Path(__file__).parents[1]
-LAYERS = ["artifacts", "runtimes", "export", "bench"]
-TORCH_USERS = {"on_torch.py", "flash.py", "flash_graph.py", "fold.py", "torch_graph.py"}
+LAYERS = ["artifacts", "graph", "runtimes", "export", "bench"]
+TORCH_USERS = {"on_torch.py", "flash.py", "fold.py", "torch_ops.py"}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
@@ -46,7 +46,7 @@ def test_imports_go_one_way(layer: str) -> None:
         assert not wrong, (path, wrong)
 
 
-@pytest.mark.parametrize("layer", ["artifacts", "runtimes"])
+@pytest.mark.parametrize("layer", ["artifacts", "graph", "runtimes"])
 def test_no_torch_below_the_exporter(layer: str) -> None:
     for path in sources(layer):
         roots = {name.split(".")[0] for name in imported(path)}

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from ettin.artifacts import tolerances
-from ettin.export.checkpoint import Checkpoint
 from ettin.export.lowering import Material
-from ettin.export.to_onnx import packed_onnx
-from ettin.export.weights import read_weights
-from ettin.runtimes.graph import GraphForm
-from ettin.runtimes.graph.fold import inference_weights
-from ettin.runtimes.graph.torch_graph import InferenceGraph, PackedGraph
+from ettin.export.source.checkpoint import Checkpoint
+from ettin.export.source.weights import read_weights
+from ettin.export.targets.to_onnx import packed_onnx
+from ettin.graph import GraphForm
+from ettin.graph.fold import inference_weights
+from ettin.graph.torch_ops import InferenceGraph, PackedGraph
 
 # Lengths of the sequences of a pack: the window's edges, one token, whole and broken blocks, many short ones.
 PACKS = [

@@ -13,7 +13,7 @@ from ettin.artifacts.errors import EttinError
 from ettin.bench import peers
 from ettin.bench.cli import command
 from ettin.bench.tables import TABLES
-from ettin.export.sizes import DEMO_FOLDER
+from ettin.export.source.sizes import DEMO_FOLDER
 
 Artifacts = dict[tuple[str, str], Path]
 

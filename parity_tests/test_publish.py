@@ -15,22 +15,22 @@ from typing import Any
 import pytest
 from support import COMMANDS, wait_until
 
-from ettin.artifacts import publish, staging, writing
-from ettin.artifacts.current import of_current
+from ettin.artifacts import publishing as publish
+from ettin.artifacts import publishing as staging
+from ettin.artifacts import writing
 from ettin.artifacts.errors import DamagedArtifact, OutputError, ParityError
 from ettin.artifacts.opened import OpenArtifact
-from ettin.artifacts.publish import staged
-from ettin.artifacts.staging import NEW, OLD, workspace
+from ettin.artifacts.publishing import NEW, OLD, staged, workspace
 from ettin.artifacts.writing import exchange, write_file
 from ettin.runtimes import load
-from ettin.runtimes.registry import checked_manifest
+from ettin.runtimes.loading import checked_manifest, of_current
 
 # Publishes one small artifact over another until it is killed; says so before each time.
 PUBLISH_AGAIN_AND_AGAIN = """
 import shutil, sys
 from pathlib import Path
-from ettin.artifacts import publish
-from ettin.artifacts.publish import staged
+from ettin.artifacts import publishing as publish
+from ettin.artifacts.publishing import staged
 if sys.argv[3] == "two renames":
     publish.exchange = lambda first, second: False
 print("ready", flush=True)
@@ -42,7 +42,7 @@ while True:
 WAIT_WHILE_STAGING = """
 import sys, time
 from pathlib import Path
-from ettin.artifacts.publish import staged
+from ettin.artifacts.publishing import staged
 with staged(Path(sys.argv[1]), force=True) as stage:
     (stage / "manifest.json").write_text("half")
     print("ready", flush=True)
@@ -52,7 +52,7 @@ with staged(Path(sys.argv[1]), force=True) as stage:
 DIE_BETWEEN_TWO_RENAMES = """
 import os, sys
 from pathlib import Path
-from ettin.artifacts import publish
+from ettin.artifacts import publishing as publish
 output, rename = Path(sys.argv[1]), Path.rename
 def die_after(self, target):
     rename(self, target)

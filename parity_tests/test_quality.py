@@ -10,9 +10,9 @@ from support import quiet
 from ettin.bench.beir import read_beir
 from ettin.bench.first_stage import bm25_candidates
 from ettin.bench.quality import first_stage_ndcg, rerank_quality
-from ettin.export.checkpoint import read_checkpoint
-from ettin.export.gold import load_gold
 from ettin.export.pipeline import Export, Job, Options
+from ettin.export.reference import load_gold
+from ettin.export.source.checkpoint import read_checkpoint
 from ettin.runtimes import load
 
 

@@ -18,12 +18,13 @@ from torch import Tensor
 
 from ettin.artifacts.files import list_files
 from ettin.artifacts.manifest import Manifest
-from ettin.export.openvino_graph import OpenVinoOps
-from ettin.export.to_openvino import share_weights
-from ettin.runtimes import load, openvino_kernels
+from ettin.export.targets.openvino_ops import OpenVinoOps
+from ettin.export.targets.to_openvino import share_weights
+from ettin.graph.fold import rope_tables
+from ettin.runtimes import load
 from ettin.runtimes.batch import Batch
-from ettin.runtimes.graph.fold import rope_tables
-from ettin.runtimes.openvino_kernels import HEAD_DIM, RAGGED_NAME, SWITCH, Problem, kernels, problem
+from ettin.runtimes.engines import openvino_kernels
+from ettin.runtimes.engines.openvino_kernels import HEAD_DIM, RAGGED_NAME, SWITCH, Problem, kernels, problem
 
 HEADS, THETA = 2, 160000.0
 LENGTHS = (1, 17, 31, 32, 33, 64, 65, 130, 257, 300, 700)

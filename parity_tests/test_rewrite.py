@@ -9,12 +9,12 @@ import torch
 import transformers.models.modernbert.modeling_modernbert as modernbert
 
 from ettin.artifacts import tolerances
-from ettin.export.checkpoint import Checkpoint, read_checkpoint
-from ettin.export.gold import load_gold
-from ettin.export.weights import read_weights
-from ettin.runtimes.graph import GraphForm
-from ettin.runtimes.graph.fold import inference_weights
-from ettin.runtimes.graph.torch_graph import InferenceGraph
+from ettin.export.reference import load_gold
+from ettin.export.source.checkpoint import Checkpoint, read_checkpoint
+from ettin.export.source.weights import read_weights
+from ettin.graph import GraphForm
+from ettin.graph.fold import inference_weights
+from ettin.graph.torch_ops import InferenceGraph
 
 # Batches of lengths; the first row of each is its longest, the others are padded.
 GRID = [

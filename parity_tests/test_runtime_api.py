@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from ettin.artifacts.errors import Closed, DamagedArtifact, EttinError, HardwareError, InputError, UsageError
-from ettin.export.proof_pairs import natural_pairs
+from ettin.export.reference import natural_pairs
 from ettin.runtimes import Batch, Runtime, load
 from ettin.runtimes.batch import cut
 
@@ -129,7 +129,7 @@ def test_activations(runtime: Runtime) -> None:
 
 
 def test_sigmoid_breaks_no_ties_and_does_not_overflow() -> None:
-    from ettin.runtimes.activation import sigmoid
+    from ettin.runtimes.arguments import sigmoid
 
     scores = sigmoid(np.array([-1000, -12.5, -12.25, 0, 12, 1000], np.float32))
     assert scores[0] == 0 and scores[-1] == 1 and len(set(scores.tolist())) == 6 and scores.dtype == np.float32

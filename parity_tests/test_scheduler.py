@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from ettin.artifacts.errors import Busy, Closed, EttinError, Expired, InputError, ScoringError
-from ettin.export.sizes import DEMO_FOLDER
+from ettin.export.source.sizes import DEMO_FOLDER
 from ettin.runtimes import scheduler as scheduler_module
 from ettin.runtimes.batch import Batch, BatchLimits
 from ettin.runtimes.request import Request

@@ -20,15 +20,15 @@ from click.testing import CliRunner
 from service import Service
 
 from ettin.artifacts.errors import Busy, Closed, ServerError
-from ettin.artifacts.triton_repository import TritonOptions, publish
 from ettin.runtimes import Runtime, load
-from ettin.runtimes.activation import sigmoid
-from ettin.runtimes.cli_serve import command
+from ettin.runtimes.arguments import sigmoid
+from ettin.runtimes.commands.serve import command
 from ettin.runtimes.request import Scored
 from ettin.runtimes.serving.app import create_app
 from ettin.runtimes.serving.backends import Backend
-from ettin.runtimes.serving.limits import Limits
-from ettin.runtimes.serving.tritonserver import TritonServer
+from ettin.runtimes.serving.bodies import Limits
+from ettin.runtimes.triton.repository import TritonOptions, publish
+from ettin.runtimes.triton.server import TritonServer
 
 Artifacts = dict[tuple[str, str], Path]
 QUERY = "Which planet is red?"

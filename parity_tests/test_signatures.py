@@ -20,13 +20,12 @@ from ettin.artifacts.errors import (
     UsageError,
 )
 from ettin.artifacts.files import list_files
-from ettin.artifacts.keys import read_private_key, read_public_key
 from ettin.artifacts.manifest import Manifest
 from ettin.artifacts.opened import OpenArtifact
-from ettin.artifacts.signatures import SIGNATURE_NAME
-from ettin.artifacts.triton_repository import TritonOptions, publish
+from ettin.artifacts.signatures import SIGNATURE_NAME, read_private_key, read_public_key
 from ettin.runtimes import load
-from ettin.runtimes.registry import checked_manifest
+from ettin.runtimes.loading import checked_manifest
+from ettin.runtimes.triton.repository import TritonOptions, publish
 
 ec = pytest.importorskip("cryptography.hazmat.primitives.asymmetric.ec")
 serialization = pytest.importorskip("cryptography.hazmat.primitives.serialization")

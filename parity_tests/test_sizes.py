@@ -8,8 +8,8 @@ from support import quiet
 from ettin.artifacts.manifest import Manifest
 from ettin.export import pipeline
 from ettin.export.pipeline import Export, Job, Options
-from ettin.export.proof_pairs import ProofPair, natural_pairs
-from ettin.export.sources import opened
+from ettin.export.reference import ProofPair, natural_pairs
+from ettin.export.source.resolve import opened
 
 TARGETS = ["onnx", "openvino", "transformers"]
 SIZES = ["17m", *(pytest.param(size, marks=pytest.mark.slow) for size in ("32m", "68m", "150m", "400m", "1b"))]

@@ -34,19 +34,21 @@ from ettin.artifacts.manifest import MANIFEST_NAME, Engine, Manifest
 from ettin.artifacts.metrics import score_error
 from ettin.artifacts.parity import read_parity
 from ettin.artifacts.tolerances import REDUCED_RATIO
-from ettin.export import doctor, tensorrt_builder
-from ettin.export.checkpoint import Checkpoint, read_checkpoint
+from ettin.export import doctor
 from ettin.export.lowering import Material
 from ettin.export.pipeline import Export, Job, Options
-from ettin.export.random_checkpoint import write_random_checkpoint
-from ettin.export.sizes import SIZES
-from ettin.export.tensorrt_builder import BuildOptions, build, checked_arch
-from ettin.export.to_onnx import packed_onnx
-from ettin.export.to_tensorrt import BATCH_PAIRS, BATCH_TOKENS, profiles
-from ettin.export.weights import read_weights
-from ettin.runtimes import gpu, load, on_tensorrt
+from ettin.export.source.checkpoint import Checkpoint, read_checkpoint
+from ettin.export.source.sizes import SIZES
+from ettin.export.source.weights import read_weights, write_random_checkpoint
+from ettin.export.targets import tensorrt_builder
+from ettin.export.targets.tensorrt_builder import BuildOptions, build, checked_arch
+from ettin.export.targets.to_onnx import packed_onnx
+from ettin.export.targets.to_tensorrt import BATCH_PAIRS, BATCH_TOKENS, profiles
+from ettin.runtimes import load
+from ettin.runtimes import machine as gpu
 from ettin.runtimes.batch import Batch, BatchLimits, cut
-from ettin.runtimes.gpu import Gpu
+from ettin.runtimes.engines import on_tensorrt
+from ettin.runtimes.machine import Gpu
 from ettin.runtimes.verify import adopt_engine, record_verified, verify
 
 CARD = Gpu("NVIDIA GeForce RTX 3090", "sm_86", "580.95.05")
@@ -455,12 +457,12 @@ def card(kit: Path, demo: Checkpoint, tmp_path: Path, monkeypatch: pytest.Monkey
     module.Logger.ERROR = 1
     module.Runtime = lambda logger: SimpleNamespace(deserialize_cuda_engine=deserialised)
     module.ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED=2)
-    cuda: Any = ModuleType("ettin.runtimes.cuda")
+    cuda: Any = ModuleType("ettin.runtimes.engines.cuda")
     cuda.Stream = FakeStream
     for name in ("cuda", "cuda.bindings"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     monkeypatch.setitem(sys.modules, "tensorrt", module)
-    monkeypatch.setitem(sys.modules, "ettin.runtimes.cuda", cuda)
+    monkeypatch.setitem(sys.modules, "ettin.runtimes.engines.cuda", cuda)
     here = Gpu("NVIDIA H100", "sm_90", "580.95.05")
     monkeypatch.setattr(on_tensorrt, "gpus", lambda: [here])
     return kit

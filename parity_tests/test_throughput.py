@@ -16,8 +16,8 @@ from ettin.bench import contestant, throughput
 from ettin.bench.cli import command
 from ettin.bench.contest import Contest, Contestant
 from ettin.bench.tables import TABLES
-from ettin.export.checkpoint import Checkpoint
-from ettin.export.sizes import DEMO_FOLDER, SIZES
+from ettin.export.source.checkpoint import Checkpoint
+from ettin.export.source.sizes import DEMO_FOLDER, SIZES
 from ettin.runtimes import load
 
 Artifacts = dict[tuple[str, str], Path]

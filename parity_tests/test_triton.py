@@ -23,14 +23,14 @@ import pytest
 from ettin.artifacts.errors import InputError, ServerError
 from ettin.artifacts.files import list_files
 from ettin.artifacts.manifest import Engine, Manifest, ShapeRange
-from ettin.artifacts.triton_repository import TritonOptions, publish
-from ettin.export.checkpoint import Checkpoint
 from ettin.export.lowering import PACKED, Material
-from ettin.export.to_onnx import packed_onnx
-from ettin.export.weights import read_weights
+from ettin.export.source.checkpoint import Checkpoint
+from ettin.export.source.weights import read_weights
+from ettin.export.targets.to_onnx import packed_onnx
 from ettin.runtimes import load
 from ettin.runtimes.serving.backends import TritonBackend
-from ettin.runtimes.serving.tritonserver import TritonServer
+from ettin.runtimes.triton.repository import TritonOptions, publish
+from ettin.runtimes.triton.server import TritonServer
 
 pytestmark = [
     pytest.mark.triton,
@@ -323,7 +323,7 @@ def test_command_serves_and_takes_its_server_along(
         with socket.create_server(("127.0.0.1", 0)) as probe:
             ports.append(probe.getsockname()[1])
     options = [f"--{kind}-port={port}" for kind, port in zip(("http", "grpc", "metrics"), ports, strict=True)]
-    code = "from ettin.runtimes.cli_triton import main; main()"
+    code = "from ettin.runtimes.commands.triton import main; main()"
     artifact = str(demo_artifacts["onnx", "fp32"])
     words = [sys.executable, "-c", code, artifact, "--repository", str(tmp_path / "models"), "--serve", *options]
 

@@ -12,8 +12,8 @@ from support import reseal
 from ettin.artifacts.errors import DamagedArtifact, OutputError, UsageError
 from ettin.artifacts.manifest import MANIFEST_NAME, Manifest
 from ettin.artifacts.opened import OpenArtifact
-from ettin.artifacts.triton_repository import TritonOptions, publish
-from ettin.runtimes.cli_triton import command
+from ettin.runtimes.commands.triton import command
+from ettin.runtimes.triton.repository import TritonOptions, publish
 
 pb = pytest.importorskip("tritonclient.grpc.model_config_pb2", reason='needs pip install "ettin-export[triton]"')
 Artifacts = dict[tuple[str, str], Path]

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ettin.artifacts.errors import EttinError
     from ettin.runtimes.base import Runtime
     from ettin.runtimes.batch import Batch
-    from ettin.runtimes.registry import load
+    from ettin.runtimes.loading import load
 
 __all__ = ["Batch", "EttinError", "Runtime", "load"]
 
@@ -24,6 +24,6 @@ __getattr__ = lazily(
         "Batch": "ettin.runtimes.batch",
         "EttinError": "ettin.artifacts.errors",
         "Runtime": "ettin.runtimes.base",
-        "load": "ettin.runtimes.registry",
+        "load": "ettin.runtimes.loading",
     },
 )

@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 from ettin.artifacts.errors import DamagedArtifact, UsageError
 from ettin.artifacts.opened import OpenArtifact
 from ettin.runtimes import processes
-from ettin.runtimes.activation import resolved
+from ettin.runtimes.arguments import documents_from_input, pairs_from_inputs, resolved, text
 from ettin.runtimes.batch import Batch, BatchLimits
-from ettin.runtimes.inputs import documents_from_input, pairs_from_inputs, text
 from ettin.runtimes.scheduler import Scheduler
 from ettin.runtimes.tokenizer import artifact_tokenizer
 
@@ -26,7 +25,7 @@ def _loaded_again(folder: str, settings: "Settings", digest: str) -> "Runtime":
     Raises:
         DamagedArtifact: another artifact is at that path.
     """
-    from ettin.runtimes.registry import load
+    from ettin.runtimes.loading import load
 
     runtime = load(folder, **vars(settings))
     if runtime.manifest.digest != digest:

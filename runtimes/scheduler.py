@@ -22,11 +22,10 @@ from tqdm import tqdm
 
 from ettin.artifacts.errors import Busy, Closed, EttinError, ScoringError
 from ettin.runtimes import processes
+from ettin.runtimes.arguments import Pair
 from ettin.runtimes.batch import Batch, BatchLimits
-from ettin.runtimes.choosing import Chosen, next_batch, requests_of
-from ettin.runtimes.inputs import Pair
-from ettin.runtimes.request import Progress, Request, Scored, failing
-from ettin.runtimes.threads import Threads, join
+from ettin.runtimes.processes import Threads, join
+from ettin.runtimes.request import Chosen, Progress, Request, Scored, failing, next_batch, requests_of
 from ettin.runtimes.tokenizer import PairTokenizer
 
 _FIRST_SPEED = 20_000.0  # tokens/s, until measured

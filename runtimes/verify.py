@@ -23,7 +23,7 @@ from ettin.artifacts.parity import ParityCase, read_parity
 from ettin.artifacts.tolerances import FP32, MIN_PAIRS, REDUCED_MIN_PAIRS, fp32_rule, int8_rule, reduced_rule
 from ettin.runtimes.base import Runtime
 from ettin.runtimes.batch import Batch
-from ettin.runtimes.registry import check_kit, engine_module, load
+from ettin.runtimes.loading import check_kit, engine_module, load
 
 _MIXED_PAIRS = 12  # scored together and alone
 _MIXED_TOKENS = 768  # … where they are no longer than this

@@ -13,16 +13,14 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from ettin.artifacts.errors import Busy, Closed, EttinError, Expired, InputError
-from ettin.artifacts.versions import installed_version
-from ettin.runtimes.activation import sigmoid
+from ettin.runtimes.arguments import sigmoid
+from ettin.runtimes.machine import installed_version
 from ettin.runtimes.request import Scored
 from ettin.runtimes.serving.answers import ClientLeft, Refused, clipped, failure, internal_failure
 from ettin.runtimes.serving.backends import Backend
-from ettin.runtimes.serving.bodies import Bodies
+from ettin.runtimes.serving.bodies import Bodies, Limits, parsed
 from ettin.runtimes.serving.gate import Gate, Metrics
 from ettin.runtimes.serving.health import Health
-from ettin.runtimes.serving.limits import Limits
-from ettin.runtimes.serving.parsing import parsed
 from ettin.runtimes.serving.schemas import (
     Document,
     Failure,

@@ -6,8 +6,7 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from ettin.runtimes.serving.bodies import Bodies
-from ettin.runtimes.serving.limits import Limits
+from ettin.runtimes.serving.bodies import Bodies, Limits
 
 RESERVE = 64  # connections beyond the limit of requests: health checks and whoever is told to come again
 

@@ -15,8 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ettin.runtimes.serving.answers import CLOSE, ClientLeft, Refused, clipped, internal_failure
 from ettin.runtimes.serving.backends import Backend
-from ettin.runtimes.serving.bodies import Bodies
-from ettin.runtimes.serving.limits import PROBES, Limits
+from ettin.runtimes.serving.bodies import PROBES, Bodies, Limits
 
 ACCESS = logging.getLogger("ettin.access")
 OPEN = (*PROBES, "/metrics")  # without a key: for probes and scrapers

@@ -13,10 +13,9 @@ from ettin.artifacts.errors import UsageError
 from ettin.runtimes.processes import give_memory_back
 from ettin.runtimes.serving.app import create_app
 from ettin.runtimes.serving.backends import Backend
-from ettin.runtimes.serving.bodies import Bodies
+from ettin.runtimes.serving.bodies import Bodies, Limits
 from ettin.runtimes.serving.connections import RESERVE, Connections
 from ettin.runtimes.serving.health import Health
-from ettin.runtimes.serving.limits import Limits
 
 _BACKLOG = 128  # connections that the kernel holds, and that asyncio accepts before any of them counts
 _OTHER_FILES = 64  # the engine's and Python's

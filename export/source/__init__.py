@@ -1,0 +1,1 @@
+"""What an export starts from: a checkpoint, checked and read."""

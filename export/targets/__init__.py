@@ -1,0 +1,1 @@
+"""What an export writes, a file for each kind of artifact."""

@@ -1,0 +1,259 @@
+"""ONNX → TensorRT engine, with the builder of TensorRT or of TensorRT-RTX: they share their Python API."""
+
+import importlib
+import re
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ettin.artifacts.errors import BuildError, HardwareError, MissingDependency, UsageError
+from ettin.artifacts.manifest import ShapeRange
+from ettin.artifacts.writing import write_file
+from ettin.runtimes.loading import ENGINES
+from ettin.runtimes.machine import Gpu, gpus
+
+Profile = dict[str, ShapeRange]
+
+
+@dataclass(frozen=True)
+class Flavour:
+    """One of the two products.
+
+    Args:
+        module: the Python module.
+        product: its name in messages.
+    """
+
+    module: str
+    product: str
+
+
+FLAVOURS = {
+    "trt": Flavour("tensorrt", "TensorRT"),
+    "trt-rtx": Flavour("tensorrt_rtx", "TensorRT-RTX"),
+}
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What a user chooses.
+
+    Args:
+        arch: GPU to build for, such as "sm_86"; None or "native": the one in this machine.
+        kit: write what another machine needs to build the engine, not the engine.
+        workspace_mib: scratch memory that kernels may take; None: all of the GPU's.
+        timing_cache: "trt" only: file that keeps kernel timings for the next build; None: none is kept.
+    """
+
+    arch: str | None = None
+    kit: bool = False
+    workspace_mib: int | None = None
+    timing_cache: Path | None = None
+
+
+@dataclass(frozen=True)
+class Built:
+    """A compiled engine.
+
+    Args:
+        engine: serialised.
+        fused_attentions: attentions in one kernel, by the builder's own listing of the layers of a profile.
+    """
+
+    engine: bytes
+    fused_attentions: int
+
+
+def builder_module(target: str) -> Any:
+    """The module that builds `target`.
+
+    Raises:
+        MissingDependency: it is not installed, or (TensorRT) only its shell is, without NVIDIA's libraries.
+    """
+    module = FLAVOURS[target].module
+    try:
+        return importlib.import_module(module)
+    except ImportError:  # the shell on PyPI fails on libnvinfer
+        extra = ENGINES[target].extra
+        raise MissingDependency(f"target '{target}'", module.replace("_", "-"), extra) from None
+
+
+def check_arch_name(arch: str) -> None:
+    """Whether it is written as architectures are.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if not re.fullmatch(r"sm_\d{2,3}", arch):
+        raise UsageError(f"--arch is '{arch}', expected native or sm_ and a compute capability: sm_86")
+
+
+def checked_arch(target: str, arch: str | None, found: Sequence[Gpu]) -> str:
+    """The GPU architecture to build for.
+
+    Args:
+        target: "trt" or "trt-rtx".
+        arch: what was asked for; None or "native": this machine's.
+        found: this machine's GPUs.
+
+    Raises:
+        UsageError: not an architecture.
+        HardwareError: none was named and there is no GPU, or this builder, on this machine, can't build for it.
+    """
+    if arch is not None and arch != "native":
+        check_arch_name(arch)
+    here = found[0].arch if found else None
+    if arch is None or arch == "native":
+        if here is None:
+            kit = " --build-kit" if target == "trt" else ""
+            raise HardwareError(f"no GPU here to build for. Name one: --target {target} --arch sm_86{kit}")
+        return here
+    flavour = FLAVOURS[target]
+    if arch == here:
+        return arch
+    there = f"the GPU here is {here}" if here else "no GPU is here"
+    if target == "trt":
+        raise HardwareError(
+            f"{flavour.product} builds only for a GPU in the machine: asked for {arch}, {there}. Build there, or take "
+            f"the parts with you: --target trt --arch {arch} --build-kit"
+        )
+    ahead = ahead_of_time(builder_module(target))
+    if arch not in ahead:
+        raise HardwareError(
+            f"{flavour.product} builds ahead of time for {', '.join(ahead)}, not for {arch}, and {there}. "
+            f"Take another target: --target trt --arch {arch}"
+        )
+    return arch
+
+
+def check_options(target: str, options: BuildOptions) -> None:
+    """Whether this machine can build `target` so; anything goes for other targets, but a kit.
+
+    Raises:
+        UsageError: a kit of another target, or for no GPU in particular; a timing cache for TensorRT-RTX.
+        MissingDependency: the builder is not installed.
+        HardwareError: see `checked_arch`.
+    """
+    if options.timing_cache is not None and target == "trt-rtx":
+        raise UsageError("--timing-cache: TensorRT-RTX times no kernels when it builds. Leave it out")
+    if not options.kit:
+        if target in FLAVOURS:
+            checked_arch(target, options.arch, gpus())
+            builder_module(target)
+    elif target != "trt":
+        raise UsageError(f"--build-kit is for --target trt, not for '{target}'")
+    elif options.arch is None or options.arch == "native":
+        raise UsageError("--build-kit is for another machine: name its GPU, such as --arch sm_90")
+    else:
+        check_arch_name(options.arch)
+
+
+def ahead_of_time(module: Any) -> list[str]:
+    """Architectures that TensorRT-RTX compiles for without such a GPU."""
+    return [f"sm_{name[2:]}" for name in module.ComputeCapability.__members__ if name.startswith("SM")]
+
+
+def build(
+    target: str, onnx: Path, profiles: Sequence[Profile], arch: str, options: BuildOptions, show: bool = True
+) -> Built:
+    """Compiles a strongly typed ONNX file: its types are the engine's types.
+
+    Args:
+        target: "trt" or "trt-rtx".
+        onnx: the file.
+        profiles: shapes that the engine takes; the runtime chooses one for each batch.
+        arch: as `checked_arch` returned it.
+        options: see `BuildOptions`.
+        show: a progress bar on stderr, if that is a terminal.
+
+    Raises:
+        BuildError: the builder refused the graph or the settings; its last error is in the message.
+        MissingDependency: the builder is not installed.
+    """
+    module, flavour = builder_module(target), FLAVOURS[target]
+    logger = _logger(module)
+    builder = module.Builder(logger)
+    # 11.x knows nothing but strongly typed networks and may drop the flag.
+    flags = module.NetworkDefinitionCreationFlag.__members__
+    network = builder.create_network(1 << int(flags["STRONGLY_TYPED"]) if "STRONGLY_TYPED" in flags else 0)
+    parser = module.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(onnx)):
+        raise BuildError(f"{flavour.product} {module.__version__} can't read {onnx.name}: {parser.get_error(0).desc()}")
+    config = builder.create_builder_config()
+    config.profiling_verbosity = module.ProfilingVerbosity.DETAILED
+    if target == "trt-rtx" and arch not in {gpu.arch for gpu in gpus()}:
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(module.ComputeCapability.__members__[f"SM{arch[3:]}"], 0)
+    if options.workspace_mib is not None:
+        config.set_memory_pool_limit(module.MemoryPoolType.WORKSPACE, options.workspace_mib << 20)
+    for shapes in profiles:
+        profile = builder.create_optimization_profile()
+        for name, each in shapes.items():
+            profile.set_shape(name, each.min, each.opt, each.max)
+        config.add_optimization_profile(profile)
+    cache = _timing_cache(config, options.timing_cache)
+    with tqdm(desc=f"{flavour.product} {arch}", unit="steps", disable=None if show else True, leave=False) as bar:
+        config.progress_monitor = _monitor(module, bar)
+        serialised = builder.build_serialized_network(network, config)
+    if serialised is None:
+        raise BuildError(f"{flavour.product} {module.__version__} can't build for {arch}: {logger.last_error}")
+    if options.timing_cache is not None:
+        write_file(options.timing_cache, bytes(cache.serialize()))
+    return Built(bytes(serialised), sum("_mha_" in each for each in logger.layers) // len(profiles))
+
+
+def _timing_cache(config: Any, path: Path | None) -> Any:
+    if path is None:
+        return None
+    cache = config.create_timing_cache(path.read_bytes() if path.exists() else b"")
+    if not config.set_timing_cache(cache, False):
+        raise BuildError(f"{path}: not a timing cache of this builder and GPU. Delete it, or name another")
+    return cache
+
+
+def _logger(module: Any) -> Any:
+    """Keeps the last error (without a GPU the first are about that) and the listing of the layers; shows nothing."""
+
+    class Logger(module.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            module.ILogger.__init__(self)
+            self.last_error = "no message"
+            self.layers: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (module.ILogger.ERROR, module.ILogger.INTERNAL_ERROR):
+                self.last_error = message.strip()
+            for line in message.splitlines() if "LayerType:" in message else ():
+                found = re.match(r"(?:Layer\(.*\): |Name: )(\S+?),? LayerType", line)
+                if found:
+                    self.layers.append(found[1])
+
+    return Logger()
+
+
+def _monitor(module: Any, bar: "tqdm[Any]") -> Any:
+    """Shows the builder's own phases; called from several of its threads."""
+
+    class Monitor(module.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            module.IProgressMonitor.__init__(self)
+            self._lock = threading.Lock()
+
+        def phase_start(self, name: str, parent: str | None, steps: int) -> None:
+            with self._lock:
+                bar.total = (bar.total or 0) + steps
+                bar.set_postfix_str(name[:40])
+
+        def step_complete(self, name: str, step: int) -> bool:
+            with self._lock:
+                bar.update()
+            return True
+
+        def phase_finish(self, name: str) -> None:
+            pass
+
+    return Monitor()

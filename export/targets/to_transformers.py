@@ -1,0 +1,113 @@
+"""Checkpoint → the same model as a plain ModernBertForSequenceClassification checkpoint."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ettin.artifacts.errors import UnsupportedCheckpoint
+from ettin.artifacts.manifest import Needs
+from ettin.export.lowering import PADDED, Lowered, Material
+from ettin.export.source.checkpoint import Checkpoint
+from ettin.export.source.weights import Weights
+from ettin.graph.fold import HEAD_DENSE, HEAD_NORM, folded_classifier
+
+_CLASS = "ModernBertForSequenceClassification"
+
+
+def classification_tensors(checkpoint: Checkpoint, weights: Weights) -> dict[str, Tensor]:
+    """Its state dict, float32.
+
+    The class has no bias in its head norm; it folds exactly into the classifier's.
+
+    Raises:
+        UnsupportedCheckpoint: the encoder's epsilon is not the head's; the class has one for both.
+    """
+    shape = checkpoint.shape
+    if shape.norm_eps != shape.head_norm_eps:
+        raise UnsupportedCheckpoint(
+            f"{checkpoint.folder}: norm_eps is {shape.norm_eps}, the head's is {shape.head_norm_eps}, and {_CLASS} has "
+            "one for both. Export another target: --target onnx"
+        )
+    classifier, bias = folded_classifier(weights.head)
+    tensors: dict[str, Tensor] = {f"model.{name}": tensor for name, tensor in weights.encoder.items()}
+    return tensors | {
+        "head.dense.weight": weights.head[f"{HEAD_DENSE}/linear.weight"],
+        "head.norm.weight": weights.head[f"{HEAD_NORM}/norm.weight"],
+        "classifier.weight": classifier.float(),
+        "classifier.bias": bias.float(),
+    }
+
+
+def write_configs(checkpoint: Checkpoint, folder: Path, dtype: str = "float32") -> None:
+    """Writes `config.json` and `tokenizer_config.json` for whatever loads the class by its config.
+
+    Both generations of keys are there: transformers 5 reads `rope_parameters` and `layer_types`; transformers 4,
+    llama.cpp's converter and servers read `*_rope_theta` and `global_attn_every_n_layers`. `tokenizer_class` is the
+    one that both generations know (5 writes "TokenizersBackend", which 4 can't load).
+    """
+    shape = checkpoint.shape
+    config: dict[str, Any] = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))
+    every = next((at for at, is_global in enumerate(shape.global_layers) if at and is_global), shape.num_layers)
+    config |= {
+        "architectures": [_CLASS],
+        "dtype": dtype,
+        "torch_dtype": dtype,
+        "classifier_pooling": "cls",
+        "classifier_activation": "gelu",
+        "classifier_bias": False,
+        "id2label": {"0": "LABEL_0"},
+        "label2id": {"LABEL_0": 0},
+        "num_labels": 1,
+        "layer_norm_eps": shape.norm_eps,
+        "global_attn_every_n_layers": every,
+        "global_rope_theta": shape.rope_theta_global,
+        "local_rope_theta": shape.rope_theta_local,
+        # What sentence-transformers' CrossEncoder reads; without it, it would apply a sigmoid.
+        "sentence_transformers": {"activation_fn": _activation(checkpoint)},
+    }
+    _write(folder / "config.json", config)
+    tokenizer = json.loads((checkpoint.folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
+    for key in ("backend", "is_local", "local_files_only"):
+        tokenizer.pop(key, None)
+    _write(folder / "tokenizer_config.json", tokenizer)
+
+
+def _activation(checkpoint: Checkpoint) -> str:
+    return {"identity": "torch.nn.modules.linear.Identity", "sigmoid": "torch.nn.modules.activation.Sigmoid"}[
+        checkpoint.activation
+    ]
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def transformers_from_checkpoint(material: Material, precision: str, folder: Path) -> Lowered:
+    """Writes `model.safetensors`, `config.json` and the tokenizer.
+
+    Args:
+        material: what is lowered.
+        precision: "fp32" or "bf16".
+        folder: where to.
+
+    Raises:
+        UnsupportedCheckpoint: see `classification_tensors`.
+    """
+    dtype = _DTYPES[precision]
+    tensors = classification_tensors(material.checkpoint, material.weights)
+    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    write_configs(material.checkpoint, folder, str(dtype).removeprefix("torch."))
+    return Lowered(
+        entry="model.safetensors",
+        interface=PADDED,
+        needs=Needs(device="any", isa=(), package="torch", version=torch.__version__),
+    )

@@ -1,0 +1,108 @@
+"""What users pass to `predict` and `rank`: pairs, documents and activations, checked."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ettin.artifacts.errors import InputError, UsageError
+
+Pair = tuple[str, str]
+
+
+def pairs_from_inputs(inputs: Any) -> tuple[list[Pair], bool]:
+    """Checked pairs, and whether `inputs` was one pair rather than many.
+
+    Like CrossEncoder, a list or tuple whose first element is not itself a list, tuple or array is one pair.
+
+    Args:
+        inputs: a pair, or an iterable of pairs: lists, tuples, arrays, generators.
+
+    Raises:
+        InputError: names the pair, what was found and what was expected.
+    """
+    if isinstance(inputs, str) or not isinstance(inputs, Iterable):
+        raise InputError(
+            f"expected a (query, document) pair or a list of them, found {_kind(inputs)}. "
+            "For one query and many documents use rank(query, documents)"
+        )
+    if isinstance(inputs, dict):
+        raise InputError("expected a (query, document) pair or a list of them, found a dict")
+    items = inputs.tolist() if isinstance(inputs, np.ndarray) else list(inputs)
+    single = bool(items) and not isinstance(items[0], (list, tuple, np.ndarray))
+    if single and isinstance(inputs, (list, tuple, np.ndarray)):
+        return [_pair(items, "the pair")], True
+    return [_pair(item, f"pair {at}") for at, item in enumerate(items)], False
+
+
+def _pair(item: Any, name: str) -> Pair:
+    if isinstance(item, str) or not isinstance(item, (list, tuple, np.ndarray)):
+        raise InputError(f"{name}: expected (query, document), found {_kind(item)}")
+    if len(item) != 2:
+        raise InputError(f"{name}: expected 2 texts (query, document), found {len(item)}")
+    return text(item[0], f"{name}, query"), text(item[1], f"{name}, document")
+
+
+def text(value: Any, name: str) -> str:
+    """`value` if it is a string.
+
+    Raises:
+        InputError: it is something else.
+    """
+    if not isinstance(value, str):
+        raise InputError(f"{name}: expected a string, found {_kind(value)}")
+    return value
+
+
+def documents_from_input(documents: Any) -> list[str]:
+    """Checked documents of one query.
+
+    Raises:
+        InputError: not an iterable of strings.
+    """
+    if isinstance(documents, (str, bytes, dict)) or not isinstance(documents, Iterable):
+        raise InputError(f"documents: expected a list of strings, found {_kind(documents)}")
+    return [text(value, f"document {at}") for at, value in enumerate(documents)]
+
+
+def _kind(value: Any) -> str:
+    return f"{type(value).__name__} {value!r}"[:80]
+
+
+Scores = NDArray[np.float32]
+Activation = Callable[[Scores], Scores]
+
+
+def identity(logits: Scores) -> Scores:
+    """Raw logits."""
+    return logits
+
+
+def sigmoid(logits: Scores) -> Scores:
+    """Logistic function, without overflow; distinct logits stay distinct for as long as float32 allows."""
+    return np.asarray(np.exp(-np.logaddexp(np.float32(0), -logits)))
+
+
+_BY_NAME: dict[str, Activation] = {"identity": identity, "sigmoid": sigmoid}
+
+
+def resolved(activation: Any, default: str) -> Activation:
+    """The function that an `activation_fn` argument means.
+
+    Args:
+        activation: None (the artifact's own), a name, a function of an array, or, so that CrossEncoder's
+            callers need no change, `torch.nn.Identity()` or `torch.nn.Sigmoid()` (known by their class names).
+        default: name of the artifact's own.
+
+    Raises:
+        UsageError: something else.
+    """
+    if activation is None:
+        return _BY_NAME[default]
+    name = activation if isinstance(activation, str) else type(activation).__name__
+    if name.lower() in _BY_NAME:
+        return _BY_NAME[name.lower()]
+    if not isinstance(activation, str) and callable(activation):
+        return lambda logits: np.asarray(activation(logits), np.float32)
+    raise UsageError(f"unknown activation {activation!r}, expected one of: {', '.join(_BY_NAME)}, or a function")

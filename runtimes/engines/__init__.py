@@ -1,0 +1,1 @@
+"""Engines that run artifacts, a file each. They are imported on use."""

@@ -1,0 +1,253 @@
+"""Runs `trt` and `trt-rtx` artifacts: TensorRT's and TensorRT-RTX's engines. Needs no torch."""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ettin.artifacts.errors import DamagedArtifact, HardwareError, ShapeError, UsageError
+from ettin.artifacts.manifest import Engine
+from ettin.artifacts.opened import OpenArtifact
+from ettin.runtimes.base import Runtime, Settings
+from ettin.runtimes.batch import Batch, BatchLimits, round_up
+from ettin.runtimes.loading import engine_module
+from ettin.runtimes.machine import gpus
+
+if TYPE_CHECKING:  # imports cuda.bindings
+    from ettin.runtimes.engines.cuda import Graph
+
+# One batch computes while the next is copied and queued.
+_SLOTS = 2
+
+# Shapes are rounded up, so that they recur: a shape seen before runs as one CUDA graph, and kernels that are compiled
+# for a shape are compiled less often. What is added are pad tokens and pairs of one of them.
+_TOKENS_MULTIPLE = 256
+_LONGEST_MULTIPLE = 64
+_PAIRS_MULTIPLE = 8
+_GRAPHS = 32  # kept by a slot
+
+
+class TensorRtRuntime(Runtime):
+    """A deserialised engine; see `Runtime`.
+
+    Args:
+        artifact: open.
+        settings: device "cuda"; no threads, no streams, no cache.
+
+    Raises:
+        HardwareError: no GPU, another GPU or another version than the engine was compiled for.
+        DamagedArtifact: the engine can't be read.
+    """
+
+    def __init__(self, artifact: OpenArtifact, settings: Settings) -> None:
+        folder, manifest = artifact.path, artifact.manifest
+        if settings.device != "cuda":
+            raise HardwareError(f"target '{manifest.target}' runs on a GPU, not on '{settings.device}': device='cuda'")
+        settings.refuse(manifest.target, "threads", "streams", "cache_dir")
+        engine = manifest.engine
+        if engine is None:
+            raise DamagedArtifact(f"{folder}: no 'engine' in its manifest. Export again: {manifest.command}")
+        self._module = engine_module(manifest)
+        self.check_machine(manifest.target, engine.arch)
+        if self._module.__version__ != manifest.needs.version:
+            raise HardwareError(
+                f"{folder}: compiled by {manifest.needs.package} {manifest.needs.version}, installed is "
+                f"{self._module.__version__}, which can't run it. Export again: {manifest.command}"
+            )
+        graph = manifest.graph
+        most = int(graph["batch_tokens"])
+        if settings.batch_tokens is not None and settings.batch_tokens > most:
+            raise UsageError(f"batch_tokens is {settings.batch_tokens}, the engine was compiled for at most {most}")
+        limits = BatchLimits(
+            concurrency=_SLOTS,
+            batch_tokens=most,
+            length_multiple=_LONGEST_MULTIPLE,
+            batch_pairs=int(graph["batch_pairs"]),
+            in_parallel=False,
+        )
+        super().__init__(artifact, settings, limits)
+        self._profiles = Profiles(engine, manifest.tokenizer.pad_token_id)
+        self._logger = self._module.Logger(self._module.Logger.ERROR)
+        self._runtime = self._module.Runtime(self._logger)
+        self._engine = self._runtime.deserialize_cuda_engine(artifact.read(manifest.entry))
+        if self._engine is None:
+            raise DamagedArtifact(f"{folder}: {manifest.needs.package} can't read the engine. Run: {manifest.command}")
+        self._slots: SimpleQueue[_Slot] = SimpleQueue()
+        for _ in range(_SLOTS):
+            self._slots.put(_Slot(self._module, self._engine, self._profiles))
+
+    @staticmethod
+    def check_machine(target: str, arch: str | None) -> None:
+        """Whether this machine has the GPU.
+
+        Raises:
+            HardwareError: it has none, or others.
+        """
+        found = gpus()
+        if not found:
+            raise HardwareError(f"target '{target}' runs on a GPU, none is here")
+        if arch is not None and found[0].arch != arch:
+            raise HardwareError(
+                f"the engine is for {arch}, the GPU here ({found[0].name}) is {found[0].arch}. Export for it: "
+                f"--target {target} --arch {found[0].arch}"
+            )
+
+    @property
+    def description(self) -> str:
+        engine = self.manifest.engine
+        product = "TensorRT-RTX" if self.manifest.target == "trt-rtx" else "TensorRT"
+        return f"{product} {self._module.__version__}, {engine.arch if engine else ''}, {self.manifest.precision}"
+
+    @property
+    def arithmetic(self) -> str:
+        return "bf16"
+
+    def score(self, batch: Batch) -> NDArray[np.float32]:
+        slot = self._slots.get()
+        try:
+            return slot.score(batch)
+        finally:
+            self._slots.put(slot)
+
+    def _release(self) -> None:
+        for _ in range(_SLOTS):
+            self._slots.get().close()
+        del self._engine, self._runtime
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What one inference computes, rounded."""
+
+    profile: int
+    tokens: int
+    pairs: int
+    longest: int
+
+    @property
+    def inputs(self) -> dict[str, int]:
+        """The length of each of the engine's inputs."""
+        return {"input_ids": self.tokens, "cu_seqlens": self.pairs + 1, "longest": self.longest}
+
+
+class Profiles:
+    """Which of the engine's profiles a batch runs in."""
+
+    def __init__(self, engine: Engine, pad_token_id: int) -> None:
+        self.engine, self.pad_token_id = engine, pad_token_id
+
+    def most(self, name: str) -> int:
+        """The longest that an input gets."""
+        return max(profile[name].max[0] for profile in self.engine.profiles)
+
+    def shape(self, batch: Batch) -> Shape:
+        """The first profile that holds the batch, rounded up as far as that profile goes.
+
+        Raises:
+            ShapeError: none does.
+        """
+        pairs, tokens, longest = len(batch), len(batch.ids), batch.longest
+        for number, profile in enumerate(self.engine.profiles):
+            limits = [profile[name].max[0] for name in ("input_ids", "cu_seqlens", "longest")]
+            if tokens <= limits[0] and pairs + 1 <= limits[1] and longest <= limits[2]:
+                room = min(round_up(pairs, _PAIRS_MULTIPLE), limits[1] - 1) - pairs
+                # Added pairs are one pad token each.
+                whole = min(round_up(tokens + room, _TOKENS_MULTIPLE), limits[0])
+                room = min(room, whole - tokens)
+                return Shape(number, whole, pairs + room, min(round_up(longest, _LONGEST_MULTIPLE), limits[2]))
+        raise ShapeError(
+            f"a batch of {pairs} pairs, {tokens} tokens, the longest of {longest}, is more than the engine was "
+            f"compiled for: {self.most('cu_seqlens') - 1} pairs, {self.most('input_ids')} tokens. Use predict, which "
+            "cuts batches"
+        )
+
+    def fill(self, batch: Batch, shape: Shape, ids: NDArray[np.int64], bounds: NDArray[np.int64]) -> None:
+        """Writes the rounded batch into ids [shape.tokens] and bounds [shape.pairs + 1]."""
+        pairs, tokens = len(batch), len(batch.ids)
+        ids[:tokens] = batch.ids
+        ids[tokens:] = self.pad_token_id
+        bounds[: pairs + 1] = batch.cu_seqlens
+        bounds[pairs + 1 :] = tokens + 1 + np.arange(shape.pairs - pairs)
+
+
+class _Slot:
+    """A stream, a context for each profile, and the buffers of one inference."""
+
+    def __init__(self, module: Any, engine: Any, profiles: Profiles) -> None:
+        from ettin.runtimes.engines.cuda import Stream
+
+        self._engine, self._profiles = engine, profiles
+        self._stream = Stream()
+        names = ("input_ids", "cu_seqlens", "longest")
+        sizes = {name: profiles.most(name) for name in names}
+        self._host = {name: self._stream.pinned(sizes[name], np.int64) for name in names[:2]}
+        self._logits = self._stream.pinned(sizes["cu_seqlens"] - 1, np.float32)
+        self._addresses = {name: self._stream.device_bytes(8 * sizes[name]) for name in names}
+        self._addresses["logits"] = self._stream.device_bytes(4 * len(self._logits))
+        # The contexts take turns, so they share their scratch memory.
+        self._strategy = module.ExecutionContextAllocationStrategy.USER_MANAGED
+        numbers = range(len(profiles.engine.profiles))
+        self._scratch_bytes = max(1, *(engine.get_device_memory_size_for_profile_v2(at) for at in numbers))
+        self._scratch = self._stream.device_bytes(self._scratch_bytes)
+        self._contexts: dict[int, Any] = {}
+        self._graphs: OrderedDict[Shape, Graph | None] = OrderedDict()  # None: seen once
+
+    def score(self, batch: Batch) -> NDArray[np.float32]:
+        shape = self._profiles.shape(batch)
+        ids, bounds = self._host["input_ids"][: shape.tokens], self._host["cu_seqlens"][: shape.pairs + 1]
+        self._profiles.fill(batch, shape, ids, bounds)
+        self._launch(shape)
+        self._stream.wait()
+        return self._logits[: len(batch)].copy()
+
+    def _launch(self, shape: Shape) -> None:
+        """Queues copies and inference: kernel by kernel when a shape is new, as one CUDA graph when it comes again.
+
+        TensorRT must have run a shape once before it can be recorded (its documentation, "CUDA Graphs").
+        """
+        if shape not in self._graphs:
+            self._graphs[shape] = None
+            if len(self._graphs) > _GRAPHS:
+                _, oldest = self._graphs.popitem(last=False)
+                if oldest is not None:
+                    oldest.close()
+            self._queue(shape)
+            return
+        self._graphs.move_to_end(shape)
+        graph = self._graphs[shape]
+        if graph is None:
+            graph = self._graphs[shape] = self._stream.recorded(lambda: self._queue(shape))
+        graph.launch()
+
+    def _queue(self, shape: Shape) -> None:
+        context = self._context(shape)
+        for name, host in self._host.items():
+            self._stream.to_device(self._addresses[name], host[: shape.inputs[name]])
+        if not context.execute_async_v3(self._stream.handle):
+            raise HardwareError("TensorRT could not run the engine. Look at: nvidia-smi")
+        self._stream.to_host(self._logits[: shape.pairs], self._addresses["logits"])
+
+    def _context(self, shape: Shape) -> Any:
+        if shape.profile not in self._contexts:
+            context = self._engine.create_execution_context(self._strategy)
+            context.set_optimization_profile_async(shape.profile, self._stream.handle)
+            context.set_device_memory(self._scratch, self._scratch_bytes)
+            for name, address in self._addresses.items():
+                context.set_tensor_address(name, address)
+            self._contexts[shape.profile] = context
+        context = self._contexts[shape.profile]
+        for name, count in shape.inputs.items():
+            context.set_input_shape(name, (count,))
+        return context
+
+    def close(self) -> None:
+        """Frees graphs, contexts and memory, in this order."""
+        for graph in self._graphs.values():
+            if graph is not None:
+                graph.close()
+        self._graphs.clear()
+        self._contexts.clear()
+        self._stream.close()

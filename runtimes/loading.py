@@ -1,0 +1,262 @@
+"""Loading: which class runs which target, and what is checked before it does. Engines are imported on use."""
+
+import importlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ettin.artifacts.errors import (
+    ArtifactError,
+    EttinError,
+    HardwareError,
+    ManifestError,
+    MissingDependency,
+    UnverifiedArtifact,
+    UsageError,
+)
+from ettin.artifacts.manifest import Manifest
+from ettin.artifacts.opened import OpenArtifact
+from ettin.artifacts.targets import checked_precision, target_named
+from ettin.runtimes.base import Runtime, Settings
+from ettin.runtimes.machine import lacks_vnni, model_name
+
+_RETRY_S = 5.0
+
+_Result = TypeVar("_Result")
+
+
+def of_current(path: Path, use: Callable[[], _Result]) -> _Result:
+    """Calls `use`, and again if it failed while another artifact took the place of the one at `path`.
+
+    Raises:
+        ArtifactError: what `use` raised about an artifact that has stayed, or after some seconds: a folder that changes
+            again and again would keep the caller for ever.
+    """
+    deadline_s = time.monotonic() + _RETRY_S
+    while True:
+        before = _identity(path)
+        try:
+            return use()
+        except ArtifactError:
+            if _identity(path) in (before, None) or time.monotonic() > deadline_s:
+                raise
+
+
+def _identity(path: Path) -> tuple[int, int, int] | None:
+    try:
+        found = path.stat()
+    except (OSError, ValueError):
+        return None
+    return found.st_dev, found.st_ino, found.st_ctime_ns
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What runs or writes a target, imported on use.
+
+    Args:
+        implementation: "module:name".
+        packages: the packages that it imports, by module name.
+        extra: the extra that installs them.
+    """
+
+    implementation: str
+    packages: tuple[str, ...]
+    extra: str
+
+    def imported(self, target: str) -> Any:
+        """The implementation.
+
+        Raises:
+            MissingDependency: one of the packages is not installed. A broken install shows its own error instead.
+        """
+        module, name = self.implementation.split(":")
+        try:
+            for package in self.packages:
+                importlib.import_module(package)
+        except ModuleNotFoundError as error:
+            if error.name not in {part for each in self.packages for part in (each, each.partition(".")[0])}:
+                raise
+            raise MissingDependency(f"target '{target}'", str(error.name), self.extra) from None
+        return getattr(importlib.import_module(module), name)
+
+
+ENGINES = {
+    "onnx": Engine("ettin.runtimes.engines.on_onnxruntime:OnnxRuntime", ("onnxruntime",), "onnx"),
+    "openvino": Engine("ettin.runtimes.engines.on_openvino:OpenVinoRuntime", ("openvino",), "openvino"),
+    "trt": Engine("ettin.runtimes.engines.on_tensorrt:TensorRtRuntime", ("tensorrt", "cuda.bindings"), "trt"),
+    "trt-rtx": Engine(
+        "ettin.runtimes.engines.on_tensorrt:TensorRtRuntime", ("tensorrt_rtx", "cuda.bindings"), "trt-rtx"
+    ),
+    "transformers": Engine("ettin.runtimes.engines.on_torch:TorchRuntime", ("torch", "transformers"), "torch"),
+}
+
+
+def load(
+    path: str | Path,
+    *,
+    device: str | None = None,
+    threads: int | None = None,
+    streams: int | None = None,
+    cache_dir: str | Path | None = None,
+    max_length: int | None = None,
+    batch_tokens: int | None = None,
+    checksums: bool = True,
+    allow_unverified: bool = False,
+    trusted_key: str | Path | None = None,
+) -> Runtime:
+    """Loads an artifact.
+
+    Args:
+        path: its folder.
+        device: "cpu", or "cuda" for ONNX Runtime's CUDA provider, torch and TensorRT; None: the one that the artifact
+            is for, "cpu" if it is for both. Never replaced by another.
+        threads: CPU threads to use; None: one for each core that this process may use (on a hybrid processor: each
+            performance core).
+        streams: batches scored at the same time, among which the threads are divided. None: as many as threads, which
+            gives the most pairs a second; 1: all threads on one batch, which gives a single pair its score soonest.
+        cache_dir: folder where OpenVINO may keep the compiled model, so that the next load is faster; it takes about
+            the artifact's own size. None: nothing is kept.
+        max_length: tokens that pairs are truncated to; None: the artifact's.
+        batch_tokens: token budget of a batch, padding included; None: the backend's own, chosen by measurement.
+        checksums: compare every file with the manifest; False: names, kinds and sizes only. Either way the engine
+            gets the files' contents as they are now, and nothing is read from the folder afterwards.
+        allow_unverified: load an artifact whose scores nobody has proven yet, and compute in whatever this machine has.
+        trusted_key: PEM file with an elliptic-curve public key. The artifact must be signed with its private key, as it
+            is, every file of it; without a key, checksums prove that it is whole, and not whose it is.
+
+    Raises:
+        ArtifactError: not an artifact, damaged, edited, newer, unverified, or not signed by the key.
+        MissingDependency: the engine is not installed.
+        HardwareError: this machine lacks the device or an instruction set.
+        UsageError: an argument out of its range.
+    """
+    for name, count in (("threads", threads), ("streams", streams), ("batch_tokens", batch_tokens)):
+        if count is not None and count < 1:
+            raise UsageError(f"{name} is {count}, expected 1 or more")
+    if device not in (None, "cpu", "cuda"):
+        raise UsageError(f"unknown device '{device}', expected one of: cpu, cuda")
+    key = Path(trusted_key) if trusted_key is not None else None
+
+    def opened() -> Runtime:
+        with OpenArtifact(Path(path), checksums=checksums, trusted_key=key) as artifact:
+            check_usable(artifact, allow_unverified=allow_unverified)
+            used = _device(artifact, device)
+            cache = Path(cache_dir) if cache_dir else None
+            settings = Settings(used, threads, streams, cache, max_length, batch_tokens, allow_unverified)
+            return _loaded(artifact, settings)
+
+    return of_current(Path(path), opened)
+
+
+def _device(artifact: OpenArtifact, device: str | None) -> str:
+    """The device to run on: what was asked for, or what the artifact is for.
+
+    Raises:
+        HardwareError: it is this machine's CPU, and that lacks an instruction set.
+    """
+    manifest = artifact.manifest
+    if device is None:
+        device = "cuda" if manifest.needs.device == "cuda" else "cpu"
+    if "vnni" in manifest.needs.isa and device == "cpu" and lacks_vnni():
+        raise HardwareError(
+            f"{artifact.path}: int8 sums overflow on {model_name()}, which has no VNNI. Export another precision: "
+            f"{manifest.command} --precision fp32"
+        )
+    return device
+
+
+def _loaded(artifact: OpenArtifact, settings: Settings) -> Runtime:
+    """The runtime, after what it did not read was compared with the manifest, too."""
+    runs = runtime_class(artifact.manifest.target)
+    try:
+        runtime: Runtime = runs(artifact, settings)
+    except EttinError:
+        raise
+    except Exception as error:
+        # Whatever an engine makes of bytes that are what the manifest lists, but not what it can load.
+        raise ArtifactError(
+            f"{artifact.path}: the engine can't load it ({type(error).__name__}: {str(error)[:400]}). "
+            f"Export again: {artifact.manifest.command}"
+        ) from error
+    try:
+        artifact.check_contents()
+    except BaseException:
+        runtime.close()
+        raise
+    return runtime
+
+
+def checked_manifest(folder: Path, trusted_key: Path | None = None) -> Manifest:
+    """The manifest of an artifact that is whole and proven.
+
+    Args:
+        folder: the artifact.
+        trusted_key: see `load`.
+
+    Raises:
+        ArtifactError: not an artifact, damaged, edited, newer, unverified, or not signed by the key.
+    """
+
+    def opened() -> Manifest:
+        with OpenArtifact(folder, trusted_key=trusted_key) as artifact:
+            check_usable(artifact)
+            artifact.check_contents()
+            return artifact.manifest
+
+    return of_current(folder, opened)
+
+
+def check_usable(artifact: OpenArtifact, *, allow_unverified: bool = False) -> None:
+    """Whether an artifact holds the files of its manifest and is proven; their contents are compared when read.
+
+    Raises:
+        ArtifactError: not an artifact, damaged or unverified.
+    """
+    folder, manifest = artifact.path, artifact.manifest
+    checked_precision(target_named(manifest.target), manifest.precision)
+    check_kit(folder, manifest)
+    artifact.check()
+    if manifest.parity.status == "unverified" and not allow_unverified:
+        raise UnverifiedArtifact(f"{folder}: exported without proof of its scores. Run here: ettin-verify {folder}")
+
+
+def check_kit(folder: Path, manifest: Manifest) -> None:
+    """Whether it is an artifact and not what one is built from.
+
+    Raises:
+        UnverifiedArtifact: a build kit; says what to run.
+    """
+    if manifest.is_build_kit and manifest.engine is not None:
+        raise UnverifiedArtifact(
+            f"{folder}: a build kit, its engine for {manifest.engine.arch} is not built yet. On a machine with such a "
+            f"GPU and TensorRT, run: sh {folder}/engine/build.sh && ettin-verify {folder}"
+        )
+
+
+def engine_module(manifest: Manifest) -> Any:
+    """The module of the engine that runs an artifact: the target's, whatever the manifest says.
+
+    Raises:
+        ManifestError: the manifest names another package.
+        MissingDependency: its engine is not installed.
+    """
+    runtime_class(manifest.target)
+    package = ENGINES[manifest.target].packages[0]
+    if manifest.needs.package != package:
+        raise ManifestError(
+            f"its manifest needs the package '{manifest.needs.package}', but target '{manifest.target}' runs on "
+            f"'{package}'. Export again: {manifest.command}"
+        )
+    return importlib.import_module(package)
+
+
+def runtime_class(target: str) -> Any:
+    """The class that runs `target`.
+
+    Raises:
+        MissingDependency: its engine is not installed. A broken install shows its own error instead.
+    """
+    return ENGINES[target].imported(target)

@@ -1,0 +1,206 @@
+"""What this machine has: its processor, its GPUs as the NVIDIA driver lists them, and its installed packages."""
+
+import functools
+import importlib.metadata
+import math
+import os
+import shutil
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ettin.artifacts.errors import HardwareError, UsageError
+
+
+def installed_version(package: str) -> str:
+    """Version of a distribution, or that it is not installed."""
+    return installed_versions([package]).get(package, "not installed at export")
+
+
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """Version by distribution name, of those that are installed."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU.
+
+    Args:
+        name: such as "NVIDIA GeForce RTX 3090".
+        arch: compute capability, such as "sm_86".
+        driver: version of the driver.
+    """
+
+    name: str
+    arch: str
+    driver: str
+
+
+@functools.cache
+def gpus() -> list[Gpu]:
+    """All GPUs, in the driver's order; none without a driver. Asked once in a process.
+
+    Raises:
+        HardwareError: there is a driver, and it fails.
+    """
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    query = [program, "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"]
+    found = subprocess.run(query, capture_output=True, text=True, check=False, timeout=20)
+    if found.returncode:
+        reason = (found.stderr or found.stdout).strip().partition("\n")[0][:120]
+        raise HardwareError(f"the NVIDIA driver does not answer: nvidia-smi says '{reason}'. Reinstall the driver")
+    rows = (line.split(", ") for line in found.stdout.splitlines() if line.strip())
+    return [Gpu(name, "sm_" + capability.replace(".", ""), driver) for name, capability, driver in rows]
+
+
+# oneDNN's names (ONEDNN_MAX_CPU_ISA) in ascending order, as far as they matter here, and the first of them
+# that has bf16 arithmetic. Source: oneDNN documentation, "CPU Dispatcher Control".
+_ISA_ORDER = (
+    "SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI",
+    "AVX512_CORE_BF16", "AVX10_1_512", "AVX512_CORE_FP16", "AVX512_CORE_AMX", "AVX10_1_512_AMX",
+    "AVX512_CORE_AMX_FP16", "AVX10_1_512_AMX_FP16", "DEFAULT", "ALL",
+)  # fmt: skip
+_FIRST_BF16 = _ISA_ORDER.index("AVX512_CORE_BF16")
+_FIRST_VNNI = _ISA_ORDER.index("AVX2_VNNI")
+_FIRST_AMX = _ISA_ORDER.index("AVX512_CORE_AMX")
+
+INTERESTING = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+
+
+@functools.cache
+def flags() -> frozenset[str]:
+    """Feature flags of the first processor, as Linux names them; empty where there is no /proc/cpuinfo."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line.split(":")[1].split() for line in lines if line.startswith("flags")), []))
+
+
+@functools.cache
+def model_name() -> str:
+    """The processor's own name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return "unknown processor"
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown processor")
+
+
+def isa_limit() -> str | None:
+    """The user's limit on oneDNN's instruction sets, if any."""
+    value = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA")
+    return value.upper() if value else None
+
+
+def has_bf16() -> bool:
+    """Whether bf16 arithmetic is there and not switched off by `ONEDNN_MAX_CPU_ISA`.
+
+    OpenVINO's own capability list ignores that limit: a bf16 graph then fails to compile.
+    """
+    return _limit_reaches(_FIRST_BF16) and bool(flags() & {"avx512_bf16", "amx_bf16"})
+
+
+def has_amx_bf16() -> bool:
+    """Whether matrix products of bf16 are there and not switched off by `ONEDNN_MAX_CPU_ISA`."""
+    return _limit_reaches(_FIRST_AMX) and {"amx_bf16", "avx512_bf16"} <= flags()
+
+
+def lacks_vnni() -> bool:
+    """Whether this is known to be a processor without integer dot products, or one where they are switched off.
+
+    Without them, sums of 8-bit products saturate at 16 bits: int8 scores would be wrong without a word.
+    """
+    return bool(flags()) and not (_limit_reaches(_FIRST_VNNI) and flags() & {"avx_vnni", "avx512_vnni", "amx_int8"})
+
+
+def _limit_reaches(first: int) -> bool:
+    limit = isa_limit()
+    return limit not in _ISA_ORDER or _ISA_ORDER.index(limit) >= first
+
+
+def available_cpus(system: Path = Path("/sys")) -> int:
+    """Threads that pay: one for each core that this process may use, within a container's CPU limit.
+
+    On a hybrid processor these are its performance cores. A second thread on a core (hyperthreading) is not
+    counted: both would share the units that matrix products wait for.
+
+    Args:
+        system: where sysfs is mounted.
+    """
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    allowed = allowed & _cpu_list(system / "devices/cpu_core/cpus") or allowed
+    siblings = (_cpu_list(system / f"devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") for cpu in allowed)
+    cores = {min(shared, default=cpu) for cpu, shared in zip(allowed, siblings, strict=True)}
+    return max(1, min(len(cores), _quota(system) or len(cores)))
+
+
+def is_hybrid(system: Path = Path("/sys")) -> bool:
+    """Whether the processor has performance and efficiency cores."""
+    return bool(_cpu_list(system / "devices/cpu_core/cpus")) and bool(_cpu_list(system / "devices/cpu_atom/cpus"))
+
+
+def _cpu_list(path: Path) -> set[int]:
+    """The kernel's list format, "0-3,8"; empty where there is no such file."""
+    try:
+        ranges = [part.split("-") for part in path.read_text(encoding="ascii").strip().split(",") if part]
+    except OSError:
+        return set()
+    return {cpu for each in ranges for cpu in range(int(each[0]), int(each[-1]) + 1)}
+
+
+def _quota(system: Path) -> int | None:
+    """Processors that a cgroup (v2 or v1) allows, rounded up; None: no limit."""
+    group = system / "fs/cgroup"
+    try:
+        quota, period = (group / "cpu.max").read_text(encoding="ascii").split()
+    except (OSError, ValueError):
+        try:
+            quota, period = (
+                (group / "cpu" / name).read_text(encoding="ascii").strip()
+                for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+            )
+        except OSError:
+            return None
+    return math.ceil(int(quota) / int(period)) if quota.isdigit() and int(quota) > 0 else None
+
+
+@dataclass(frozen=True)
+class CpuPlan:
+    """How CPU threads are divided.
+
+    Args:
+        streams: batches that are scored at the same time.
+        threads_per_stream: threads that share one batch.
+    """
+
+    streams: int
+    threads_per_stream: int
+
+    @classmethod
+    def of(cls, threads: int | None, streams: int | None) -> "CpuPlan":
+        """A plan for this machine.
+
+        Args:
+            threads: None: `available_cpus`.
+            streams: None: one for each thread, which gives the most pairs a second. One stream gives a single
+                pair its score soonest.
+
+        Raises:
+            UsageError: more streams than threads.
+        """
+        threads = threads or available_cpus()
+        streams = streams or threads
+        if streams > threads:
+            raise UsageError(f"streams is {streams}, expected at most the number of threads, {threads}")
+        return cls(streams, threads // streams)
