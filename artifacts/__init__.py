@@ -9,14 +9,16 @@ if TYPE_CHECKING:
     from ettin.artifacts.manifest import Manifest
     from ettin.artifacts.opened import OpenArtifact
     from ettin.artifacts.parity import ParityCase, read_parity
-    from ettin.artifacts.targets import TARGETS
+    from ettin.artifacts.targets import Target, target_named, targets
 
-__all__ = ["TARGETS", "EttinError", "Manifest", "OpenArtifact", "ParityCase", "read_parity"]
+__all__ = ["EttinError", "Manifest", "OpenArtifact", "ParityCase", "Target", "read_parity", "target_named", "targets"]
 
 __getattr__ = lazily(
     __name__,
     {
-        "TARGETS": "ettin.artifacts.targets",
+        "Target": "ettin.artifacts.targets",
+        "target_named": "ettin.artifacts.targets",
+        "targets": "ettin.artifacts.targets",
         "EttinError": "ettin.artifacts.errors",
         "Manifest": "ettin.artifacts.manifest",
         "OpenArtifact": "ettin.artifacts.opened",

@@ -62,11 +62,13 @@ class MissingDependency(EttinError):
     Args:
         what: what needs it, as the user named it: "target 'trt'".
         package: its name on the package index.
-        extra: the extra that installs it.
+        extra: the extra that installs it; "" for none.
+        distribution: the package on the index that has this extra.
     """
 
-    def __init__(self, what: str, package: str, extra: str) -> None:
-        super().__init__(f'{what} needs {package}, which is not installed. Run: pip install "ettin-export[{extra}]"')
+    def __init__(self, what: str, package: str, extra: str, distribution: str = "ettin-export") -> None:
+        wanted = f"{distribution}[{extra}]" if extra else distribution
+        super().__init__(f'{what} needs {package}, which is not installed. Run: pip install "{wanted}"')
 
 
 class HardwareError(EttinError):

@@ -1,59 +1,158 @@
-"""The vocabulary of targets and precisions: the same words in CLI, folders, manifest and code."""
+"""Targets: the kinds of artifact that can be written and run.
 
+A target is one description. Packages register theirs under the entry-point group `ettin.targets`; the name of the entry
+point is the name of the target. This project registers its own targets in the same way, in `pyproject.toml`. The
+command line, the loader, the doctor, manifests and Triton repositories take all that they know of a target from there.
+
+Example, in the `pyproject.toml` of another package:
+
+    [project.entry-points."ettin.targets"]
+    toy = "toy_package:TOY"
+"""
+
+import functools
+import importlib
 from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
 
-from ettin.artifacts.errors import UsageError
+from ettin.artifacts.errors import MissingDependency, UsageError
+
+GROUP = "ettin.targets"
 
 
 @dataclass(frozen=True)
+class Component:
+    """Code that runs or writes a target. It is imported on use.
+
+    Args:
+        path: "module:name" of a class.
+        packages: modules that it imports, the engine's own first.
+        extra: the extra that installs them; "" for none.
+        distribution: the package on the index that has this extra.
+    """
+
+    path: str
+    packages: tuple[str, ...] = ()
+    extra: str = ""
+    distribution: str = "ettin-export"
+
+    def load(self, what: str) -> Any:
+        """Imports the class.
+
+        Args:
+            what: what needs it, for the error: "target 'trt'".
+
+        Raises:
+            MissingDependency: one of the packages is not installed. A broken installation raises its own error.
+        """
+        try:
+            for package in self.packages:
+                importlib.import_module(package)
+        except ModuleNotFoundError as error:
+            if error.name not in {name for package in self.packages for name in (package, package.partition(".")[0])}:
+                raise
+            raise MissingDependency(what, str(error.name), self.extra, self.distribution) from None
+        module, name = self.path.split(":")
+        return getattr(importlib.import_module(module), name)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Target:
     """One kind of artifact.
 
     Args:
-        name: the word users say.
+        name: the word that users say.
         precisions: what it can be written in; the first is the default.
         runs_on: one line for lists.
-        gpu_only: whether it needs a GPU to run.
+        devices: "cpu", "cuda" or both; the first is the default.
+        runtime: a subclass of `ettin.runtimes.Runtime`.
+        writer: a subclass of `ettin.export.writer.Writer`.
+        is_compiled: its engine is compiled for one GPU architecture.
+        triton_backends: backends of Triton Inference Server that serve it: "python" (our runtime) and at most one that
+            opens the engine's own file; empty: Triton can't serve it.
     """
 
     name: str
     precisions: tuple[str, ...]
     runs_on: str
-    gpu_only: bool = False
+    runtime: Component
+    writer: Component
+    devices: tuple[str, ...] = ("cpu",)
+    is_compiled: bool = False
+    triton_backends: tuple[str, ...] = ("python",)
+
+    @property
+    def native_triton_backend(self) -> str | None:
+        """Triton's own backend that opens the engine's file, if there is one."""
+        return next((backend for backend in self.triton_backends if backend != "python"), None)
+
+    def runtime_class(self) -> Any:
+        """The class that runs it.
+
+        Raises:
+            MissingDependency: its engine is not installed.
+        """
+        return self.runtime.load(f"target '{self.name}'")
+
+    def checked_precision(self, precision: str | None) -> str:
+        """`precision`, or the default for None.
+
+        Raises:
+            UsageError: the target has no such precision; lists those it has.
+        """
+        if precision is None:
+            return self.precisions[0]
+        if precision not in self.precisions:
+            valid = ", ".join(self.precisions)
+            raise UsageError(f"target '{self.name}' has no precision '{precision}', expected one of: {valid}")
+        return precision
 
 
-TARGETS = {
-    target.name: target
-    for target in (
-        Target("onnx", ("fp32", "fp16", "int8"), "ONNX Runtime (CPU, CUDA), Optimum, transformers.js"),
-        Target("openvino", ("int8", "bf16", "fp32"), "Intel and AMD CPUs"),
-        Target("trt", ("bf16",), "NVIDIA GPUs: TensorRT, Triton", gpu_only=True),
-        Target("trt-rtx", ("bf16",), "NVIDIA GPUs: TensorRT-RTX, built with or without one", gpu_only=True),
-        Target("transformers", ("fp32", "bf16"), "PyTorch; servers that load ModernBertForSequenceClassification"),
-    )
-}
+@functools.cache
+def _registered() -> dict[str, EntryPoint]:
+    registered: dict[str, EntryPoint] = {}
+    for entry in entry_points(group=GROUP):
+        other = registered.setdefault(entry.name, entry)
+        if other.value != entry.value:
+            raise UsageError(
+                f"target '{entry.name}' is registered twice, as {other.value} and as {entry.value}. Run: pip uninstall "
+                f"{_distribution(other)} or {_distribution(entry)}"
+            )
+    return dict(sorted(registered.items()))
 
 
+def _distribution(entry: EntryPoint) -> str:
+    return entry.dist.name if entry.dist else "the package that registers it"
+
+
+def target_names() -> list[str]:
+    """Names of all registered targets, in alphabetical order."""
+    return list(_registered())
+
+
+def targets() -> list[Target]:
+    """All registered targets, in alphabetical order of their names."""
+    return [target_named(name) for name in target_names()]
+
+
+@functools.cache
 def target_named(name: str) -> Target:
     """The target of that name.
 
     Raises:
-        UsageError: no such target; lists the valid ones.
+        UsageError: no such target (lists the registered ones), or its description can't be imported.
     """
-    if name not in TARGETS:
-        raise UsageError(f"unknown target '{name}', expected one of: {', '.join(TARGETS)}")
-    return TARGETS[name]
-
-
-def checked_precision(target: Target, precision: str | None) -> str:
-    """`precision`, or the target's default for None.
-
-    Raises:
-        UsageError: the target has no such precision; lists those it has.
-    """
-    if precision is None:
-        return target.precisions[0]
-    if precision not in target.precisions:
-        valid = ", ".join(target.precisions)
-        raise UsageError(f"target '{target.name}' has no precision '{precision}', expected one of: {valid}")
-    return precision
+    entry = _registered().get(name)
+    if entry is None:
+        raise UsageError(f"unknown target '{name}', expected one of: {', '.join(target_names())}")
+    try:
+        target = entry.load()
+    except Exception as error:
+        raise UsageError(
+            f"target '{name}': its description {entry.value} can't be imported ({type(error).__name__}: {error}). "
+            f"Run: pip install --force-reinstall {_distribution(entry)}"
+        ) from error
+    if not isinstance(target, Target) or target.name != name:
+        raise UsageError(f"target '{name}': {entry.value} is {target!r:.200}, expected a Target named '{name}'")
+    return target

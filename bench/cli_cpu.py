@@ -102,7 +102,7 @@ def everything(
     for named in checkpoints or ("demo", "17m", "68m"):
         checkpoint = checkpoint_of(named, artifacts, tokenizer)
         console.note(checkpoint.id, bold=True)
-        found, missing = export_all(checkpoint, artifacts, max_length, console.step)
+        found, missing = export_all(checkpoint, artifacts, max_length, console.Console())
         for name, reason in missing.items():
             console.note(f"  {name}: not here: {reason}")
         chosen = CpuRun(found, checkpoint.folder, ("st-fp32", "st-fp32-tuned", "st-bf16"), data=data, rounds=rounds,

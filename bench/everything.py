@@ -2,29 +2,19 @@
 
 import re
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol
 
 from ettin.artifacts.errors import EttinError, UsageError
 from ettin.artifacts.manifest import MANIFEST_NAME
-from ettin.artifacts.targets import TARGETS
+from ettin.artifacts.targets import targets
 from ettin.bench.texts import text_name
-from ettin.export.pipeline import Export, Job, Options
+from ettin.export.pipeline import Export, Job, Options, Progress
 from ettin.export.source.checkpoint import Checkpoint, read_checkpoint
 from ettin.export.source.sizes import DEMO_FOLDER, SIZES
 from ettin.export.source.weights import write_random_checkpoint
 
 # A pass of the slowest contestant should take seconds, not minutes: pairs by millions of parameters.
 _PAIRS = ((5, 200), (25, 120), (50, 48), (100, 16), (200, 10), (2000, 8))
-
-
-class Steps(Protocol):
-    """Shows progress: `with steps("export"): …`."""
-
-    def __call__(self, what: str) -> AbstractContextManager[None]:
-        """A step that takes time."""
-        ...
 
 
 def checkpoint_of(named: str, root: Path, tokenizer: Path | None) -> Checkpoint:
@@ -52,22 +42,24 @@ def checkpoint_of(named: str, root: Path, tokenizer: Path | None) -> Checkpoint:
     raise UsageError(f"'{named}' is neither a folder nor one of: demo, {', '.join(SIZES)}")
 
 
-def export_all(checkpoint: Checkpoint, root: Path, max_length: int, step: Steps) -> tuple[list[Path], dict[str, str]]:
+def export_all(
+    checkpoint: Checkpoint, root: Path, max_length: int, progress: Progress
+) -> tuple[list[Path], dict[str, str]]:
     """Every artifact that can be made and proven here; those of an earlier run are kept.
 
     Args:
         checkpoint: what is exported.
         root: where; each checkpoint has its folder.
         max_length: tokens that artifacts truncate to.
-        step: shows progress.
+        progress: see `Progress`.
 
     Returns:
         The artifacts, and why others are missing.
     """
     above = root / re.sub(r"[^\w.-]", "_", checkpoint.id.rsplit("/", 1)[-1])
-    export = Export(checkpoint, Options(max_length=max_length, command=f"ettin-bench all {checkpoint.id}"), step)
+    export = Export(checkpoint, Options(max_length=max_length, command=f"ettin-bench all {checkpoint.id}"), progress)
     found, missing, jobs = [], {}, []
-    for target in TARGETS.values():
+    for target in targets():
         for precision in target.precisions:
             job = Job(target.name, precision, above / f"{target.name}-{precision}")
             if (job.output / MANIFEST_NAME).exists():

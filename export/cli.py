@@ -3,20 +3,21 @@
 import shlex
 import sys
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from ettin.artifacts.errors import EttinError, HardwareError, MissingDependency, UsageError
-from ettin.artifacts.targets import TARGETS, checked_precision, target_named
-from ettin.export import report
-from ettin.export.targets.tensorrt_builder import FLAVOURS, BuildOptions
+from ettin.artifacts.targets import target_named, target_names, targets
+from ettin.export import reports
 from ettin.runtimes.commands import console
 
 if TYPE_CHECKING:  # these import torch
     from ettin.export.pipeline import Export, Job
     from ettin.export.source.checkpoint import Checkpoint
+    from ettin.export.writer import BuildOptions
 
 _MISSING = {"torch", "transformers", "sentence_transformers", "safetensors"}
 EXAMPLES = (
@@ -27,11 +28,72 @@ EXAMPLES = (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """What the user typed, by the names of the options."""
+
+    size: str | None
+    checkpoint: str | None
+    revision: str | None
+    target: str
+    precision: str | None
+    everything: bool
+    output: Path | None
+    max_length: int | None
+    verify_pairs: Path | None
+    calibration: Path | None
+    force: bool
+    allow_unverified: bool
+    sign: Path | None
+    arch: str | None
+    build_kit: bool
+    workspace: int | None
+    timing_cache: Path | None
+    random_weights: bool
+    seed: int
+    tokenizer: Path | None
+    dry_run: bool
+
+    def variants(self) -> list[tuple[str, str]]:
+        """The targets and precisions that were asked for.
+
+        Raises:
+            UsageError: there are none of these names.
+        """
+        if not self.everything:
+            return [(self.target, target_named(self.target).checked_precision(self.precision))]
+        variants = [
+            (target.name, precision)
+            for target in targets()
+            for precision in target.precisions
+            if self.precision in (None, precision)
+        ]
+        if not variants:
+            raise UsageError(f"no target has a precision '{self.precision}'. Run: ettin-export --list")
+        return variants
+
+    def build_options(self) -> "BuildOptions":
+        """What TensorRT is told.
+
+        Raises:
+            UsageError: the target is not compiled for one GPU architecture.
+        """
+        from ettin.export.writer import BuildOptions
+
+        build = BuildOptions(self.arch, self.build_kit, self.workspace, self.timing_cache)
+        if build != BuildOptions() and not self.everything and not target_named(self.target).is_compiled:
+            compiled = " and ".join(target.name for target in targets() if target.is_compiled)
+            raise UsageError(
+                f"--arch, --build-kit, --workspace and --timing-cache are for {compiled}, not for '{self.target}'"
+            )
+        return build
+
+
 @click.command(epilog=console.example_epilog(*EXAMPLES), no_args_is_help=True)
 @click.option("--size", help="A released size, or demo: the small checkpoint that comes with this package.")
 @click.option("--checkpoint", help="A fine-tune instead: folder or hub id.")
 @click.option("--revision", help="Hub commit, branch or tag of --checkpoint.")
-@click.option("--target", default="openvino", show_default=True, help=f"What to write: {', '.join(TARGETS)}.")
+@click.option("--target", default="openvino", show_default=True, help=f"What to write: {', '.join(target_names())}.")
 @click.option("--precision", help="int8, bf16, fp16 or fp32, as the target has them; see --list.  [default: its first]")
 @click.option(
     "--all", "everything", is_flag=True, help="Every target (of --precision, if given) that this machine can build."
@@ -59,82 +121,89 @@ EXAMPLES = (
 @click.option("--seed", default=0, show_default=True, help="Of the random weights.")
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="Folder with a tokenizer for random weights.")
 @click.option("--dry-run", is_flag=True, help="Read and check, say what would be done, write nothing.")
-@click.option("--list", "list_", is_flag=True, help="Sizes, targets and precisions.")
-@click.option("--doctor", is_flag=True, help="What is installed, what works here, and the fix for what does not.")
+@click.option("--list", "show_list", is_flag=True, help="Sizes, targets and precisions.")
+@click.option("--doctor", "show_doctor", is_flag=True, help="What works on this machine, and how to fix what does not.")
 @click.version_option(package_name="ettin-export")
-def command(
-    size: str | None, checkpoint: str | None, revision: str | None, target: str, precision: str | None,
-    everything: bool, output: Path | None, max_length: int | None, verify_pairs: Path | None,
-    calibration: Path | None, force: bool,
-    allow_unverified: bool, sign: Path | None, arch: str | None, build_kit: bool, workspace: int | None,
-    timing_cache: Path | None,
-    random_weights: bool, seed: int, tokenizer: Path | None, dry_run: bool, list_: bool,
-    doctor: bool,
-) -> None:  # fmt: skip
+def command(show_list: bool, show_doctor: bool, **options: Any) -> None:
     """Turn an Ettin reranker checkpoint into a fast artifact and prove that its scores are the reference's.
 
     Steps and times go to stderr, the artifact's path alone to stdout. Exit code 0: verified and published.
     """
-    if list_:
-        return report.show_list()
-    if doctor:
-        return report.show_doctor()
-    if everything:
-        wanted = [
-            (each.name, kind) for each in TARGETS.values() for kind in each.precisions if precision in (None, kind)
-        ]
-        if not wanted:
-            raise UsageError(f"no target has a precision '{precision}'. Run: ettin-export --list")
-    else:
-        wanted = [(target, checked_precision(target_named(target), precision))]
+    if show_list:
+        return reports.show_list()
+    if show_doctor:
+        return reports.show_doctor()
+    return _export(Arguments(**options))
+
+
+def _export(arguments: Arguments) -> None:
+    variants = arguments.variants()
     try:
-        from ettin.export.pipeline import Export, Job, Options
+        from ettin.export.pipeline import Export, Options
         from ettin.export.source.resolve import opened
     except ModuleNotFoundError as error:
         if error.name not in _MISSING:
             raise
         raise MissingDependency("exporting", str(error.name), "export") from None
 
+    build = arguments.build_options()
     with ExitStack() as stack:
         with console.step("read the checkpoint"):
-            source = stack.enter_context(
+            checkpoint = stack.enter_context(
                 opened(
-                    size=size,
-                    checkpoint=checkpoint,
-                    revision=revision,
-                    random_weights=random_weights,
-                    seed=seed,
-                    tokenizer=tokenizer,
+                    size=arguments.size,
+                    checkpoint=arguments.checkpoint,
+                    revision=arguments.revision,
+                    random_weights=arguments.random_weights,
+                    seed=arguments.seed,
+                    tokenizer=arguments.tokenizer,
                 )
             )
-        build = BuildOptions(arch, build_kit, workspace, timing_cache)
-        if not everything and target not in FLAVOURS and build != BuildOptions():
-            raise UsageError(
-                f"--arch, --build-kit, --workspace and --timing-cache are for {' and '.join(FLAVOURS)}, "
-                f"not for '{target}'"
-            )
-        options = Options(max_length, verify_pairs, calibration, force, allow_unverified, _typed(), build, sign)
-        export = Export(source, options, console.step)
-        above = output if everything and output else Path(source.name)
-        jobs = [
-            Job(name, kind, output if output and not everything else above / _folder(name, kind, build))
-            for name, kind in wanted
-        ]
-        _announce(source)
-        if dry_run and everything:
-            buildable, rows, _ = _sorted(export, jobs)
-            report.show_plan(export, buildable)
-            return report.show_all(rows) if rows else None
-        if dry_run:
-            export.check(jobs)
-            return report.show_plan(export, jobs)
-        return _run_all(export, jobs) if everything else _run_one(export, jobs[0])
+        options = Options(
+            max_length=arguments.max_length,
+            verify_pairs=arguments.verify_pairs,
+            calibration=arguments.calibration,
+            force=arguments.force,
+            allow_unverified=arguments.allow_unverified,
+            command=shlex.join(["ettin-export", *sys.argv[1:]]),
+            build=build,
+            sign=arguments.sign,
+        )
+        export = Export(checkpoint, options, console.Console())
+        jobs = _jobs(arguments, variants, checkpoint.name)
+        _announce(checkpoint)
+        if arguments.dry_run:
+            _show_plan(export, jobs, arguments.everything)
+        elif arguments.everything:
+            _run_all(export, jobs)
+        else:
+            _run_one(export, jobs[0])
 
 
-def _folder(target: str, precision: str, build: BuildOptions) -> str:
-    """Engines for several GPUs lie side by side."""
-    named = target in FLAVOURS and build.arch not in (None, "native")
-    return f"{target}-{precision}-{build.arch}" if named else f"{target}-{precision}"
+def _jobs(arguments: Arguments, variants: list[tuple[str, str]], name: str) -> "list[Job]":
+    """What is made, and where. Engines for several GPUs lie side by side."""
+    from ettin.export.pipeline import Job
+
+    if arguments.output and not arguments.everything:
+        return [Job(target, precision, arguments.output) for target, precision in variants]
+    above = arguments.output or Path(name)
+    is_named = arguments.arch not in (None, "native")
+    return [
+        Job(target, precision, above / "-".join((target, precision, *([str(arguments.arch)] if named else []))))
+        for target, precision in variants
+        for named in [is_named and target_named(target).is_compiled]
+    ]
+
+
+def _show_plan(export: "Export", jobs: "list[Job]", everything: bool) -> None:
+    if not everything:
+        export.check(jobs)
+        return reports.show_plan(export, jobs)
+    buildable, rows, _ = _sorted(export, jobs)
+    reports.show_plan(export, buildable)
+    if rows:
+        reports.show_all(rows)
+    return None
 
 
 def _announce(source: "Checkpoint") -> None:
@@ -172,17 +241,17 @@ def _run_all(export: "Export", jobs: "list[Job]") -> None:
     buildable, rows, elsewhere = _sorted(export, jobs)
     for job, outcome in export.run_all(buildable):
         if isinstance(outcome, EttinError):
-            rows.append(report.Row(job, None, str(outcome)))
+            rows.append(reports.Row(job, None, str(outcome)))
         else:
-            rows.append(report.Row(job, outcome, None))
+            rows.append(reports.Row(job, outcome, None))
             click.echo(job.output)
-    report.show_all(rows)
+    reports.show_all(rows)
     failed = sum(row.problem is not None for row in rows) - elsewhere
     if failed:
         raise EttinError(f"{failed} of {len(rows)} exports failed, see the report above")
 
 
-def _sorted(export: "Export", jobs: "list[Job]") -> "tuple[list[Job], list[report.Row], int]":
+def _sorted(export: "Export", jobs: "list[Job]") -> "tuple[list[Job], list[reports.Row], int]":
     """What can be built here; what can't, and how much of that for want of a package or a device."""
     buildable, rows, elsewhere = [], [], 0
     for job in jobs:
@@ -190,15 +259,11 @@ def _sorted(export: "Export", jobs: "list[Job]") -> "tuple[list[Job], list[repor
             export.check([job])
             buildable.append(job)
         except (HardwareError, MissingDependency) as error:
-            rows.append(report.Row(job, None, f"not here: {error}"))
+            rows.append(reports.Row(job, None, f"not here: {error}"))
             elsewhere += 1
         except EttinError as error:
-            rows.append(report.Row(job, None, str(error)))
+            rows.append(reports.Row(job, None, str(error)))
     return buildable, rows, elsewhere
-
-
-def _typed() -> str:
-    return shlex.join(["ettin-export", *sys.argv[1:]])
 
 
 def main() -> NoReturn:

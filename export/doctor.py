@@ -6,13 +6,10 @@ import platform
 from dataclasses import dataclass
 
 from ettin.artifacts.errors import HardwareError
-from ettin.artifacts.targets import TARGETS
-from ettin.export.targets.tensorrt_builder import FLAVOURS
-from ettin.export.writers import WRITERS
+from ettin.artifacts.targets import Target, targets
 from ettin.runtimes import machine as cpu
 from ettin.runtimes.commands.pack import own_source
 from ettin.runtimes.engines import openvino_kernels
-from ettin.runtimes.loading import ENGINES
 from ettin.runtimes.machine import gpus
 
 _PACKAGES = (
@@ -105,18 +102,20 @@ def _packages() -> list[Finding]:
     return findings
 
 
-def _engine_detail(target: str, missing: list[str]) -> str:
+def _engine_detail(target: Target, missing: list[str]) -> str:
     """What this machine can do with a TensorRT target; exporting itself is possible."""
     try:
         found = gpus()
     except HardwareError:
         found = []
-    if FLAVOURS[target].module in missing:
-        kit = "; a build kit can be written (--build-kit)" if target == "trt" else ""
-        return f"neither build nor run: no {FLAVOURS[target].module}{kit}"
+    if target.runtime.packages[0] in missing:
+        kit = "; a build kit can be written (--build-kit)" if target.name == "trt" else ""
+        return f"neither build nor run: no {target.runtime.packages[0]}{kit}"
     if not found:
         here = (
-            "build kits only (--build-kit)" if target == "trt" else "build ahead of time (--arch, --allow-unverified)"
+            "build kits only (--build-kit)"
+            if target.name == "trt"
+            else "build ahead of time (--arch, --allow-unverified)"
         )
         return f"{here}; to run, no GPU"
     run = f"; to run, no {', '.join(missing)}" if missing else " and run"
@@ -134,11 +133,10 @@ def _servers() -> list[Finding]:
 
 def _targets() -> list[Finding]:
     findings = []
-    for name in TARGETS:
-        writer, engine = WRITERS[name], ENGINES[name]
-        missing_run = [module for module in engine.packages if not _has(module)]
-        missing_write = [module for module in (*_GOLD, *writer.packages) if not _has(module)]
-        extras = ([engine.extra] if missing_run else []) + (["export"] if missing_write else [])
+    for target in targets():
+        missing_run = [module for module in target.runtime.packages if not _has(module)]
+        missing_write = [module for module in (*_GOLD, *target.writer.packages) if not _has(module)]
+        extras = ([target.runtime.extra] if missing_run else []) + (["export"] if missing_write else [])
         detail = "export and run"
         if missing_write and missing_run:
             detail = f"neither export nor run: no {', '.join(dict.fromkeys(missing_write + missing_run))}"
@@ -146,8 +144,8 @@ def _targets() -> list[Finding]:
             detail = f"run only: to export, no {', '.join(missing_write)}"
         elif missing_run:
             detail = f"export only with --allow-unverified: to run, no {', '.join(missing_run)}"
-        if TARGETS[name].gpu_only and not missing_write:
-            detail = _engine_detail(name, missing_run)
+        if target.is_compiled and not missing_write:
+            detail = _engine_detail(target, missing_run)
         fix = f'pip install "ettin-export[{",".join(dict.fromkeys(extras))}]"' if extras else ""
-        findings.append(Finding(f"target {name}", not extras, detail, fix))
+        findings.append(Finding(f"target {target.name}", not extras, detail, fix))
     return findings

@@ -1,15 +1,17 @@
-"""The five steps of an export: read, rewrite, lower, verify, publish."""
+"""An export: read, rewrite, lower, verify, publish.
 
-import functools
+`Export.run` makes one artifact. It lowers the rewritten model (`writer.rewrite`) with the target's writer into a
+workspace, verifies what was written in a process of its own, and publishes it when it has passed.
+"""
+
 import gc
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
-
-from torch import Tensor
 
 from ettin.artifacts.errors import EttinError, HardwareError, MissingDependency, OutputError, ParityError, UsageError
 from ettin.artifacts.manifest import Calibration, Parity
@@ -17,17 +19,13 @@ from ettin.artifacts.opened import OpenArtifact
 from ettin.artifacts.parity import write_parity
 from ettin.artifacts.publishing import NEW, check_output, staged, workspace
 from ettin.artifacts.signatures import read_private_key
-from ettin.artifacts.targets import TARGETS
+from ettin.artifacts.targets import target_named
 from ettin.artifacts.tolerances import FP16_MAX_ACTIVATION, REDUCED_RATIO
-from ettin.export.lowering import Lowered, lower
-from ettin.export.quantise import LADDER, CalibrationText, Quantised, Scheme, calibration_text, quantised
-from ettin.export.record import REFERENCE, About, unverified, write_manifest
+from ettin.export.quantise import LADDER, CalibrationText, Quantiser, Scheme, calibration_text
+from ettin.export.record import About, unverified, write_manifest
 from ettin.export.reference import Gold, proof_pairs, score_gold
 from ettin.export.source.checkpoint import Checkpoint
-from ettin.export.targets.tensorrt_builder import FLAVOURS, BuildOptions, check_options, checked_arch
-from ettin.export.writers import WRITERS, lowering
-from ettin.runtimes.loading import runtime_class
-from ettin.runtimes.machine import gpus
+from ettin.export.writer import BuildOptions, Lowered, Model, Writer, rewrite
 from ettin.runtimes.tokenizer import PairTokenizer
 from ettin.runtimes.verify import Verification, verify_in_child
 
@@ -35,12 +33,26 @@ _CALIBRATION_TOKENS = 1024
 _BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 2}  # int8: embeddings are kept in bf16 or fp32
 
 
-class Steps(Protocol):
-    """Shows progress: `with steps("verify"): …`."""
+class Progress(Protocol):
+    """Shows how an export goes on."""
 
-    def __call__(self, what: str) -> AbstractContextManager[None]:
-        """A step that takes time."""
+    def step(self, what: str) -> AbstractContextManager[None]:
+        """A step that takes time: `with progress.step("verify"): …`."""
         ...
+
+    def note(self, text: str) -> None:
+        """Something that the user should know."""
+        ...
+
+
+class Silent:
+    """Shows nothing, see `Progress`."""
+
+    def step(self, what: str) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def note(self, text: str) -> None:
+        pass
 
 
 @dataclass(frozen=True)
@@ -48,8 +60,8 @@ class Job:
     """One artifact to make.
 
     Args:
-        target: see `TARGETS`.
-        precision: see `TARGETS`.
+        target: name of a registered target.
+        precision: one of the target's.
         output: its folder.
     """
 
@@ -69,7 +81,7 @@ class Options:
         force: replace artifacts that are already there.
         allow_unverified: publish what can't be run here, marked as unverified.
         command: what the user typed, for the manifest.
-        build: for TensorRT.
+        build: for targets whose engines are compiled for one GPU architecture.
         sign: PEM file with the private key that artifacts are signed with; None: they are not signed.
     """
 
@@ -85,19 +97,19 @@ class Options:
 
 @dataclass
 class Export:
-    """Exports one checkpoint to any number of targets; gold is scored once.
+    """Exports one checkpoint to any number of targets. It is read, scored by the reference and calibrated once.
 
     Args:
         checkpoint: what is exported.
         options: see `Options`.
-        step: shows progress.
+        progress: see `Progress`.
     """
 
     checkpoint: Checkpoint
     options: Options
-    step: Steps
+    progress: Progress = field(default_factory=Silent)
     _gold: Gold | None = None
-    _proven_fp32: set[str] = field(default_factory=set)
+    _proven: set[type[Writer]] = field(default_factory=set)  # their graph passed in fp32
 
     @property
     def max_length(self) -> int:
@@ -112,7 +124,7 @@ class Export:
         return asked or most
 
     def check(self, jobs: Sequence[Job]) -> None:
-        """Whatever can be refused before work begins.
+        """Refuses what can be refused before any work.
 
         Raises:
             EttinError: an output that can't be written, a missing package, too little disk space.
@@ -121,32 +133,35 @@ class Export:
         if self.options.sign is not None:
             read_private_key(self.options.sign)
         if any(job.precision == "int8" for job in jobs):
-            _ = self._calibration
+            _ = self._calibration_text
         for job in jobs:
             check_output(job.output, self.options.force)
-            lowering(job.target)
-            check_options(job.target, self.options.build)
-            self._can_be_proven(job)
+            writer = self._writer(job.target)
+            writer.check()
+            self._can_be_proven(writer)
         if jobs:
-            need = max(self.expected_bytes(job) * (1 if job.precision == "fp32" else 3) for job in jobs)
-            where = jobs[0].output.absolute()
-            while not where.exists():
-                where = where.parent
-            free = shutil.disk_usage(where).free
-            if free < need:
-                raise OutputError(
-                    f"{where}: {free >> 20} MiB free, this export needs {need >> 20}. Choose another: --output DIR"
-                )
+            self._check_disk(jobs)
+
+    def _check_disk(self, jobs: Sequence[Job]) -> None:
+        need = max(self.expected_bytes(job) * (1 if job.precision == "fp32" else 3) for job in jobs)
+        folder = jobs[0].output.absolute()
+        while not folder.exists():
+            folder = folder.parent
+        free = shutil.disk_usage(folder).free
+        if free < need:
+            raise OutputError(
+                f"{folder}: {free >> 20} MiB free, this export needs {need >> 20}. Choose another: --output DIR"
+            )
 
     def expected_bytes(self, job: Job) -> int:
         """Size of the artifact, roughly: its weights."""
         return self.checkpoint.shape.num_parameters * _BYTES[job.precision]
 
     def prepare(self, jobs: Sequence[Job]) -> None:
-        """Scores gold for all jobs."""
+        """Scores the proof pairs of all jobs with the reference."""
         precisions = {job.precision for job in jobs}
         pairs = proof_pairs(self.options.verify_pairs, ranking="int8" in precisions and not self.checkpoint.is_random)
-        with self.step(f"score {len(pairs)} pairs with the reference"):
+        with self.progress.step(f"score {len(pairs)} pairs with the reference"):
             self._gold = score_gold(
                 self.checkpoint,
                 pairs,
@@ -156,21 +171,18 @@ class Export:
             )
 
     def run_all(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Verification | EttinError | None]]:
-        """Runs jobs by target, fp32 first: reduced precisions need not prove the graph that it has proven.
+        """Runs jobs by target, fp32 first: it proves the graph of the reduced precisions.
 
         Yields:
             Each job and what `run` returned, or why it failed.
         """
         if jobs:
             self.prepare(jobs)
-        targets = list(TARGETS)
-        for job in sorted(jobs, key=lambda job: (targets.index(job.target), job.precision != "fp32")):
-            outcome: Verification | EttinError | None
+        for job in sorted(jobs, key=lambda job: (job.target, job.precision != "fp32")):
             try:
-                outcome = self.run(job)
+                yield job, self.run(job)
             except EttinError as error:
-                outcome = error
-            yield job, outcome
+                yield job, error
 
     def run(self, job: Job) -> Verification | None:
         """Makes, verifies and publishes one artifact.
@@ -182,82 +194,107 @@ class Export:
             ParityError: the scores differ from gold; nothing was published.
             EttinError: anything else; nothing was published.
         """
-        proven, proof = self._can_be_proven(job), WRITERS[job.target].proof
+        writer = self._writer(job.target)
+        is_provable = self._can_be_proven(writer)
         if self._gold is None:
             self.prepare([job])
-        assert self._gold is not None  # noqa: S101 (set by prepare)
-        largest = self._gold.max_activation
-        if job.precision == "fp16" and (largest is None or largest > FP16_MAX_ACTIVATION):
-            raise ParityError(
-                f"fp16 ends at 65504, an activation of gold reaches {largest}, limit "
-                f"{FP16_MAX_ACTIVATION:.0f}. Export another precision: --target {job.target} --precision fp32"
-            )
-        if job.precision != "fp32" and (proven or proof) and (proof or job.target) not in self._proven_fp32:
-            self._prove_fp32(job, proof)
-        schemes = LADDER if job.precision == "int8" else (None,)
-        for scheme in schemes:
-            try:
-                verification = self._publish(job, scheme, proven)
-                break
-            except ParityError as error:
-                if scheme is schemes[-1]:
-                    raise
-                with self.step(f"int8 of {scheme.name if scheme else ''} is not good enough ({error})"):
-                    pass
+        self._check_range(job)
+        if job.precision != "fp32" and (is_provable or writer.proof is not writer):
+            self._prove_graph(writer.proof, job)
+        if job.precision == "int8":
+            return self._run_int8(job, writer, is_provable)
+        verification = self._publish(job, writer, self._model, is_provable)
         if job.precision == "fp32":
-            self._proven_fp32.add(job.target)
+            self._proven.add(type(writer))
         return verification
 
-    def _publish(self, job: Job, scheme: Scheme | None, proven: bool) -> Verification | None:
-        assert self._gold is not None  # noqa: S101 (set by prepare)
-        quantise = functools.partial(self._quantise, scheme) if scheme else None
+    def _run_int8(self, job: Job, writer: Writer, is_provable: bool) -> Verification | None:
+        """Takes the first scheme of the ladder that passes."""
+        for scheme in LADDER:
+            with self.progress.step(f"quantise {scheme.name}"):
+                model = self._quantised(scheme)
+            try:
+                return self._publish(job, writer, model, is_provable, self._calibration(scheme))
+            except ParityError as error:
+                if scheme is LADDER[-1]:
+                    raise
+                self.progress.note(f"int8 of {scheme.name} is not good enough: {error}")
+        return None
+
+    def _publish(
+        self, job: Job, writer: Writer, model: Model, is_provable: bool, calibration: Calibration | None = None
+    ) -> Verification | None:
+        """Lowers into a workspace, verifies there, and gives the artifact its place."""
+        verification = None
         with staged(job.output, self.options.force) as stage:
-            with self.step(f"write {job.target} {job.precision}"):
-                lowered = lower(
-                    self.checkpoint, job.target, job.precision, stage, quantise, self.max_length, self.options.build
-                )
-                gc.collect()  # a 1b's weights, several times over, before a child loads them again
-                write_parity(stage, self._gold.cases)
-                record = self._calibration_record(scheme, lowered) if scheme else None
-                self._write_manifest(stage, job, lowered, unverified(), record)
-            verification = None
-            if proven:
-                verification = self._verify(stage, job.target, job.precision)
-                self._write_manifest(stage, job, lowered, verification.parity(REFERENCE), record)
+            with self.progress.step(f"write {job.target} {job.precision}"):
+                lowered = self._lower(stage, writer, model, job.precision, calibration)
+            if is_provable:
+                verification = self._verify(stage, writer, job.precision)
+                self._record(stage, writer, job.precision, lowered, calibration, verification.parity)
             if self.options.sign is not None:
                 with OpenArtifact(stage) as artifact:
                     artifact.sign(self.options.sign)
         return verification
 
-    @functools.cached_property
-    def _calibration(self) -> CalibrationText:
-        return calibration_text(self.options.calibration)
+    def _prove_graph(self, writer: Writer, job: Job) -> None:
+        """A reduced precision is made only from a graph that passed in fp32."""
+        if type(writer) in self._proven:
+            return
+        with workspace(job.output) as folder:
+            stage = folder / NEW
+            stage.mkdir()
+            with self.progress.step(f"write {writer.target.name} fp32, to prove the graph"):
+                self._lower(stage, writer, self._model, "fp32", None)
+            self._verify(stage, writer, "fp32")
+        self._proven.add(type(writer))
 
-    def _quantise(self, scheme: Scheme, folded: dict[str, Tensor]) -> Quantised:
-        tokenizer = PairTokenizer(self.checkpoint.folder / "tokenizer.json")
-        sequences = self._calibration.sequences(tokenizer, min(self.max_length, _CALIBRATION_TOKENS))
-        return quantised(folded, self.checkpoint.shape, sequences, scheme)
+    def _lower(
+        self, stage: Path, writer: Writer, model: Model, precision: str, calibration: Calibration | None
+    ) -> Lowered:
+        lowered = writer.lower(model, precision, stage)
+        assert self._gold is not None  # noqa: S101 (`run` has prepared it)
+        write_parity(stage, self._gold.cases)
+        self._record(stage, writer, precision, lowered, calibration, unverified())
+        gc.collect()  # copies of a 1b's weights, before a child loads them again
+        return lowered
 
-    def _calibration_record(self, scheme: Scheme, lowered: Lowered) -> Calibration:
-        text = self._calibration
-        return Calibration(
-            text=text.name, text_sha256=text.sha256, pairs=len(text.pairs), scheme=scheme.name,
-            float_linears=lowered.float_linears,
-        )  # fmt: skip
+    def _verify(self, stage: Path, writer: Writer, precision: str) -> Verification:
+        with self.progress.step(f"verify {precision}"):
+            verification = _passed(verify_in_child(stage))
+        for environment in writer.environments(precision):
+            words = " ".join(f"{key}={value}" for key, value in environment.items())
+            with self.progress.step(f"verify {precision} with {words}"):
+                verification = verification.joined(_passed(verify_in_child(stage, environment)))
+        return verification
 
-    def _can_be_proven(self, job: Job) -> bool:
+    def _record(
+        self, stage: Path, writer: Writer, precision: str, lowered: Lowered, calibration: Calibration | None,
+        parity: Parity,
+    ) -> None:  # fmt: skip
+        if calibration is not None:
+            calibration = calibration.model_copy(update={"float_linears": lowered.float_linears})
+        about = About(writer.target.name, precision, self.max_length, self.options.command, self._weights_sha256)
+        write_manifest(stage, self.checkpoint, about, lowered, parity, calibration)
+
+    def _check_range(self, job: Job) -> None:
+        largest = self._gold.max_activation if self._gold else None
+        if job.precision == "fp16" and (largest is None or largest > FP16_MAX_ACTIVATION):
+            raise ParityError(
+                f"fp16 ends at 65504, an activation of gold reaches {largest}, limit {FP16_MAX_ACTIVATION:.0f}. Export "
+                f"another precision: --target {job.target} --precision fp32"
+            )
+
+    def _can_be_proven(self, writer: Writer) -> bool:
         """Whether the artifact can be run here; False only where it may be published unproven.
 
         Raises:
             EttinError: what keeps it from being run, and so from being proven.
         """
-        is_engine = job.target in FLAVOURS
-        if is_engine and self.options.build.kit:
+        if writer.build.kit:
             return False  # a kit is proven when its engine is built
         try:
-            engine = runtime_class(job.target)
-            if is_engine:
-                engine.check_machine(job.target, checked_arch(job.target, self.options.build.arch, gpus()))
+            writer.check_runs_here()
         except MissingDependency:
             if not self.options.allow_unverified:
                 raise
@@ -271,47 +308,45 @@ class Export:
             return False
         return True
 
-    def _prove_fp32(self, job: Job, proof: str | None) -> None:
-        """A reduced precision is made only from a lowered graph that passed in fp32.
+    def _writer(self, target_name: str) -> Writer:
+        target = target_named(target_name)
+        build = self.options.build if target.is_compiled else None
+        writer: Writer = target.writer.load(f"target '{target_name}'")(target, build)
+        return writer
 
-        Args:
-            job: what is to be made.
-            proof: what is lowered for it, an `onnx` artifact; None: the job's target.
-        """
-        assert self._gold is not None  # noqa: S101
-        with workspace(job.output) as folder:
-            stage = folder / NEW
-            stage.mkdir()
-            target = "onnx" if proof else job.target
-            with self.step(f"write {proof or job.target} fp32, to prove the graph"):
-                lowered = lower(self.checkpoint, proof or job.target, "fp32", stage, None, self.max_length)
-                write_parity(stage, self._gold.cases)
-                self._write_manifest(stage, Job(target, "fp32", job.output), lowered, unverified())
-            self._verify(stage, target, "fp32")
-        self._proven_fp32.add(proof or job.target)
+    @cached_property
+    def _model(self) -> Model:
+        return rewrite(self.checkpoint, self.max_length)
 
-    def _verify(self, stage: Path, target: str, precision: str) -> Verification:
-        with self.step(f"verify {precision}"):
-            found = self._passed(verify_in_child(stage))
-        for elsewhere in WRITERS[target].elsewhere(precision):
-            with self.step(f"verify {precision} with {' '.join(f'{key}={value}' for key, value in elsewhere.items())}"):
-                found = found.joined(self._passed(verify_in_child(stage, elsewhere)))
-        return found
+    @cached_property
+    def _calibration_text(self) -> CalibrationText:
+        return calibration_text(self.options.calibration)
 
-    def _passed(self, found: Verification) -> Verification:
-        if not found.ok:
-            raise ParityError(
-                f"{found.runtime}: scores differ from the reference: {found.summary}; limit: {found.rule}; "
-                f"worst pair: {found.worst_pair}. Nothing was published"
-            )
-        return found
+    @cached_property
+    def _quantiser(self) -> Quantiser:
+        tokenizer = PairTokenizer(self.checkpoint.folder / "tokenizer.json")
+        sequences = self._calibration_text.sequences(tokenizer, min(self.max_length, _CALIBRATION_TOKENS))
+        return Quantiser(self._model.weights, self.checkpoint.shape, sequences)
 
-    def _write_manifest(
-        self, stage: Path, job: Job, lowered: Lowered, parity: Parity, calibration: Calibration | None = None
-    ) -> None:
-        about = About(job.target, job.precision, self.max_length, self.options.command, self._weights_sha256)
-        write_manifest(stage, self.checkpoint, about, lowered, parity, calibration)
+    def _quantised(self, scheme: Scheme) -> Model:
+        model, quantised = self._model, self._quantiser.quantised(scheme)
+        return Model(model.checkpoint, model.weights, model.max_length_tokens, quantised)
 
-    @functools.cached_property
+    def _calibration(self, scheme: Scheme) -> Calibration:
+        text = self._calibration_text
+        return Calibration(
+            text=text.name, text_sha256=text.sha256, pairs=len(text.pairs), scheme=scheme.name, float_linears=()
+        )
+
+    @cached_property
     def _weights_sha256(self) -> str:
         return self.checkpoint.weights_sha256()
+
+
+def _passed(verification: Verification) -> Verification:
+    if not verification.ok:
+        raise ParityError(
+            f"{verification.runtime}: scores differ from the reference: {verification.summary}; limit: "
+            f"{verification.parity.rule}; worst pair: {verification.worst_pair}. Nothing was published"
+        )
+    return verification

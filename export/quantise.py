@@ -15,6 +15,7 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -165,42 +166,54 @@ def _keys(reader: str) -> str:
     return f"{reader}.keys"
 
 
-@torch.inference_mode()
-def quantised(
-    weights: Mapping[str, Tensor], shape: ModelShape, sequences: Sequence[Ids], scheme: Scheme = LADDER[0]
-) -> Quantised:
-    """Calibrates and smooths.
+class Quantiser:
+    """Calibrates a model once, and quantises it by any scheme.
 
     Args:
         weights: what `fold.inference_weights` returns, float32.
         shape: the model's shape.
         sequences: token ids of the calibration pairs, int32 [its tokens] each.
-        scheme: what is quantised.
     """
+
+    def __init__(self, weights: Mapping[str, Tensor], shape: ModelShape, sequences: Sequence[Ids]) -> None:
+        self._shape, self._sample = shape, _sample(sequences)
+        self._weights, self._channel_max = dict(weights), _channel_max(weights, shape, sequences)
+        for layer in range(shape.num_layers):
+            for name, source in _SMOOTHED:
+                _smooth(self._weights, self._channel_max, f"layers.{layer}.{name}", f"layers.{layer}.{source}")
+        self._input_max = {name: float(self._channel_max[name].max()) for name in linear_layers(shape)}
+
+    def quantised(self, scheme: Scheme) -> Quantised:
+        """Smoothed weights and the ranges of what `scheme` quantises."""
+        weights, channel_max = dict(self._weights), dict(self._channel_max)
+        readers = [f"layers.{layer}.o" for layer in range(self._shape.num_layers - 1)] if scheme.scores else []
+        for reader in readers:
+            _balance(weights, channel_max, reader, self._shape)
+        attention_max = {
+            reader: (float(channel_max[_queries(reader)].max()), float(channel_max[_keys(reader)].max()))
+            for reader in readers
+        }
+        left_out: set[str] = set()
+        if scheme.float_share:
+            worst = sorted(self._group_errors, key=lambda group: self._group_errors[group], reverse=True)
+            left_out = {name for group in worst[: math.ceil(scheme.float_share * len(worst))] for name in group}
+        input_max = {name: largest for name, largest in self._input_max.items() if name not in left_out}
+        return Quantised(weights, input_max, attention_max, scheme)
+
+    @cached_property
+    def _group_errors(self) -> dict[tuple[str, ...], float]:
+        return group_errors(self._weights, self._input_max, self._shape, self._sample)
+
+
+@torch.inference_mode()
+def _channel_max(weights: Mapping[str, Tensor], shape: ModelShape, sequences: Sequence[Ids]) -> dict[str, Tensor]:
+    """The largest |value| of each channel of what can be rounded, see `_RangeOps`."""
     channel_max: dict[str, Tensor] = {}
     ops = _RangeOps(weights, channel_max)
     for ids in sequences:
         row = torch.from_numpy(ids).long()[None]
         Scorer(ops, shape, GraphForm()).logits(row, torch.ones_like(row))
-    smoothed = dict(weights)
-    for layer in range(shape.num_layers):
-        for name, source in _SMOOTHED:
-            _smooth(smoothed, channel_max, f"layers.{layer}.{name}", f"layers.{layer}.{source}")
-    readers = [f"layers.{layer}.o" for layer in range(shape.num_layers - 1)] if scheme.scores else []
-    for reader in readers:
-        _balance(smoothed, channel_max, reader, shape)
-    attention_max = {
-        reader: (float(channel_max[_queries(reader)].max()), float(channel_max[_keys(reader)].max()))
-        for reader in readers
-    }
-    input_max = {name: float(channel_max[name].max()) for name in linear_layers(shape)}
-    if scheme.float_share:
-        errors = group_errors(smoothed, input_max, shape, _sample(sequences))
-        worst = sorted(errors, key=lambda group: errors[group], reverse=True)
-        for group in worst[: math.ceil(scheme.float_share * len(worst))]:
-            for name in group:
-                del input_max[name]
-    return Quantised(smoothed, input_max, attention_max, scheme)
+    return channel_max
 
 
 def linear_layers(shape: ModelShape) -> list[str]:

@@ -8,9 +8,9 @@ from pathlib import Path
 from ettin.artifacts.errors import shown
 from ettin.artifacts.files import file_sha256, list_files
 from ettin.artifacts.manifest import MANIFEST_NAME, Calibration, Manifest, Parity, Source, TensorSpec, Tokenizer
-from ettin.export.lowering import Lowered
+from ettin.artifacts.targets import target_named
 from ettin.export.source.checkpoint import Checkpoint
-from ettin.runtimes.loading import ENGINES
+from ettin.export.writer import Lowered
 from ettin.runtimes.machine import installed_versions
 
 _RANDOM = """> [!WARNING]
@@ -25,7 +25,7 @@ def card(manifest: Manifest) -> str:
     source, parity = manifest.source, manifest.parity
     revision = f" at revision `{source.revision}`" if source.revision else ""
     spearman = "–" if parity.spearman is None else f"{parity.spearman:.6f}"
-    extra = ENGINES[manifest.target].extra
+    extra = target_named(manifest.target).runtime.extra
     if parity.status == "verified":
         proof = (
             f"Compared with {parity.reference} on {parity.pairs} pairs ({parity.rule}):\n\n"
@@ -74,8 +74,8 @@ class About:
     """What the manifest says that neither checkpoint nor lowering know.
 
     Args:
-        target: see `TARGETS`.
-        precision: see `TARGETS`.
+        target: of a registered target.
+        precision: one of the target's.
         max_length: tokens that the artifact truncates to.
         command: what the user typed.
         weights_sha256: of the checkpoint.

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
-from support import TINY, VARIANTS, quiet, shared_path
+from support import TINY, VARIANTS, shared_path
 
 from ettin.export.pipeline import Export, Job, Options
 from ettin.export.reference import load_gold
@@ -50,7 +50,7 @@ def demo_artifacts(demo: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -
     with FileLock(f"{root}.lock"):
         missing = [job for job in jobs if not job.output.exists()]  # an export publishes a whole artifact or nothing
         if missing:
-            export = Export(demo, Options(command="ettin-export --size demo --all"), quiet)
+            export = Export(demo, Options(command="ettin-export --size demo --all"))
             export.prepare(missing)
             for job in missing:
                 assert export.run(job) is not None

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,15 @@ import pytest
 
 from ettin.artifacts.files import list_files
 from ettin.artifacts.manifest import _digest
-from ettin.artifacts.targets import TARGETS
+from ettin.artifacts.targets import targets
 from ettin.graph import ModelShape
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 COMMANDS = Path(sys.executable).parent
 # What any machine can run.
-VARIANTS = [(each.name, precision) for each in TARGETS.values() if not each.gpu_only for precision in each.precisions]
+VARIANTS = [
+    (target.name, precision) for target in targets() if not target.is_compiled for precision in target.precisions
+]
 
 # A shape that is tiny and unlike the released ones: another window, two RoPE bases, a local last layer, 3 heads of 32.
 TINY = ModelShape(
@@ -69,10 +70,6 @@ def in_a_child(code: str, artifact: Path, environment: dict[str, str] | None = N
     child = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=120)
     assert child.returncode == 0, (child.returncode, child.stderr)
     return child.stdout
-
-
-def quiet(what: str) -> nullcontext[None]:
-    return nullcontext()
 
 
 def reseal(folder: Path) -> None:

@@ -1,12 +1,13 @@
 """The artifact format: strict on read, whole or absent on write."""
 
+import importlib
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support import quiet, reseal, rewrite
+from support import reseal, rewrite
 
 from ettin.artifacts.errors import (
     ArtifactError,
@@ -22,6 +23,7 @@ from ettin.artifacts.errors import (
 from ettin.artifacts.files import list_files
 from ettin.artifacts.manifest import Manifest
 from ettin.artifacts.parity import read_parity
+from ettin.artifacts.targets import Target
 from ettin.export import pipeline
 from ettin.export.pipeline import Export, Job, Options
 from ettin.export.reference import natural_pairs
@@ -186,18 +188,16 @@ def test_links_are_not_published(tmp_path: Path) -> None:
 def test_missing_engine_is_one_line_and_a_broken_one_is_not_hidden(
     artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ettin.runtimes import loading as registry
-
     def absent(name: str) -> Any:
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
     def broken(name: str) -> Any:
         raise ModuleNotFoundError("No module named 'libsomething'", name="libsomething")
 
-    monkeypatch.setattr(registry.importlib, "import_module", absent)
+    monkeypatch.setattr(importlib, "import_module", absent)
     with pytest.raises(MissingDependency, match=r'Run: pip install "ettin-export\[openvino\]"'):
         load(artifact)
-    monkeypatch.setattr(registry.importlib, "import_module", broken)
+    monkeypatch.setattr(importlib, "import_module", broken)
     with pytest.raises(ModuleNotFoundError, match="libsomething"):
         load(artifact)
 
@@ -215,21 +215,21 @@ def test_every_error_is_an_ettin_error() -> None:
 def test_export_without_its_engine(demo: Checkpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Refused with the line that mends it; published only on the user's word, and then marked."""
 
-    def absent(target: str) -> Any:
-        raise MissingDependency(f"target '{target}'", "onnxruntime", "onnx")
+    def absent(target: Target) -> Any:
+        raise MissingDependency(f"target '{target.name}'", "onnxruntime", "onnx")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "runtime_class", absent)
+        patch.setattr(Target, "runtime_class", absent)
         patch.setattr(pipeline, "proof_pairs", lambda extra, ranking: natural_pairs()[:64])
         job = Job("onnx", "fp32", tmp_path / "artifact")
         for call in (
-            lambda: Export(demo, Options(), quiet).check([job]),
-            lambda: Export(demo, Options(), quiet).run(job),
+            lambda: Export(demo, Options()).check([job]),
+            lambda: Export(demo, Options()).run(job),
         ):
             with pytest.raises(MissingDependency, match=r"ettin-export\[onnx\]"):
                 call()
         assert list(tmp_path.iterdir()) == []
-        assert Export(demo, Options(allow_unverified=True), quiet).run(job) is None
+        assert Export(demo, Options(allow_unverified=True)).run(job) is None
     with pytest.raises(UnverifiedArtifact, match="Run here: ettin-verify"):
         load(job.output)
     assert "**Not verified.**" in (job.output / "README.md").read_text()

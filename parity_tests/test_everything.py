@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from support import quiet
 
 from ettin.artifacts.errors import UsageError
 from ettin.artifacts.manifest import Manifest
@@ -16,6 +15,7 @@ from ettin.bench import everything
 from ettin.bench.cli import command
 from ettin.bench.contest import Contest, contestants
 from ettin.bench.cpu import CpuRun
+from ettin.export.pipeline import Silent
 from ettin.export.source.sizes import SIZES
 
 RESULTS = Path(__file__).parents[1] / "bench" / "results"
@@ -28,7 +28,7 @@ def test_artifacts_of_an_earlier_run_are_kept(demo_artifacts: Artifacts, tmp_pat
         if (target, precision) != ("onnx", "fp32"):
             shutil.copytree(folder, root / f"{target}-{precision}")
     checkpoint = everything.checkpoint_of("demo", tmp_path, None)
-    found, missing = everything.export_all(checkpoint, tmp_path, 512, quiet)
+    found, missing = everything.export_all(checkpoint, tmp_path, 512, Silent())
     assert [path.name for path in found] == sorted(f"{target}-{precision}" for target, precision in demo_artifacts)
     assert Manifest.read(root / "onnx-fp32").max_length_tokens == 512
     assert Manifest.read(root / "onnx-int8").max_length_tokens == 7999

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import VARIANTS, quiet, shared_path
+from support import VARIANTS, shared_path
 
 from ettin.artifacts.manifest import Manifest
 from ettin.artifacts.metrics import score_error
@@ -54,7 +54,7 @@ def artifacts(
         name = golden.stem.removeprefix("fa2-")
         if name not in made:
             root = tmp_path_factory.mktemp(name)
-            export = Export(read_checkpoint(shared_path(f"checkpoints/{name}")), Options(), quiet)
+            export = Export(read_checkpoint(shared_path(f"checkpoints/{name}")), Options())
             made[name] = {each: root / "-".join(each) for each in VARIANTS}
             for (target, precision), folder in made[name].items():
                 export.run(Job(target, precision, folder))

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import quiet
 
 from ettin.artifacts import tolerances
 from ettin.export.pipeline import Export, Job, Options
@@ -46,7 +45,7 @@ def compare_with_printed(runtime: Runtime, query: str, documents: list[str], pri
 def test_17m_gives_the_golden_scores(target: str, shared: Callable[[str], Path], tmp_path: Path) -> None:
     goldens = json.loads(shared("goldens/ettin_reranker_17m_golden.json").read_text())
     with opened(size="17m") as checkpoint:
-        Export(checkpoint, Options(), quiet).run(Job(target, "fp32", tmp_path / "artifact"))
+        Export(checkpoint, Options()).run(Job(target, "fp32", tmp_path / "artifact"))
     with load(tmp_path / "artifact") as runtime:
         compare_with_goldens(runtime, goldens["cases"], goldens["max_seq"])
 
@@ -58,7 +57,7 @@ def test_scores_printed_with_the_release(size: str, shared: Callable[[str], Path
     chosen = [case for case in cases if case["model"] == SIZES[size].hub_id]
     assert chosen
     with opened(size=size) as checkpoint:
-        Export(checkpoint, Options(), quiet).run(Job("openvino", "fp32", tmp_path / "artifact"))
+        Export(checkpoint, Options()).run(Job("openvino", "fp32", tmp_path / "artifact"))
     with load(tmp_path / "artifact") as runtime:
         for case in chosen:
             compare_with_printed(runtime, case["query"], case["docs"], case["scores"])

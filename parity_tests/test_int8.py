@@ -10,18 +10,18 @@ import onnx
 import openvino as ov
 import pytest
 import torch
-from support import quiet
 
 from ettin.artifacts.errors import HardwareError, InputError, ParityError
 from ettin.artifacts.manifest import Manifest
 from ettin.artifacts.parity import read_parity
 from ettin.artifacts.tolerances import INT8_NDCG_DROP, INT8_SPEARMAN, int8_rule
-from ettin.export import pipeline
 from ettin.export.pipeline import Export, Job, Options
-from ettin.export.quantise import LADDER, Quantised, calibration_text, group_errors, int8_rows, quantised
+from ettin.export.quantise import LADDER, Quantised, Quantiser, Scheme, calibration_text, group_errors, int8_rows
 from ettin.export.reference import proof_pairs
 from ettin.export.source.checkpoint import Checkpoint
 from ettin.export.source.weights import read_weights
+from ettin.export.targets.to_onnx import OnnxWriter
+from ettin.export.targets.to_openvino import OpenVinoWriter
 from ettin.graph.fold import inference_weights
 from ettin.graph.ops import ONLY_IN_F32
 from ettin.graph.torch_ops import InferenceGraph
@@ -40,9 +40,14 @@ def folded(demo: Checkpoint) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def calibrated(demo: Checkpoint, folded: dict[str, torch.Tensor]) -> Quantised:
+def quantiser(demo: Checkpoint, folded: dict[str, torch.Tensor]) -> Quantiser:
     sequences = calibration_text().sequences(PairTokenizer(demo.folder / "tokenizer.json"), 1024)
-    return quantised(folded, demo.shape, sequences)
+    return Quantiser(folded, demo.shape, sequences)
+
+
+@pytest.fixture(scope="module")
+def calibrated(quantiser: Quantiser) -> Quantised:
+    return quantiser.quantised(LADDER[0])
 
 
 def test_calibration_text_is_not_what_int8_is_judged_on() -> None:
@@ -101,8 +106,8 @@ def test_queries_and_keys_are_rounded_only_in_f32(
 
 
 def test_ladder_gets_milder(demo: Checkpoint, folded: dict[str, torch.Tensor]) -> None:
-    sequences = [np.arange(40, dtype=np.int32)]
-    counts = [len(quantised(folded, demo.shape, sequences, scheme).input_max) for scheme in LADDER]
+    quantiser = Quantiser(folded, demo.shape, [np.arange(40, dtype=np.int32)])
+    counts = [len(quantiser.quantised(scheme).input_max) for scheme in LADDER]
     assert counts[0] > counts[1] > counts[2] > len(LINEARS) / 2 and counts[3] == len(LINEARS)
     assert [scheme.activations for scheme in LADDER] == [True, True, True, False]
     assert [scheme.scores for scheme in LADDER] == [True, False, False, False]
@@ -115,8 +120,9 @@ def test_the_most_sensitive_layers_stay_in_floating_point(
     bad = {**calibrated.input_max, "layers.4.o": calibrated.input_max["layers.4.o"] / 50}  # clips nearly all
     errors = group_errors(calibrated.weights, bad, demo.shape, sequences)
     assert len(errors) == 4 * demo.shape.num_layers and max(errors, key=lambda group: errors[group]) == ("layers.4.o",)
-    mild = quantised(folded, demo.shape, sequences, LADDER[1])
-    errors = group_errors(mild.weights, quantised(folded, demo.shape, sequences).input_max, demo.shape, sequences)
+    quantiser = Quantiser(folded, demo.shape, sequences)
+    mild = quantiser.quantised(LADDER[1])
+    errors = group_errors(mild.weights, quantiser.quantised(LADDER[0]).input_max, demo.shape, sequences)
     kept = {name for group in sorted(errors, key=lambda group: errors[group])[-4:] for name in group}
     assert LINEARS - set(mild.input_max) == kept
 
@@ -182,16 +188,17 @@ def test_the_rule_passes_small_and_fails_large_changes() -> None:
 
 @pytest.fixture(scope="module")
 def proven_export(demo: Checkpoint) -> Export:
-    export = Export(demo, Options(), quiet, _proven_fp32={"openvino", "onnx"})
+    export = Export(demo, Options(), _proven={OpenVinoWriter, OnnxWriter})
     export.prepare([Job("openvino", "int8", Path("unused"))])
     return export
 
 
 def ruined(schemes: set[str]) -> Any:
     """Quantises with ranges a tenth of what they should be, in the named schemes."""
+    quantised = Quantiser.quantised
 
-    def make(folded: Any, shape: Any, sequences: Any, scheme: Any) -> Quantised:
-        made = quantised(folded, shape, sequences, scheme)
+    def make(self: Quantiser, scheme: Scheme) -> Quantised:
+        made = quantised(self, scheme)
         if scheme.name not in schemes:
             return made
         rows = {name: torch.round(tensor * 3) / 3 for name, tensor in made.weights.items() if name in LINEARS}
@@ -202,7 +209,7 @@ def ruined(schemes: set[str]) -> Any:
 
 
 def test_ladder_is_climbed_and_recorded(proven_export: Export, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(pipeline, "quantised", ruined({LADDER[0].name}))
+    monkeypatch.setattr(Quantiser, "quantised", ruined({LADDER[0].name}))
     assert proven_export.run(Job("openvino", "int8", tmp_path / "artifact"))
     manifest = json.loads((tmp_path / "artifact" / "manifest.json").read_text())
     assert manifest["calibration"]["scheme"] == LADDER[1].name
@@ -212,16 +219,16 @@ def test_ladder_is_climbed_and_recorded(proven_export: Export, monkeypatch: pyte
 def test_nothing_is_published_below_the_limit(
     proven_export: Export, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(pipeline, "quantised", ruined({scheme.name for scheme in LADDER}))
+    monkeypatch.setattr(Quantiser, "quantised", ruined({scheme.name for scheme in LADDER}))
     with pytest.raises(ParityError, match="nDCG@10 drop"):
         proven_export.run(Job("openvino", "int8", tmp_path / "artifact"))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_random_weights_have_no_gate(tiny: Checkpoint, tmp_path: Path) -> None:
-    export = Export(tiny, Options(max_length=64), quiet)
+    export = Export(tiny, Options(max_length=64))
     found = export.run(Job("openvino", "int8", tmp_path / "artifact"))
-    assert found is not None and "accuracy is not judged" in found.rule
+    assert found is not None and "accuracy is not judged" in found.parity.rule
     manifest = Manifest.read(tmp_path / "artifact")
     assert manifest.parity.quality == "not-applicable" and len(read_parity(tmp_path / "artifact")) < 300
 

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import in_a_child, quiet
+from support import in_a_child
 
 from ettin.export import pipeline
 from ettin.export.pipeline import Export, Job, Options
@@ -61,6 +61,6 @@ def test_longest_pair_of_17m(precision: str, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(pipeline, "proof_pairs", lambda extra, ranking: pairs)
     job = Job("onnx", precision, tmp_path / "artifact")
     with opened(size="17m", random_weights=True) as checkpoint:
-        assert Export(checkpoint, Options(), quiet).run(job) is not None
+        assert Export(checkpoint, Options()).run(job) is not None
     peak, after = memory_mib(job.output)
     assert peak <= LIMIT_MIB and after <= LIMIT_MIB / 4

@@ -10,10 +10,10 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from ettin.export.lowering import Material
+from ettin.artifacts.targets import target_named
 from ettin.export.source.checkpoint import Checkpoint
-from ettin.export.source.weights import read_weights
-from ettin.export.targets.to_onnx import onnx_from_checkpoint
+from ettin.export.targets.to_onnx import OnnxWriter
+from ettin.export.writer import rewrite
 from ettin.runtimes import load
 
 
@@ -101,7 +101,7 @@ def test_last_layer_computes_one_query(demo_artifacts: dict[tuple[str, str], Pat
 def test_external_data_moves_with_its_folder(demo: Checkpoint, tmp_path: Path) -> None:
     first = tmp_path / "first"
     first.mkdir()
-    lowered = onnx_from_checkpoint(Material(demo, read_weights(demo)), "fp32", first, external_from_bytes=1 << 20)
+    lowered = OnnxWriter(target_named("onnx"), external_from_bytes=1 << 20).write(rewrite(demo), "fp32", first)
     files = {path.name: path.stat().st_size for path in (first / "onnx").iterdir()}
     assert files["model.onnx_data"] > 8e6 and files["model.onnx"] < 1e6
     moved = shutil.move(first, tmp_path / "moved")

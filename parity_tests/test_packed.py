@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ettin.artifacts import tolerances
-from ettin.export.lowering import Material
 from ettin.export.source.checkpoint import Checkpoint
 from ettin.export.source.weights import read_weights
 from ettin.export.targets.to_onnx import packed_onnx
+from ettin.export.writer import rewrite
 from ettin.graph import GraphForm
 from ettin.graph.fold import inference_weights
 from ettin.graph.torch_ops import InferenceGraph, PackedGraph
@@ -102,7 +102,7 @@ def test_a_neighbour_changes_nothing(demo: Checkpoint) -> None:
 
 def test_onnx_form_in_onnx_runtime(tiny: Checkpoint, tmp_path: Path) -> None:
     weights = weights_of(tiny, torch.float32)
-    packed_onnx(Material(tiny, read_weights(tiny)), "float32", tmp_path / "packed.onnx")
+    packed_onnx(rewrite(tiny), "float32", tmp_path / "packed.onnx")
     session = ort.InferenceSession(str(tmp_path / "packed.onnx"), providers=["CPUExecutionProvider"])
     names = [each.name for each in session.get_inputs()]
     for lengths in PACKS:

@@ -81,7 +81,7 @@ def test_moved_artifact_verifies_again(
     assert found.ok, found.summary
     recorded = Manifest.read(moved).parity
     assert recorded.max_abs_error is not None
-    assert found.max_abs_error == pytest.approx(recorded.max_abs_error, rel=0.5, abs=1e-5)
+    assert found.parity.max_abs_error == pytest.approx(recorded.max_abs_error, rel=0.5, abs=1e-5)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])

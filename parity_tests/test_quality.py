@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import quiet
 
 from ettin.bench.beir import read_beir
 from ettin.bench.first_stage import bm25_candidates
@@ -19,7 +18,7 @@ from ettin.runtimes import load
 @pytest.mark.parametrize("queries", [3, pytest.param(300, marks=pytest.mark.slow)])
 def test_scifact_ndcg_is_the_references(queries: int, shared: Callable[[str], Path], tmp_path: Path) -> None:
     checkpoint = read_checkpoint(shared("checkpoints/17m-lexical"))
-    assert Export(checkpoint, Options(max_length=512), quiet).run(Job("openvino", "fp32", tmp_path / "artifact"))
+    assert Export(checkpoint, Options(max_length=512)).run(Job("openvino", "fp32", tmp_path / "artifact"))
     data = read_beir(shared("retrieval/scifact"))
     candidates = bm25_candidates(data, 100, queries)
     assert len(candidates) == queries and all(len(found) == 100 for found in candidates.values())

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-from support import quiet
 
 from ettin.artifacts.manifest import Manifest
 from ettin.export import pipeline
@@ -28,11 +27,11 @@ def test_released_shape(size: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(pipeline, "proof_pairs", few_pairs)
     jobs = [Job(target, "fp32", tmp_path / target) for target in TARGETS]
     with opened(size=size, random_weights=True) as checkpoint:
-        export = Export(checkpoint, Options(), quiet)
+        export = Export(checkpoint, Options())
         export.prepare(jobs)
         for job in jobs:
             found = export.run(job)
-            assert found is not None and found.ok and found.pairs == 66
+            assert found is not None and found.ok and found.parity.pairs == 66
             manifest = Manifest.read(job.output)
             assert manifest.source.weights == "random"
             # 1b is over the 2 GiB that protobuf holds; weights over 1 GiB go to a file of their own.

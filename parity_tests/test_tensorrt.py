@@ -19,7 +19,6 @@ import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
-from support import quiet
 
 from ettin.artifacts.errors import (
     BuildError,
@@ -35,15 +34,15 @@ from ettin.artifacts.metrics import score_error
 from ettin.artifacts.parity import read_parity
 from ettin.artifacts.tolerances import REDUCED_RATIO
 from ettin.export import doctor
-from ettin.export.lowering import Material
 from ettin.export.pipeline import Export, Job, Options
 from ettin.export.source.checkpoint import Checkpoint, read_checkpoint
 from ettin.export.source.sizes import SIZES
-from ettin.export.source.weights import read_weights, write_random_checkpoint
+from ettin.export.source.weights import write_random_checkpoint
 from ettin.export.targets import tensorrt_builder
-from ettin.export.targets.tensorrt_builder import BuildOptions, build, checked_arch
+from ettin.export.targets.tensorrt_builder import build, checked_arch
 from ettin.export.targets.to_onnx import packed_onnx
 from ettin.export.targets.to_tensorrt import BATCH_PAIRS, BATCH_TOKENS, profiles
+from ettin.export.writer import BuildOptions, rewrite
 from ettin.runtimes import load
 from ettin.runtimes import machine as gpu
 from ettin.runtimes.batch import Batch, BatchLimits, cut
@@ -57,7 +56,7 @@ CARD = Gpu("NVIDIA GeForce RTX 3090", "sm_86", "580.95.05")
 @pytest.fixture(scope="module")
 def typed(demo: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("typed") / "model.onnx"
-    packed_onnx(Material(demo, read_weights(demo)), "bfloat16", path)
+    packed_onnx(rewrite(demo), "bfloat16", path)
     return path
 
 
@@ -137,7 +136,7 @@ def rtx() -> ModuleType:
 @pytest.fixture(scope="module")
 def export(demo: Checkpoint) -> Export:
     """Gold is scored once for all of this file."""
-    export = Export(demo, Options(max_length=512, allow_unverified=True), quiet)
+    export = Export(demo, Options(max_length=512, allow_unverified=True))
     export.prepare([Job("trt", "bf16", Path("unused"))])
     return export
 
@@ -182,7 +181,7 @@ def test_verifying_needs_the_gpu(engine_artifact: Path, no_gpu: None) -> None:
 
 def test_without_the_flag_nothing_is_published(rtx: ModuleType, demo: Checkpoint, tmp_path: Path, no_gpu: None) -> None:
     job = Job("trt-rtx", "bf16", tmp_path / "artifact")
-    export = Export(demo, Options(build=BuildOptions(arch="sm_86")), quiet)
+    export = Export(demo, Options(build=BuildOptions(arch="sm_86")))
     with pytest.raises(HardwareError, match="none is here; so its scores can't be proven here.*--allow-unverified"):
         export.check([job])
     with pytest.raises(HardwareError, match="ettin-verify"):
@@ -194,7 +193,7 @@ def test_a_timing_cache_that_rtx_has_no_use_for_is_refused_first(demo: Checkpoin
     """Before the reference is scored, which takes longest."""
     options = Options(build=BuildOptions("sm_89", timing_cache=tmp_path / "cache"), allow_unverified=True)
     with pytest.raises(UsageError, match="TensorRT-RTX times no kernels"):
-        Export(demo, options, quiet).check([Job("trt-rtx", "bf16", tmp_path / "out")])
+        Export(demo, options).check([Job("trt-rtx", "bf16", tmp_path / "out")])
 
 
 def test_builder_options(rtx: ModuleType, typed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -214,7 +213,7 @@ def test_every_size_builds(rtx: ModuleType, size: str, tmp_path: Path) -> None:
     write_random_checkpoint(tmp_path, SIZES[size].shape, 0)
     checkpoint = read_checkpoint(tmp_path, is_random=True)
     path = tmp_path / "onnx" / "model.onnx"
-    packed_onnx(Material(checkpoint, read_weights(checkpoint)), "bfloat16", path)
+    packed_onnx(rewrite(checkpoint), "bfloat16", path)
     start = time.perf_counter()
     built = build("trt-rtx", path, profiles(checkpoint.max_length_tokens), "sm_86", BuildOptions())
     seconds, peak = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
@@ -328,12 +327,12 @@ def test_kit_is_not_an_artifact_until_its_engine_is_there(kit: Path) -> None:
 def test_kit_needs_a_name(demo: Checkpoint, tmp_path: Path) -> None:
     options = Options(build=BuildOptions(kit=True))
     with pytest.raises(UsageError, match="name its GPU"):
-        Export(demo, options, quiet).check([Job("trt", "bf16", tmp_path / "kit")])
+        Export(demo, options).check([Job("trt", "bf16", tmp_path / "kit")])
     misspelt = Options(build=BuildOptions(kit=True, arch="hopper"))
     with pytest.raises(UsageError, match="--arch is 'hopper'"):
-        Export(demo, misspelt, quiet).check([Job("trt", "bf16", tmp_path / "kit")])
+        Export(demo, misspelt).check([Job("trt", "bf16", tmp_path / "kit")])
     with pytest.raises(UsageError, match="--build-kit is for --target trt, not for 'trt-rtx'"):
-        Export(demo, options, quiet).check([Job("trt-rtx", "bf16", tmp_path / "kit")])
+        Export(demo, options).check([Job("trt-rtx", "bf16", tmp_path / "kit")])
 
 
 # The runtime, with a stand-in of the engine interface: its "engine" is the fp32 graph, run by ONNX Runtime.
@@ -438,7 +437,7 @@ def card(kit: Path, demo: Checkpoint, tmp_path: Path, monkeypatch: pytest.Monkey
     """A kit for sm_90 on a machine with that GPU, whose "engine" has been built."""
     FakeStream.made, FakeStream.memory = [], {}
     onnx_path = tmp_path / "packed.onnx"
-    packed_onnx(Material(demo, read_weights(demo)), "float32", onnx_path)
+    packed_onnx(rewrite(demo), "float32", onnx_path)
     shutil.copyfile(onnx_path, kit / "engine" / "model.engine")
     ranges = tuple(profiles(512))
 
@@ -472,7 +471,7 @@ def test_from_kit_to_verified_artifact(card: Path, demo_artifacts: dict[tuple[st
     assert adopt_engine(card) and not adopt_engine(card)
     assert Manifest.read(card).needs.version == "10.14.1.48"
     found = verify(card)
-    assert found.ok and found.runtime == "TensorRT 10.14.1.48, sm_90, bf16" and found.max_abs_error < 1e-4
+    assert found.ok and found.runtime == "TensorRT 10.14.1.48, sm_90, bf16" and found.parity.max_abs_error < 1e-4
     record_verified(card, found)
     pairs = [("What is the red planet?", "Mars " * count) for count in (1, 5, 200, 40, 2)] * 30
     with load(card) as runtime, load(demo_artifacts["onnx", "fp32"]) as other:

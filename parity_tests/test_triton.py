@@ -23,10 +23,9 @@ import pytest
 from ettin.artifacts.errors import InputError, ServerError
 from ettin.artifacts.files import list_files
 from ettin.artifacts.manifest import Engine, Manifest, ShapeRange
-from ettin.export.lowering import PACKED, Material
 from ettin.export.source.checkpoint import Checkpoint
-from ettin.export.source.weights import read_weights
 from ettin.export.targets.to_onnx import packed_onnx
+from ettin.export.writer import PACKED, rewrite
 from ettin.runtimes import load
 from ettin.runtimes.serving.backends import TritonBackend
 from ettin.runtimes.triton.repository import TritonOptions, publish
@@ -427,7 +426,7 @@ def test_packed_engine(demo: Checkpoint, demo_artifacts: Artifacts, tmp_path: Pa
     )  # fmt: skip
     artifact = tmp_path / "artifact"
     artifact.mkdir()
-    packed_onnx(Material(demo, read_weights(demo)), "float32", artifact / "engine" / "model.engine")
+    packed_onnx(rewrite(demo), "float32", artifact / "engine" / "model.engine")
     shutil.copy2(demo_artifacts["onnx", "fp32"] / "tokenizer.json", artifact)
     plan = plan.model_copy(update={"files": list_files(artifact)})
     (artifact / "manifest.json").write_bytes(plan.to_bytes())

@@ -3,7 +3,6 @@
 import importlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,13 +11,12 @@ from ettin.artifacts.errors import (
     EttinError,
     HardwareError,
     ManifestError,
-    MissingDependency,
     UnverifiedArtifact,
     UsageError,
 )
 from ettin.artifacts.manifest import Manifest
 from ettin.artifacts.opened import OpenArtifact
-from ettin.artifacts.targets import checked_precision, target_named
+from ettin.artifacts.targets import target_named
 from ettin.runtimes.base import Runtime, Settings
 from ettin.runtimes.machine import lacks_vnni, model_name
 
@@ -50,48 +48,6 @@ def _identity(path: Path) -> tuple[int, int, int] | None:
     except (OSError, ValueError):
         return None
     return found.st_dev, found.st_ino, found.st_ctime_ns
-
-
-@dataclass(frozen=True)
-class Engine:
-    """What runs or writes a target, imported on use.
-
-    Args:
-        implementation: "module:name".
-        packages: the packages that it imports, by module name.
-        extra: the extra that installs them.
-    """
-
-    implementation: str
-    packages: tuple[str, ...]
-    extra: str
-
-    def imported(self, target: str) -> Any:
-        """The implementation.
-
-        Raises:
-            MissingDependency: one of the packages is not installed. A broken install shows its own error instead.
-        """
-        module, name = self.implementation.split(":")
-        try:
-            for package in self.packages:
-                importlib.import_module(package)
-        except ModuleNotFoundError as error:
-            if error.name not in {part for each in self.packages for part in (each, each.partition(".")[0])}:
-                raise
-            raise MissingDependency(f"target '{target}'", str(error.name), self.extra) from None
-        return getattr(importlib.import_module(module), name)
-
-
-ENGINES = {
-    "onnx": Engine("ettin.runtimes.engines.on_onnxruntime:OnnxRuntime", ("onnxruntime",), "onnx"),
-    "openvino": Engine("ettin.runtimes.engines.on_openvino:OpenVinoRuntime", ("openvino",), "openvino"),
-    "trt": Engine("ettin.runtimes.engines.on_tensorrt:TensorRtRuntime", ("tensorrt", "cuda.bindings"), "trt"),
-    "trt-rtx": Engine(
-        "ettin.runtimes.engines.on_tensorrt:TensorRtRuntime", ("tensorrt_rtx", "cuda.bindings"), "trt-rtx"
-    ),
-    "transformers": Engine("ettin.runtimes.engines.on_torch:TorchRuntime", ("torch", "transformers"), "torch"),
-}
 
 
 def load(
@@ -170,7 +126,7 @@ def _device(artifact: OpenArtifact, device: str | None) -> str:
 
 def _loaded(artifact: OpenArtifact, settings: Settings) -> Runtime:
     """The runtime, after what it did not read was compared with the manifest, too."""
-    runs = runtime_class(artifact.manifest.target)
+    runs = target_named(artifact.manifest.target).runtime_class()
     try:
         runtime: Runtime = runs(artifact, settings)
     except EttinError:
@@ -216,7 +172,7 @@ def check_usable(artifact: OpenArtifact, *, allow_unverified: bool = False) -> N
         ArtifactError: not an artifact, damaged or unverified.
     """
     folder, manifest = artifact.path, artifact.manifest
-    checked_precision(target_named(manifest.target), manifest.precision)
+    target_named(manifest.target).checked_precision(manifest.precision)
     check_kit(folder, manifest)
     artifact.check()
     if manifest.parity.status == "unverified" and not allow_unverified:
@@ -224,7 +180,7 @@ def check_usable(artifact: OpenArtifact, *, allow_unverified: bool = False) -> N
 
 
 def check_kit(folder: Path, manifest: Manifest) -> None:
-    """Whether it is an artifact and not what one is built from.
+    """Raises if this folder is a build kit whose engine was not built.
 
     Raises:
         UnverifiedArtifact: a build kit; says what to run.
@@ -243,20 +199,12 @@ def engine_module(manifest: Manifest) -> Any:
         ManifestError: the manifest names another package.
         MissingDependency: its engine is not installed.
     """
-    runtime_class(manifest.target)
-    package = ENGINES[manifest.target].packages[0]
+    target = target_named(manifest.target)
+    target.runtime_class()
+    package = target.runtime.packages[0]
     if manifest.needs.package != package:
         raise ManifestError(
             f"its manifest needs the package '{manifest.needs.package}', but target '{manifest.target}' runs on "
             f"'{package}'. Export again: {manifest.command}"
         )
     return importlib.import_module(package)
-
-
-def runtime_class(target: str) -> Any:
-    """The class that runs `target`.
-
-    Raises:
-        MissingDependency: its engine is not installed. A broken install shows its own error instead.
-    """
-    return ENGINES[target].imported(target)

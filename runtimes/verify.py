@@ -1,19 +1,19 @@
 """Proves an artifact's scores: the reference's pairs through the runtime that users will run. No torch needed."""
 
 import ctypes
-import json
 import os
 import signal
 import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 
 from ettin.artifacts.errors import ArtifactError, EttinError, ParityError
 from ettin.artifacts.manifest import Manifest, Parity
@@ -32,71 +32,47 @@ _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 @dataclass(frozen=True)
 class Verification:
-    """What a verification found. Errors are in logits.
+    """What a verification found.
 
     Args:
         ok: within the tolerance, all of it.
-        rule: the tolerance, in words.
-        pairs: pairs compared.
-        max_abs_error: largest |Δ| against gold.
-        mean_abs_error: mean |Δ| against gold.
-        spearman: rank correlation with gold; None where not defined.
-        batch_max_abs_error: largest |Δ| of a pair in a mixed, padded batch against alone.
-        arithmetic: types that the engine computed in.
+        parity: what the manifest records of it; meaningful as proof only if `ok`.
         worst_pair: the pair with the largest |Δ| and both scores, in words.
         runtime: what really ran.
-        quality: ranking quality, where the precision is judged by it.
         unproven: see `Runtime.unproven_arithmetic`.
         artifact: digest of the manifest that was verified.
     """
 
     ok: bool
-    rule: str
-    pairs: int
-    max_abs_error: float
-    mean_abs_error: float
-    spearman: float | None
-    batch_max_abs_error: float
-    arithmetic: tuple[str, ...]
+    parity: Parity
     worst_pair: str
     runtime: str
-    quality: dict[str, float] | None = None
-    unproven: str = ""
-    artifact: str = ""
+    unproven: str
+    artifact: str
 
     @property
     def summary(self) -> str:
         """One line."""
-        rank = "not defined" if self.spearman is None else f"{self.spearman:.6f}"
+        parity = self.parity
+        rank = "not defined" if parity.spearman is None else f"{parity.spearman:.6f}"
+        drop = "" if isinstance(parity.quality, str) else f", nDCG@10 drop {parity.quality['ndcg10_drop']:.4f}"
         return (
-            f"{self.pairs} pairs, max |Δ| {self.max_abs_error:.2e}, mean |Δ| {self.mean_abs_error:.2e}, "
-            f"Spearman {rank}, batch against single {self.batch_max_abs_error:.1e}"
-        ) + (f", nDCG@10 drop {self.quality['ndcg10_drop']:.4f}" if self.quality else "")
-
-    def parity(self, reference: str) -> Parity:
-        """The manifest's record of it."""
-        return Parity(
-            status="verified",
-            pairs=self.pairs,
-            max_abs_error=self.max_abs_error,
-            mean_abs_error=self.mean_abs_error,
-            spearman=self.spearman,
-            batch_max_abs_error=self.batch_max_abs_error,
-            arithmetic=self.arithmetic,
-            reference=reference,
-            rule=self.rule,
-            quality=self.quality or "not-applicable",
+            f"{parity.pairs} pairs, max |Δ| {_figure(parity.max_abs_error, '.2e')}, mean |Δ| "
+            f"{_figure(parity.mean_abs_error, '.2e')}, Spearman {rank}, batch against single "
+            f"{_figure(parity.batch_max_abs_error, '.1e')}{drop}"
         )
 
     def joined(self, other: Self) -> Self:
         """This, and that the other arithmetic passed too."""
-        return replace(self, arithmetic=_each_once(self.arithmetic, other.arithmetic))
+        return replace(self, parity=_with_arithmetic(self.parity, other.parity))
 
-    @classmethod
-    def from_json(cls, line: str) -> Self:
-        """Inverse of `json.dumps(asdict(…))`."""
-        values = json.loads(line)
-        return cls(**{**values, "arithmetic": tuple(values["arithmetic"])})
+
+_JSON: TypeAdapter[Verification] = TypeAdapter(Verification)
+
+
+def _figure(value: float | None, form: str) -> str:
+    """An error in words; the manifest has null for one that is not finite."""
+    return "inf" if value is None else format(value, form)
 
 
 def verify(
@@ -120,31 +96,42 @@ def verify(
     cases = read_parity(folder, trusted_key)
     if len(cases) < MIN_PAIRS:
         raise ParityError(f"{folder}: {len(cases)} parity pairs, expected at least {MIN_PAIRS}. Export again.")
-    unproven = unproven or Manifest.read(folder).parity.status == "unverified"
+    recorded = Manifest.read(folder).parity
+    unproven = unproven or recorded.status == "unverified"
     with load(folder, device=device, threads=threads, allow_unverified=unproven, trusted_key=trusted_key) as runtime:
         _check_ids(runtime, cases)
         scores = _scores(runtime, cases)
         alone, together = _mixed(runtime, cases)
         ok, rule, error, quality = _judged(runtime.manifest, cases, scores)
-        batch_error = float(np.abs(alone - together).max()) if np.isfinite(together).all() else float("inf")
+        is_finite = bool(np.isfinite(together).all())
+        batch_error = float(np.abs(alone - together).max()) if is_finite else None
         if runtime.manifest.precision == "fp32":
             ok = ok and bool((np.abs(alone - together) <= FP32 * np.maximum(1, np.abs(alone))).all())
             rule += ", in any batch"
-        return Verification(
-            ok=ok and bool(np.isfinite(together).all()),
-            rule=rule,
+        parity = Parity(
+            status="verified",
             pairs=len(cases),
-            max_abs_error=error.max_abs,
-            mean_abs_error=error.mean_abs,
+            max_abs_error=_finite(error.max_abs),
+            mean_abs_error=_finite(error.mean_abs),
             spearman=error.spearman,
             batch_max_abs_error=batch_error,
             arithmetic=(runtime.arithmetic,),
+            reference=recorded.reference,
+            rule=rule,
+            quality=quality or "not-applicable",
+        )
+        return Verification(
+            ok=ok and is_finite,
+            parity=parity,
             worst_pair=_described(cases[error.worst], float(scores[error.worst])),
             runtime=runtime.description,
-            quality=quality,
             unproven=runtime.unproven_arithmetic,
             artifact=runtime.manifest.digest,
         )
+
+
+def _finite(error: float) -> float | None:
+    return error if np.isfinite(error) else None
 
 
 def verify_in_child(folder: Path, environment: Mapping[str, str] | None = None) -> Verification:
@@ -160,7 +147,7 @@ def verify_in_child(folder: Path, environment: Mapping[str, str] | None = None) 
     variables = {**os.environ, **(environment or {})}
     child = subprocess.run(command, capture_output=True, text=True, check=False, env=variables)
     if child.returncode == 0:
-        return Verification.from_json(child.stdout.splitlines()[-1])
+        return _JSON.validate_json(child.stdout.splitlines()[-1], strict=False)
     if child.returncode < 0:
         raise ParityError(f"{folder.name}: the engine died with signal {-child.returncode} while it was verified")
     reason = (child.stderr.strip().splitlines() or ["no message"])[-1]
@@ -183,13 +170,13 @@ def record_verified(folder: Path, verification: Verification) -> None:
 
 def _recorded(manifest: Manifest, verification: Verification) -> Parity:
     if manifest.parity.status == "unverified":
-        return verification.parity(manifest.parity.reference)
-    proven = _each_once(manifest.parity.arithmetic, verification.arithmetic)
-    return manifest.parity.model_copy(update={"arithmetic": proven})
+        return verification.parity
+    return _with_arithmetic(manifest.parity, verification.parity)
 
 
-def _each_once(first: tuple[str, ...], second: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys((*first, *second)))
+def _with_arithmetic(parity: Parity, other: Parity) -> Parity:
+    """`parity`, which also names the arithmetic that `other` was proven in."""
+    return parity.model_copy(update={"arithmetic": tuple(dict.fromkeys((*parity.arithmetic, *other.arithmetic)))})
 
 
 def adopt_engine(folder: Path, trusted_key: Path | None = None) -> bool:
@@ -290,6 +277,6 @@ def _end_with(parent: int) -> None:
 if __name__ == "__main__":
     _end_with(int(sys.argv[2]))
     try:
-        print(json.dumps(asdict(verify(Path(sys.argv[1])))))  # noqa: T201 (read by verify_in_child)
+        print(_JSON.dump_json(verify(Path(sys.argv[1]))).decode())  # noqa: T201 (read by verify_in_child)
     except EttinError as error:
         sys.exit(f"error: {error}")

@@ -12,47 +12,16 @@ from tqdm import tqdm
 
 from ettin.artifacts.errors import BuildError, HardwareError, MissingDependency, UsageError
 from ettin.artifacts.manifest import ShapeRange
+from ettin.artifacts.targets import target_named
 from ettin.artifacts.writing import write_file
-from ettin.runtimes.loading import ENGINES
+from ettin.export.writer import BuildOptions
 from ettin.runtimes.machine import Gpu, gpus
 
 Profile = dict[str, ShapeRange]
 
 
-@dataclass(frozen=True)
-class Flavour:
-    """One of the two products.
-
-    Args:
-        module: the Python module.
-        product: its name in messages.
-    """
-
-    module: str
-    product: str
-
-
-FLAVOURS = {
-    "trt": Flavour("tensorrt", "TensorRT"),
-    "trt-rtx": Flavour("tensorrt_rtx", "TensorRT-RTX"),
-}
-
-
-@dataclass(frozen=True)
-class BuildOptions:
-    """What a user chooses.
-
-    Args:
-        arch: GPU to build for, such as "sm_86"; None or "native": the one in this machine.
-        kit: write what another machine needs to build the engine, not the engine.
-        workspace_mib: scratch memory that kernels may take; None: all of the GPU's.
-        timing_cache: "trt" only: file that keeps kernel timings for the next build; None: none is kept.
-    """
-
-    arch: str | None = None
-    kit: bool = False
-    workspace_mib: int | None = None
-    timing_cache: Path | None = None
+# Names of the products, by their modules.
+_PRODUCTS = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 
 
 @dataclass(frozen=True)
@@ -74,12 +43,17 @@ def builder_module(target: str) -> Any:
     Raises:
         MissingDependency: it is not installed, or (TensorRT) only its shell is, without NVIDIA's libraries.
     """
-    module = FLAVOURS[target].module
+    engine = target_named(target).runtime
+    module = engine.packages[0]
     try:
         return importlib.import_module(module)
     except ImportError:  # the shell on PyPI fails on libnvinfer
-        extra = ENGINES[target].extra
-        raise MissingDependency(f"target '{target}'", module.replace("_", "-"), extra) from None
+        raise MissingDependency(f"target '{target}'", module.replace("_", "-"), engine.extra) from None
+
+
+def product(target: str) -> str:
+    """The name of the product that builds `target`."""
+    return _PRODUCTS[target_named(target).runtime.packages[0]]
 
 
 def check_arch_name(arch: str) -> None:
@@ -112,26 +86,25 @@ def checked_arch(target: str, arch: str | None, found: Sequence[Gpu]) -> str:
             kit = " --build-kit" if target == "trt" else ""
             raise HardwareError(f"no GPU here to build for. Name one: --target {target} --arch sm_86{kit}")
         return here
-    flavour = FLAVOURS[target]
     if arch == here:
         return arch
     there = f"the GPU here is {here}" if here else "no GPU is here"
     if target == "trt":
         raise HardwareError(
-            f"{flavour.product} builds only for a GPU in the machine: asked for {arch}, {there}. Build there, or take "
+            f"{product(target)} builds only for a GPU in the machine: asked for {arch}, {there}. Build there, or take "
             f"the parts with you: --target trt --arch {arch} --build-kit"
         )
     ahead = ahead_of_time(builder_module(target))
     if arch not in ahead:
         raise HardwareError(
-            f"{flavour.product} builds ahead of time for {', '.join(ahead)}, not for {arch}, and {there}. "
+            f"{product(target)} builds ahead of time for {', '.join(ahead)}, not for {arch}, and {there}. "
             f"Take another target: --target trt --arch {arch}"
         )
     return arch
 
 
 def check_options(target: str, options: BuildOptions) -> None:
-    """Whether this machine can build `target` so; anything goes for other targets, but a kit.
+    """Refuses options with which this machine can't build `target`.
 
     Raises:
         UsageError: a kit of another target, or for no GPU in particular; a timing cache for TensorRT-RTX.
@@ -141,9 +114,8 @@ def check_options(target: str, options: BuildOptions) -> None:
     if options.timing_cache is not None and target == "trt-rtx":
         raise UsageError("--timing-cache: TensorRT-RTX times no kernels when it builds. Leave it out")
     if not options.kit:
-        if target in FLAVOURS:
-            checked_arch(target, options.arch, gpus())
-            builder_module(target)
+        checked_arch(target, options.arch, gpus())
+        builder_module(target)
     elif target != "trt":
         raise UsageError(f"--build-kit is for --target trt, not for '{target}'")
     elif options.arch is None or options.arch == "native":
@@ -174,7 +146,7 @@ def build(
         BuildError: the builder refused the graph or the settings; its last error is in the message.
         MissingDependency: the builder is not installed.
     """
-    module, flavour = builder_module(target), FLAVOURS[target]
+    module = builder_module(target)
     logger = _logger(module)
     builder = module.Builder(logger)
     # 11.x knows nothing but strongly typed networks and may drop the flag.
@@ -182,7 +154,7 @@ def build(
     network = builder.create_network(1 << int(flags["STRONGLY_TYPED"]) if "STRONGLY_TYPED" in flags else 0)
     parser = module.OnnxParser(network, logger)
     if not parser.parse_from_file(str(onnx)):
-        raise BuildError(f"{flavour.product} {module.__version__} can't read {onnx.name}: {parser.get_error(0).desc()}")
+        raise BuildError(f"{product(target)} {module.__version__} can't read {onnx.name}: {parser.get_error(0).desc()}")
     config = builder.create_builder_config()
     config.profiling_verbosity = module.ProfilingVerbosity.DETAILED
     if target == "trt-rtx" and arch not in {gpu.arch for gpu in gpus()}:
@@ -196,11 +168,11 @@ def build(
             profile.set_shape(name, each.min, each.opt, each.max)
         config.add_optimization_profile(profile)
     cache = _timing_cache(config, options.timing_cache)
-    with tqdm(desc=f"{flavour.product} {arch}", unit="steps", disable=None if show else True, leave=False) as bar:
+    with tqdm(desc=f"{product(target)} {arch}", unit="steps", disable=None if show else True, leave=False) as bar:
         config.progress_monitor = _monitor(module, bar)
         serialised = builder.build_serialized_network(network, config)
     if serialised is None:
-        raise BuildError(f"{flavour.product} {module.__version__} can't build for {arch}: {logger.last_error}")
+        raise BuildError(f"{product(target)} {module.__version__} can't build for {arch}: {logger.last_error}")
     if options.timing_cache is not None:
         write_file(options.timing_cache, bytes(cache.serialize()))
     return Built(bytes(serialised), sum("_mha_" in each for each in logger.layers) // len(profiles))

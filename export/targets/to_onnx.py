@@ -8,9 +8,10 @@ import onnx
 from onnx import TensorProto, helper
 
 from ettin.artifacts.manifest import Interface, Needs
-from ettin.export.lowering import ISA, PACKED, PADDED, Lowered, Material
+from ettin.artifacts.targets import Target
 from ettin.export.targets.onnx_ops import OPSET, Int8OnnxOps, OnnxOps, Value
 from ettin.export.targets.to_transformers import write_configs
+from ettin.export.writer import ISA, PACKED, PADDED, BuildOptions, Lowered, Model, Writer
 from ettin.graph import GraphForm, Scorer
 from ettin.graph.packed import PackedScorer
 from ettin.runtimes.machine import installed_version
@@ -22,54 +23,62 @@ _IR_VERSION = 9  # what ONNX Runtime 1.17 reads, the first with opset 20
 EXTERNAL_FROM_BYTES = 1 << 30
 
 
-def onnx_from_checkpoint(
-    material: Material,
-    precision: str,
-    folder: Path,
-    *,
-    form: GraphForm | None = None,
-    external_from_bytes: int = EXTERNAL_FROM_BYTES,
-) -> Lowered:
+class OnnxWriter(Writer):
     """Writes `onnx/model.onnx` and the configs beside it.
 
+    "fp16" has norms and head in fp32; "int8" has everything but the linear layers in fp32.
+
     Args:
-        material: what is lowered.
-        precision: "fp32"; "fp16" with norms and head in fp32; "int8" with everything but the linear layers in fp32.
-        folder: where to.
+        target: the target.
+        build: must be None or the default: nothing is compiled.
         form: speed choices.
         external_from_bytes: weights of this size and more go to `model.onnx_data`: protobuf ends at 2 GiB.
     """
-    form, checkpoint = form or GraphForm(), material.checkpoint
-    quantised = material.quantised
-    ops = Int8OnnxOps(quantised) if quantised else OnnxOps(material.folded(), _COMPUTE[precision])
-    logits = Scorer(ops, checkpoint.shape, form).logits(Value("input_ids", "int64"), Value("attention_mask", "int64"))
-    path = folder / "onnx" / _FILE[precision]
-    save(ops, logits, PADDED, path, external_from_bytes)
-    write_configs(checkpoint, folder)
+
+    def __init__(
+        self,
+        target: Target,
+        build: BuildOptions | None = None,
+        *,
+        form: GraphForm | None = None,
+        external_from_bytes: int = EXTERNAL_FROM_BYTES,
+    ) -> None:
+        super().__init__(target, build)
+        self._form, self._external_from_bytes = form or GraphForm(), external_from_bytes
+
+    def write(self, model: Model, precision: str, folder: Path) -> Lowered:
+        ops = Int8OnnxOps(model.quantised) if model.quantised else OnnxOps(model.arrays(), _COMPUTE[precision])
+        scorer = Scorer(ops, model.checkpoint.shape, self._form)
+        logits = scorer.logits(Value("input_ids", "int64"), Value("attention_mask", "int64"))
+        path = folder / "onnx" / _FILE[precision]
+        save(ops, logits, PADDED, path, self._external_from_bytes)
+        write_configs(model.checkpoint, folder)
+        return onnx_lowered(path, folder, PADDED, precision, self._form)
+
+
+def onnx_lowered(path: Path, folder: Path, interface: Interface, precision: str, form: GraphForm) -> Lowered:
+    """What a manifest says of an ONNX file at `path` in an artifact's `folder`."""
+    version = installed_version("onnxruntime")
     return Lowered(
         entry=path.relative_to(folder).as_posix(),
-        interface=PADDED,
-        needs=Needs(
-            device="any", isa=ISA.get(precision, ()), package="onnxruntime", version=installed_version("onnxruntime")
-        ),
+        interface=interface,
+        needs=Needs(device="any", isa=ISA.get(precision, ()), package="onnxruntime", version=version),
         graph=asdict(form),
     )
 
 
-def packed_onnx(
-    material: Material, compute: str, path: Path, *, external_from_bytes: int = EXTERNAL_FROM_BYTES
-) -> GraphForm:
+def packed_onnx(model: Model, compute: str, path: Path, *, external_from_bytes: int = EXTERNAL_FROM_BYTES) -> GraphForm:
     """Writes the packed graph, whose element types are all in the file: what a strongly typed engine is built from.
 
     Args:
-        material: what is lowered.
+        model: what is lowered.
         compute: "float32" or "bfloat16", see `OnnxOps`.
         path: the file; its folder is made.
-        external_from_bytes: see `onnx_from_checkpoint`.
+        external_from_bytes: see `OnnxWriter`.
     """
-    ops, form = OnnxOps(material.folded(), compute), GraphForm()
+    ops, form = OnnxOps(model.arrays(), compute), GraphForm()
     inputs = [Value(each.name, each.dtype) for each in PACKED.inputs]
-    logits = PackedScorer(ops, material.checkpoint.shape, form).packed_logits(*inputs)
+    logits = PackedScorer(ops, model.checkpoint.shape, form).packed_logits(*inputs)
     save(ops, logits, PACKED, path, external_from_bytes)
     return form
 

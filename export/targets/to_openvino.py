@@ -1,7 +1,7 @@
 """Checkpoint → OpenVINO IR for CPUs."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -14,11 +14,13 @@ from numpy.typing import NDArray
 from openvino import opset15 as op
 
 from ettin.artifacts.manifest import Interface, Needs
-from ettin.export.lowering import ISA, PADDED, RAGGED, Lowered, Material
+from ettin.artifacts.targets import Target
 from ettin.export.targets.openvino_ops import Int8OpenVinoOps, OpenVinoOps
+from ettin.export.writer import ISA, PADDED, RAGGED, BuildOptions, Lowered, Model, Writer
 from ettin.graph import GraphForm, Scorer
 from ettin.graph.packed import RaggedScorer
-from ettin.runtimes.engines.openvino_kernels import HEAD_DIM, RAGGED_NAME, compiled
+from ettin.runtimes.engines.openvino_kernels import HEAD_DIM, RAGGED_NAME, SWITCH, compiled, kernels
+from ettin.runtimes.machine import has_bf16
 
 # Both GeGLU halves in one product: as two, OpenVINO 2026.4.1 fuses them into an LLMMLP node in bf16, which dies with
 # SIGFPE on one thread per stream and is no faster elsewhere.
@@ -27,38 +29,53 @@ from ettin.runtimes.engines.openvino_kernels import HEAD_DIM, RAGGED_NAME, compi
 FORM = GraphForm(block_threshold_tokens=512, split_geglu=False, rotate_blocks=True)
 
 
-def openvino_from_checkpoint(material: Material, precision: str, folder: Path, *, form: GraphForm = FORM) -> Lowered:
+class OpenVinoWriter(Writer):
     """Writes `openvino/openvino_model.xml` and `.bin`.
 
+    Weights are stored as "fp32" or "bf16", or for "int8" the linear layers in int8 and the rest in bf16. Anything but
+    int8 products is written as float32: the runtime's hint decides the arithmetic.
+
     Args:
-        material: what is lowered.
-        precision: type that weights are stored in, "fp32" or "bf16"; or "int8" for the linear layers, with the rest in
-            bf16. Anything but int8 products is written as float32: the runtime's hint decides the arithmetic.
-        folder: where to.
+        target: the target.
+        build: must be None or the default: nothing is compiled.
         form: speed choices.
     """
-    shape, new_ops = material.checkpoint.shape, _ops(material, precision)
-    path = folder / "openvino" / "openvino_model.xml"
-    path.parent.mkdir()
-    _write(Scorer(new_ops(), shape, form).logits, PADDED, path)
-    is_ragged = precision != "fp32" and shape.head_dim == HEAD_DIM and compiled() is not None
-    if is_ragged:
-        _write(RaggedScorer(new_ops(), shape, form).ragged_logits, RAGGED, path.with_name(RAGGED_NAME))
-        share_weights(path.with_name(RAGGED_NAME), path)
-    version = ov.__version__.split("-")[0]
-    return Lowered(
-        entry=path.relative_to(folder).as_posix(),
-        interface=PADDED,
-        needs=Needs(device="cpu", isa=ISA.get(precision, ()), package="openvino", version=version),
-        graph={**asdict(form), "ragged": is_ragged},
-    )
+
+    def __init__(self, target: Target, build: BuildOptions | None = None, *, form: GraphForm = FORM) -> None:
+        super().__init__(target, build)
+        self._form = form
+
+    def write(self, model: Model, precision: str, folder: Path) -> Lowered:
+        shape, new_ops = model.checkpoint.shape, _ops(model, precision)
+        path = folder / "openvino" / "openvino_model.xml"
+        path.parent.mkdir()
+        _write(Scorer(new_ops(), shape, self._form).logits, PADDED, path)
+        is_ragged = precision != "fp32" and shape.head_dim == HEAD_DIM and compiled() is not None
+        if is_ragged:
+            _write(RaggedScorer(new_ops(), shape, self._form).ragged_logits, RAGGED, path.with_name(RAGGED_NAME))
+            share_weights(path.with_name(RAGGED_NAME), path)
+        version = ov.__version__.split("-")[0]
+        return Lowered(
+            entry=path.relative_to(folder).as_posix(),
+            interface=PADDED,
+            needs=Needs(device="cpu", isa=ISA.get(precision, ()), package="openvino", version=version),
+            graph={**asdict(self._form), "ragged": is_ragged},
+        )
+
+    def environments(self, precision: str) -> Iterator[Mapping[str, str]]:
+        if precision == "fp32":
+            return
+        if kernels():
+            yield {SWITCH: "off"}
+        if has_bf16():  # without it OpenVINO computes with a bf16 artifact's weights in f32
+            yield {"ONEDNN_MAX_CPU_ISA": "AVX2_VNNI"}
 
 
-def _ops(material: Material, precision: str) -> Callable[[], OpenVinoOps]:
-    """Makes the operations of one graph; the weights are folded once for all."""
-    if material.quantised:
-        return partial(Int8OpenVinoOps, material.quantised, _bf16_constant)
-    return partial(OpenVinoOps, material.folded(), _bf16_constant if precision == "bf16" else op.constant)
+def _ops(model: Model, precision: str) -> Callable[[], OpenVinoOps]:
+    """Makes the operations of one graph. All graphs of an artifact share their weights."""
+    if model.quantised:
+        return partial(Int8OpenVinoOps, model.quantised, _bf16_constant)
+    return partial(OpenVinoOps, model.arrays(), _bf16_constant if precision == "bf16" else op.constant)
 
 
 def _write(described: Callable[..., ov.Node], interface: Interface, path: Path) -> None:

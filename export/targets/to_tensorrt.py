@@ -4,14 +4,14 @@ import shlex
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 from ettin.artifacts.manifest import Engine, Needs, ShapeRange
-from ettin.export.lowering import PACKED, Lowered, Material
-from ettin.export.targets.tensorrt_builder import FLAVOURS, BuildOptions, Profile, build, builder_module, checked_arch
-from ettin.export.targets.to_onnx import packed_onnx
-from ettin.runtimes.machine import gpus, installed_version
+from ettin.artifacts.targets import target_named
+from ettin.export.targets.tensorrt_builder import Profile, build, builder_module, check_options, checked_arch
+from ettin.export.targets.to_onnx import onnx_lowered, packed_onnx
+from ettin.export.writer import PACKED, BuildOptions, Lowered, Model, Writer
+from ettin.runtimes.machine import gpus
 
 # What one batch may hold, padding included: enough for the largest GPUs to be busy with the smallest size, and within
 # 8 GB of GPU memory with the largest (computed from the graph's activations, not measured).
@@ -51,57 +51,57 @@ def profiles(max_length: int) -> list[Profile]:
     return found
 
 
-def _from_checkpoint(target: str, material: Material, precision: str, folder: Path) -> Lowered:
+class TensorRtWriter(Writer):
     """Writes `engine/model.engine`, or with `--build-kit` what builds it.
 
-    Args:
-        target: "trt" or "trt-rtx".
-        material: what is lowered.
-        precision: "bf16": linear layers and attention; the rest is fp32.
-        folder: where to.
+    "bf16" has linear layers and attention in bf16, the rest in fp32.
     """
-    options, flavour = material.build, FLAVOURS[target]
-    arch = options.arch if options.kit and options.arch else checked_arch(target, options.arch, gpus())
-    shapes = profiles(material.max_length or material.checkpoint.max_length_tokens)
-    fused = None
-    if options.kit:
-        form = packed_onnx(material, "bfloat16", folder / "engine" / "model.onnx")
-        script = folder / _SCRIPT
-        script.write_text(build_script(shapes, arch, options), encoding="utf-8")
-        script.chmod(0o755)
-        version = "that of the container"
-    else:
-        version = str(builder_module(target).__version__)
-        (folder / "engine").mkdir()
-        with tempfile.TemporaryDirectory(prefix=".onnx-", dir=folder) as scratch:
-            onnx = Path(scratch) / "model.onnx"
-            form = packed_onnx(material, "bfloat16", onnx)
-            built = build(target, onnx, shapes, arch, options)
-        (folder / _ENTRY).write_bytes(built.engine)
-        fused = built.fused_attentions
-    return Lowered(
-        entry=_ENTRY,
-        interface=PACKED,
-        needs=Needs(device="cuda", isa=(), package=flavour.module, version=version),
-        graph=asdict(form) | {"batch_tokens": BATCH_TOKENS, "batch_pairs": BATCH_PAIRS},
-        engine=Engine(arch=arch, profiles=tuple(shapes), fused_attentions=fused),
-    )
+
+    def write(self, model: Model, precision: str, folder: Path) -> Lowered:
+        build_options, shapes, fused = self.build, profiles(model.max_length_tokens), None
+        if build_options.kit:
+            arch, version = str(build_options.arch), "that of the container"
+            form = packed_onnx(model, "bfloat16", folder / "engine" / "model.onnx")
+            script = folder / _SCRIPT
+            script.write_text(build_script(shapes, arch, build_options), encoding="utf-8")
+            script.chmod(0o755)
+        else:
+            arch = checked_arch(self.target.name, build_options.arch, gpus())
+            version = str(builder_module(self.target.name).__version__)
+            (folder / "engine").mkdir()
+            with tempfile.TemporaryDirectory(prefix=".onnx-", dir=folder) as scratch:
+                onnx = Path(scratch) / "model.onnx"
+                form = packed_onnx(model, "bfloat16", onnx)
+                built = build(self.target.name, onnx, shapes, arch, build_options)
+            (folder / _ENTRY).write_bytes(built.engine)
+            fused = built.fused_attentions
+        return Lowered(
+            entry=_ENTRY,
+            interface=PACKED,
+            needs=Needs(device="cuda", isa=(), package=self.target.runtime.packages[0], version=version),
+            graph=asdict(form) | {"batch_tokens": BATCH_TOKENS, "batch_pairs": BATCH_PAIRS},
+            engine=Engine(arch=arch, profiles=tuple(shapes), fused_attentions=fused),
+        )
+
+    @property
+    def proof(self) -> Writer:
+        return PackedWriter(target_named("onnx"))
+
+    def check(self) -> None:
+        check_options(self.target.name, self.build)
+
+    def check_runs_here(self) -> None:
+        arch = checked_arch(self.target.name, self.build.arch, gpus())
+        self.target.runtime_class().check_machine(self.target.name, arch)
 
 
-trt_from_checkpoint = partial(_from_checkpoint, "trt")
-trt_rtx_from_checkpoint = partial(_from_checkpoint, "trt-rtx")
+class PackedWriter(Writer):
+    """Writes the same graph as an `onnx` artifact in fp32: it proves the graph where the engine can't run."""
 
-
-def packed_from_checkpoint(material: Material, precision: str, folder: Path) -> Lowered:
-    """The same graph in fp32 as an `onnx` artifact: what proves the graph where the engine can't run."""
-    path = folder / "onnx" / "model.onnx"
-    form = packed_onnx(material, "float32", path)
-    return Lowered(
-        entry=path.relative_to(folder).as_posix(),
-        interface=PACKED,
-        needs=Needs(device="any", isa=(), package="onnxruntime", version=installed_version("onnxruntime")),
-        graph=asdict(form),
-    )
+    def write(self, model: Model, precision: str, folder: Path) -> Lowered:
+        path = folder / "onnx" / "model.onnx"
+        form = packed_onnx(model, "float32", path)
+        return onnx_lowered(path, folder, PACKED, precision, form)
 
 
 def build_script(shapes: Sequence[Profile], arch: str, options: BuildOptions) -> str:

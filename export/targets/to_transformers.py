@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ettin.artifacts.errors import UnsupportedCheckpoint
 from ettin.artifacts.manifest import Needs
-from ettin.export.lowering import PADDED, Lowered, Material
 from ettin.export.source.checkpoint import Checkpoint
-from ettin.export.source.weights import Weights
+from ettin.export.source.weights import Weights, read_weights
+from ettin.export.writer import PADDED, Lowered, Model, Writer
 from ettin.graph.fold import HEAD_DENSE, HEAD_NORM, folded_classifier
 
 _CLASS = "ModernBertForSequenceClassification"
@@ -90,24 +90,17 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def transformers_from_checkpoint(material: Material, precision: str, folder: Path) -> Lowered:
-    """Writes `model.safetensors`, `config.json` and the tokenizer.
+class TransformersWriter(Writer):
+    """Writes `model.safetensors`, `config.json` and the tokenizer's config."""
 
-    Args:
-        material: what is lowered.
-        precision: "fp32" or "bf16".
-        folder: where to.
-
-    Raises:
-        UnsupportedCheckpoint: see `classification_tensors`.
-    """
-    dtype = _DTYPES[precision]
-    tensors = classification_tensors(material.checkpoint, material.weights)
-    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    write_configs(material.checkpoint, folder, str(dtype).removeprefix("torch."))
-    return Lowered(
-        entry="model.safetensors",
-        interface=PADDED,
-        needs=Needs(device="any", isa=(), package="torch", version=torch.__version__),
-    )
+    def write(self, model: Model, precision: str, folder: Path) -> Lowered:
+        dtype = _DTYPES[precision]
+        tensors = classification_tensors(model.checkpoint, read_weights(model.checkpoint))
+        tensors = {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        write_configs(model.checkpoint, folder, str(dtype).removeprefix("torch."))
+        return Lowered(
+            entry="model.safetensors",
+            interface=PADDED,
+            needs=Needs(device="any", isa=(), package="torch", version=torch.__version__),
+        )

@@ -4,7 +4,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -82,3 +82,15 @@ def table(rows: Sequence[Sequence[str]], headers: Sequence[str] = (), *, err: bo
 def example_epilog(*lines: str) -> str:
     """Examples at the end of a help text, one a line, as they are."""
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+class Console:
+    """Shows the progress of an export on stderr, see `ettin.export.pipeline.Progress`."""
+
+    def step(self, what: str) -> AbstractContextManager[None]:
+        """A step and the time that it takes."""
+        return step(what)
+
+    def note(self, text: str) -> None:
+        """A line of its own."""
+        note(f"  {text}", fg="yellow")

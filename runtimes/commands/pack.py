@@ -21,9 +21,10 @@ from ettin.artifacts.manifest import MANIFEST_NAME
 from ettin.artifacts.opened import OpenArtifact
 from ettin.artifacts.publishing import NEW, workspace
 from ettin.artifacts.signatures import SIGNATURE_NAME
+from ettin.artifacts.targets import target_named
 from ettin.artifacts.writing import replace
 from ettin.runtimes.commands import console
-from ettin.runtimes.loading import ENGINES, check_usable
+from ettin.runtimes.loading import check_usable
 
 _PROJECT = "ettin-export"
 _README = """# {name}, packed
@@ -86,7 +87,7 @@ def pack(artifact: OpenArtifact, archive: Path, *, with_wheels: bool, force: boo
     if archive.exists() and not force:
         raise OutputError(f"{archive}: exists, left as it is. Replace it with --force")
     manifest = artifact.manifest
-    lines = requirements({ENGINES[manifest.target].extra, "serve"})
+    lines = requirements({target_named(manifest.target).runtime.extra, "serve"})
     name = archive.name.removesuffix(".gz").removesuffix(".tar")
     readme = _README.format(
         name=f"{manifest.name}, {manifest.target} {manifest.precision}",

@@ -43,7 +43,7 @@ def command(artifact: Path, device: str | None, threads: int | None, key: Path |
         found = verify(artifact, device=device, threads=threads, trusted_key=key)
     _report(found)
     if not found.ok:
-        raise ParityError(f"{artifact}: scores differ from the reference: {found.summary}; limit: {found.rule}")
+        raise ParityError(f"{artifact}: scores differ from the reference: {found.summary}; limit: {found.parity.rule}")
     if Manifest.read(artifact).parity.status == "unverified":
         record_verified(artifact, found)
         click.echo("marked as verified in manifest.json")
@@ -53,7 +53,7 @@ def command(artifact: Path, device: str | None, threads: int | None, key: Path |
                 fg="yellow",
             )
         key = None  # for what was signed is proven, and is another artifact now
-    click.echo(f"ok ({found.rule})")
+    click.echo(f"ok ({found.parity.rule})")
     if found.unproven and is_signed and sign is None:
         click.echo(f"{found.unproven} is not tried: recording it would break the signature. Do both with --sign KEY")
     elif found.unproven:
@@ -71,7 +71,7 @@ def _try_unproven(
         faster = verify(artifact, device=device, threads=threads, unproven=True, trusted_key=key)
     _report(faster)
     if not faster.ok:
-        click.echo(f"not within {faster.rule}: not used, {found.runtime.split(';')[0]} is")
+        click.echo(f"not within {faster.parity.rule}: not used, {found.runtime.split(';')[0]} is")
         return
     try:
         record_verified(artifact, faster)

@@ -17,6 +17,7 @@ from ettin.artifacts.errors import MissingDependency, OutputError, UsageError
 from ettin.artifacts.manifest import Manifest, TensorSpec
 from ettin.artifacts.opened import TOKENIZER_NAME, OpenArtifact
 from ettin.artifacts.publishing import NEW, workspace
+from ettin.artifacts.targets import target_named
 from ettin.artifacts.writing import sync, sync_tree
 
 ENGINE_SUFFIX = "-engine"
@@ -29,8 +30,6 @@ from ettin.runtimes.triton.model import {implementation} as TritonPythonModel
 __all__ = ["TritonPythonModel"]
 '''
 
-# Which of Triton's own backends runs a target.
-_BACKENDS = {"onnx": "onnxruntime", "openvino": "openvino", "trt": "tensorrt"}
 _TYPES = {"int64": "TYPE_INT64", "float32": "TYPE_FP32"}
 # What is scored once before a model is ready.
 _WARMUP_TEXTS = {"query": [b"what is warmed up"], "documents": [b"the model", b"its kernels " * 40]}
@@ -122,14 +121,14 @@ def _copy_engine(artifact: OpenArtifact, folder: Path) -> None:
 
 
 def _check(manifest: Manifest, options: TritonOptions) -> None:
-    target, precision = manifest.target, manifest.precision
-    if target == "transformers":
+    target, precision = target_named(manifest.target), manifest.precision
+    if not target.triton_backends:
         raise UsageError(
-            "target 'transformers' needs torch, which has no place in a server. Serve another: onnx, openvino, trt"
+            f"target '{target.name}' needs torch, which has no place in a server. Serve another: onnx, openvino, trt"
         )
-    if options.native and target not in _BACKENDS:
-        raise UsageError(f"Triton has no backend of its own for target '{target}'. Leave out --native")
-    if options.native and (target, precision) == ("openvino", "fp32"):
+    if options.native and target.native_triton_backend is None:
+        raise UsageError(f"Triton has no backend of its own for target '{target.name}'. Leave out --native")
+    if options.native and (target.name, precision) == ("openvino", "fp32"):
         raise UsageError(
             "Triton's OpenVINO backend can't be told to compute in f32 where the CPU has bf16. Leave out --native"
         )
@@ -267,7 +266,7 @@ def _engine_warmup(stage: Path, manifest: Manifest) -> dict[str, Any]:
 
 def _engine_config(stage: Path, manifest: Manifest, name: str, options: TritonOptions) -> dict[str, Any]:
     """The model in Triton's own backend. It gets whole batches from the front, so Triton forms none."""
-    backend = _BACKENDS[manifest.target]
+    backend = target_named(manifest.target).native_triton_backend
     group: dict[str, Any] = {"count": options.instances, "kind": "KIND_GPU" if options.on_gpu else "KIND_CPU"}
     if manifest.engine is not None:
         group["profile"] = [str(number) for number in range(len(manifest.engine.profiles))]

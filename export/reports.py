@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ettin.artifacts.targets import TARGETS
+from ettin.artifacts.targets import targets
 from ettin.export.doctor import examine
 from ettin.export.source.sizes import SIZES
 from ettin.runtimes.commands import console
@@ -36,8 +36,8 @@ def show_list() -> None:
     sizes = [[size.name, f"{size.parameters:,}", size.hub_id, size.revision[:12]] for size in SIZES.values()]
     console.table([demo, *sizes], ["size", "parameters", "hub id", "pinned revision"])
     click.echo()
-    targets = [[target.name, ", ".join(target.precisions), target.runs_on] for target in TARGETS.values()]
-    console.table(targets, ["target", "precisions (first: default)", "runs on"])
+    rows = [[target.name, ", ".join(target.precisions), target.runs_on] for target in targets()]
+    console.table(rows, ["target", "precisions (first: default)", "runs on"])
 
 
 def show_doctor() -> None:
@@ -65,16 +65,24 @@ def show_all(rows: list[Row]) -> None:
     """The report of a run with `--all`."""
     lines = []
     for row in rows:
-        found = row.verification
         figures = ["–"] * 3
-        if found is not None:
-            rank = "–" if found.spearman is None else f"{found.spearman:.6f}"
-            figures = [f"{found.max_abs_error:.1e}", f"{found.mean_abs_error:.1e}", rank]
+        if row.verification is not None:
+            parity = row.verification.parity
+            figures = [
+                "–" if value is None else format(value, form)
+                for value, form in (
+                    (parity.max_abs_error, ".1e"), (parity.mean_abs_error, ".1e"), (parity.spearman, ".6f"),
+                )
+            ]  # fmt: skip
         size = "–"
         if row.problem is None:
             files = (path.stat().st_size for path in row.job.output.rglob("*") if path.is_file())
             size = f"{sum(files) / 2**20:.1f}"
-        note = str(row.job.output) + ("" if found else " (not verified)") if row.problem is None else row.problem
+        note = (
+            str(row.job.output) + ("" if row.verification else " (not verified)")
+            if row.problem is None
+            else row.problem
+        )
         lines.append([row.job.target, row.job.precision, *figures, size, note])
     headers = ["target", "precision", "max |Δ|", "mean |Δ|", "Spearman", "MiB", "artifact or problem"]
     console.table(lines, headers, err=True)

@@ -1,0 +1,86 @@
+"""Targets are descriptions that any package can register."""
+
+import shutil
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+import toy_target
+from support import run
+
+from ettin.artifacts import targets as targets_module
+from ettin.artifacts.errors import UsageError
+from ettin.artifacts.targets import GROUP, target_named, target_names, targets
+
+
+@pytest.fixture
+def toy_package(tmp_path: Path) -> Path:
+    """A folder with an installed package that registers the target `toy`."""
+    folder = tmp_path / "site"
+    metadata = folder / "toy_target-1.0.dist-info"
+    metadata.mkdir(parents=True)
+    shutil.copy(toy_target.__file__, folder)
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: toy-target\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text(f"[{GROUP}]\ntoy = toy_target:TOY\n")
+    return folder
+
+
+def test_a_target_from_another_package(toy_package: Path, tmp_path: Path) -> None:
+    """Export, verification, load and Triton repository, with no line about it in this project."""
+    environment = {"PYTHONPATH": str(toy_package)}
+    exported = run("ettin-export", "--size", "demo", "--target", "toy", cwd=tmp_path, **environment)
+    assert exported.returncode == 0, exported.stderr
+    artifact = exported.stdout.strip()
+    assert artifact == "ettin-reranker-demo/toy-fp32" and "from a toy file" in exported.stderr
+    verified = run("ettin-verify", artifact, cwd=tmp_path, **environment)
+    assert verified.returncode == 0 and "ok (max |Δ|" in verified.stdout, verified.stderr
+    ranked = run("ettin-rerank", artifact, "--query", "red planet", "-", cwd=tmp_path, stdin="Venus\nMars is red\n",
+                 **environment)  # fmt: skip
+    assert "Mars" in ranked.stdout.splitlines()[1], ranked.stderr
+    pytest.importorskip("tritonclient", reason="needs the `triton` extra")
+    served = run("ettin-triton", artifact, "--repository", "models", cwd=tmp_path, **environment)
+    assert served.returncode == 0, served.stderr
+    assert (tmp_path / "models" / "ettin-reranker-demo-toy-fp32" / "1" / "artifact" / "model.npz").is_file()
+    listed = run("ettin-export", "--list", cwd=tmp_path, **environment)
+    assert "torch, from NumPy's own file format" in listed.stdout
+    without = run("ettin-verify", artifact, cwd=tmp_path)
+    assert without.returncode == 1 and "unknown target 'toy', expected one of: onnx, openvino" in without.stderr
+
+
+def test_the_targets_of_this_project() -> None:
+    assert [name for name in target_names() if name != "toy"] == ["onnx", "openvino", "transformers", "trt", "trt-rtx"]
+    for target in targets():
+        assert target.checked_precision(None) == target.precisions[0]
+        with pytest.raises(UsageError, match=f"target '{target.name}' has no precision 'int4', expected one of: "):
+            target.checked_precision("int4")
+
+
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> list[EntryPoint]:
+    entries: list[EntryPoint] = []
+    monkeypatch.setattr(targets_module, "entry_points", lambda group: entries)
+    for function in (targets_module._registered, target_named):
+        function.cache_clear()
+    yield entries  # type: ignore[misc]
+    for function in (targets_module._registered, target_named):
+        function.cache_clear()
+
+
+def test_a_name_is_registered_once(registered: list[EntryPoint]) -> None:
+    registered += [EntryPoint("toy", "toy_target:TOY", GROUP), EntryPoint("toy", "another:TOY", GROUP)]
+    with pytest.raises(UsageError, match="target 'toy' is registered twice, as toy_target:TOY and as another:TOY"):
+        target_names()
+
+
+@pytest.mark.parametrize(
+    ("value", "line"),
+    [
+        ("no_such_module:TOY", r"can't be imported \(ModuleNotFoundError"),
+        ("toy_target:ToyWriter", "expected a Target named 'toy'"),
+        ("ettin.export.targets:ONNX", "expected a Target named 'toy'"),
+    ],
+)
+def test_a_broken_description_is_one_line(registered: list[EntryPoint], value: str, line: str) -> None:
+    registered.append(EntryPoint("toy", value, GROUP))
+    with pytest.raises(UsageError, match=line):
+        target_named("toy")
