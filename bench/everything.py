@@ -8,7 +8,8 @@ from ettin.artifacts.errors import EttinError, UsageError
 from ettin.artifacts.manifest import MANIFEST_NAME
 from ettin.artifacts.targets import targets
 from ettin.bench.texts import text_name
-from ettin.export.pipeline import Export, Job, Options, Progress
+from ettin.export.options import Job, Options, Progress
+from ettin.export.pipeline import Export
 from ettin.export.source.checkpoint import Checkpoint, read_checkpoint
 from ettin.export.source.sizes import DEMO_FOLDER, SIZES
 from ettin.export.source.weights import write_random_checkpoint

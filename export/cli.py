@@ -12,12 +12,12 @@ import click
 from ettin.artifacts.errors import EttinError, HardwareError, MissingDependency, UsageError
 from ettin.artifacts.targets import target_named, target_names, targets
 from ettin.export import reports
+from ettin.export.options import BuildOptions, Job, Options
 from ettin.runtimes.commands import console
 
 if TYPE_CHECKING:  # these import torch
-    from ettin.export.pipeline import Export, Job
+    from ettin.export.pipeline import Export
     from ettin.export.source.checkpoint import Checkpoint
-    from ettin.export.writer import BuildOptions
 
 _MISSING = {"torch", "transformers", "sentence_transformers", "safetensors"}
 EXAMPLES = (
@@ -72,14 +72,12 @@ class Arguments:
             raise UsageError(f"no target has a precision '{self.precision}'. Run: ettin-export --list")
         return variants
 
-    def build_options(self) -> "BuildOptions":
+    def build_options(self) -> BuildOptions:
         """What TensorRT is told.
 
         Raises:
             UsageError: the target is not compiled for one GPU architecture.
         """
-        from ettin.export.writer import BuildOptions
-
         build = BuildOptions(self.arch, self.build_kit, self.workspace, self.timing_cache)
         if build != BuildOptions() and not self.everything and not target_named(self.target).is_compiled:
             compiled = " and ".join(target.name for target in targets() if target.is_compiled)
@@ -139,7 +137,7 @@ def command(show_list: bool, show_doctor: bool, **options: Any) -> None:
 def _export(arguments: Arguments) -> None:
     variants = arguments.variants()
     try:
-        from ettin.export.pipeline import Export, Options
+        from ettin.export.pipeline import Export
         from ettin.export.source.resolve import opened
     except ModuleNotFoundError as error:
         if error.name not in _MISSING:
@@ -180,10 +178,8 @@ def _export(arguments: Arguments) -> None:
             _run_one(export, jobs[0])
 
 
-def _jobs(arguments: Arguments, variants: list[tuple[str, str]], name: str) -> "list[Job]":
+def _jobs(arguments: Arguments, variants: list[tuple[str, str]], name: str) -> list[Job]:
     """What is made, and where. Engines for several GPUs lie side by side."""
-    from ettin.export.pipeline import Job
-
     if arguments.output and not arguments.everything:
         return [Job(target, precision, arguments.output) for target, precision in variants]
     above = arguments.output or Path(name)
@@ -195,7 +191,7 @@ def _jobs(arguments: Arguments, variants: list[tuple[str, str]], name: str) -> "
     ]
 
 
-def _show_plan(export: "Export", jobs: "list[Job]", everything: bool) -> None:
+def _show_plan(export: "Export", jobs: list[Job], everything: bool) -> None:
     if not everything:
         export.check(jobs)
         return reports.show_plan(export, jobs)
@@ -213,7 +209,7 @@ def _announce(source: "Checkpoint") -> None:
         console.note("  RANDOM WEIGHTS: the shape is right, the scores mean nothing", fg="yellow", bold=True)
 
 
-def _run_one(export: "Export", job: "Job") -> None:
+def _run_one(export: "Export", job: Job) -> None:
     export.check([job])
     export.prepare([job])
     verification = export.run(job)
@@ -236,7 +232,7 @@ def _run_one(export: "Export", job: "Job") -> None:
     click.echo(job.output)
 
 
-def _run_all(export: "Export", jobs: "list[Job]") -> None:
+def _run_all(export: "Export", jobs: list[Job]) -> None:
     """Exports what can be built here; what can't is a row of the report with its reason."""
     buildable, rows, elsewhere = _sorted(export, jobs)
     for job, outcome in export.run_all(buildable):
@@ -251,7 +247,7 @@ def _run_all(export: "Export", jobs: "list[Job]") -> None:
         raise EttinError(f"{failed} of {len(rows)} exports failed, see the report above")
 
 
-def _sorted(export: "Export", jobs: "list[Job]") -> "tuple[list[Job], list[reports.Row], int]":
+def _sorted(export: "Export", jobs: list[Job]) -> tuple[list[Job], list[reports.Row], int]:
     """What can be built here; what can't, and how much of that for want of a package or a device."""
     buildable, rows, elsewhere = [], [], 0
     for job in jobs:

@@ -7,11 +7,9 @@ workspace, verifies what was written in a process of its own, and publishes it w
 import gc
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
 
 from ettin.artifacts.errors import EttinError, HardwareError, MissingDependency, OutputError, ParityError, UsageError
 from ettin.artifacts.manifest import Calibration, Parity
@@ -21,78 +19,17 @@ from ettin.artifacts.publishing import NEW, check_output, staged, workspace
 from ettin.artifacts.signatures import read_private_key
 from ettin.artifacts.targets import target_named
 from ettin.artifacts.tolerances import FP16_MAX_ACTIVATION, REDUCED_RATIO
-from ettin.export.quantise import LADDER, CalibrationText, Quantiser, Scheme, calibration_text
+from ettin.export.options import Job, Options, Progress, Silent
+from ettin.export.quantise import LADDER, CalibrationText, Quantiser, calibration_text
 from ettin.export.record import About, unverified, write_manifest
 from ettin.export.reference import Gold, proof_pairs, score_gold
 from ettin.export.source.checkpoint import Checkpoint
-from ettin.export.writer import BuildOptions, Lowered, Model, Writer, rewrite
+from ettin.export.writer import Lowered, Model, Writer, rewrite
 from ettin.runtimes.tokenizer import PairTokenizer
 from ettin.runtimes.verify import Verification, verify_in_child
 
 _CALIBRATION_TOKENS = 1024
 _BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 2}  # int8: embeddings are kept in bf16 or fp32
-
-
-class Progress(Protocol):
-    """Shows how an export goes on."""
-
-    def step(self, what: str) -> AbstractContextManager[None]:
-        """A step that takes time: `with progress.step("verify"): …`."""
-        ...
-
-    def note(self, text: str) -> None:
-        """Something that the user should know."""
-        ...
-
-
-class Silent:
-    """Shows nothing, see `Progress`."""
-
-    def step(self, what: str) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def note(self, text: str) -> None:
-        pass
-
-
-@dataclass(frozen=True)
-class Job:
-    """One artifact to make.
-
-    Args:
-        target: name of a registered target.
-        precision: one of the target's.
-        output: its folder.
-    """
-
-    target: str
-    precision: str
-    output: Path
-
-
-@dataclass(frozen=True)
-class Options:
-    """What all artifacts of a run have in common.
-
-    Args:
-        max_length: tokens that they truncate to; None: the checkpoint's.
-        verify_pairs: JSON lines with more pairs to verify on.
-        calibration: JSON lines with pairs to calibrate int8 on; None: the project's own.
-        force: replace artifacts that are already there.
-        allow_unverified: publish what can't be run here, marked as unverified.
-        command: what the user typed, for the manifest.
-        build: for targets whose engines are compiled for one GPU architecture.
-        sign: PEM file with the private key that artifacts are signed with; None: they are not signed.
-    """
-
-    max_length: int | None = None
-    verify_pairs: Path | None = None
-    calibration: Path | None = None
-    force: bool = False
-    allow_unverified: bool = False
-    command: str = "ettin-export"
-    build: BuildOptions = field(default_factory=BuildOptions)
-    sign: Path | None = None
 
 
 @dataclass
@@ -209,17 +146,21 @@ class Export:
         return verification
 
     def _run_int8(self, job: Job, writer: Writer, is_provable: bool) -> Verification | None:
-        """Takes the first scheme of the ladder that passes."""
+        """Publishes with the first scheme of the ladder that passes."""
+        text = self._calibration_text
         for scheme in LADDER:
             with self.progress.step(f"quantise {scheme.name}"):
-                model = self._quantised(scheme)
+                model = replace(self._model, quantised=self._quantiser.quantised(scheme))
+            calibration = Calibration(
+                text=text.name, text_sha256=text.sha256, pairs=len(text.pairs), scheme=scheme.name, float_linears=()
+            )
             try:
-                return self._publish(job, writer, model, is_provable, self._calibration(scheme))
+                return self._publish(job, writer, model, is_provable, calibration)
             except ParityError as error:
                 if scheme is LADDER[-1]:
                     raise
                 self.progress.note(f"int8 of {scheme.name} is not good enough: {error}")
-        return None
+        raise AssertionError("the ladder is empty")
 
     def _publish(
         self, job: Job, writer: Writer, model: Model, is_provable: bool, calibration: Calibration | None = None
@@ -295,17 +236,15 @@ class Export:
             return False  # a kit is proven when its engine is built
         try:
             writer.check_runs_here()
-        except MissingDependency:
-            if not self.options.allow_unverified:
+        except (MissingDependency, HardwareError) as error:
+            if self.options.allow_unverified:
+                return False
+            if isinstance(error, MissingDependency):
                 raise
-            return False
-        except HardwareError as error:
-            if not self.options.allow_unverified:
-                raise HardwareError(
-                    f"{error}; so its scores can't be proven here. Publish it unproven: --allow-unverified, then where "
-                    "it runs: ettin-verify"
-                ) from None
-            return False
+            raise HardwareError(
+                f"{error}; so its scores can't be proven here. Publish it unproven: --allow-unverified, then where "
+                "it runs: ettin-verify"
+            ) from None
         return True
 
     def _writer(self, target_name: str) -> Writer:
@@ -327,16 +266,6 @@ class Export:
         tokenizer = PairTokenizer(self.checkpoint.folder / "tokenizer.json")
         sequences = self._calibration_text.sequences(tokenizer, min(self.max_length, _CALIBRATION_TOKENS))
         return Quantiser(self._model.weights, self.checkpoint.shape, sequences)
-
-    def _quantised(self, scheme: Scheme) -> Model:
-        model, quantised = self._model, self._quantiser.quantised(scheme)
-        return Model(model.checkpoint, model.weights, model.max_length_tokens, quantised)
-
-    def _calibration(self, scheme: Scheme) -> Calibration:
-        text = self._calibration_text
-        return Calibration(
-            text=text.name, text_sha256=text.sha256, pairs=len(text.pairs), scheme=scheme.name, float_linears=()
-        )
 
     @cached_property
     def _weights_sha256(self) -> str:

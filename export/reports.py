@@ -7,11 +7,12 @@ import click
 
 from ettin.artifacts.targets import targets
 from ettin.export.doctor import examine
+from ettin.export.options import Job
 from ettin.export.source.sizes import SIZES
 from ettin.runtimes.commands import console
 
 if TYPE_CHECKING:  # these import torch
-    from ettin.export.pipeline import Export, Job
+    from ettin.export.pipeline import Export
     from ettin.runtimes.verify import Verification
 
 
@@ -25,7 +26,7 @@ class Row:
         problem: why it failed.
     """
 
-    job: "Job"
+    job: Job
     verification: "Verification | None"
     problem: str | None
 
@@ -51,7 +52,7 @@ def show_doctor() -> None:
     console.table(rows)
 
 
-def show_plan(export: "Export", jobs: "list[Job]") -> None:
+def show_plan(export: "Export", jobs: list[Job]) -> None:
     """What would be done."""
     for job in jobs:
         size = export.expected_bytes(job) / 2**20

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ettin.artifacts.manifest import Engine, Interface, Needs, TensorSpec
 from ettin.artifacts.targets import Target
+from ettin.export.options import BuildOptions
 from ettin.export.quantise import Quantised, linear_layers
 from ettin.export.source.checkpoint import Checkpoint
 from ettin.export.source.weights import read_weights
@@ -95,23 +96,6 @@ class Lowered:
     graph: dict[str, int | bool] = field(default_factory=dict)
     float_linears: tuple[str, ...] = ()
     engine: Engine | None = None
-
-
-@dataclass(frozen=True)
-class BuildOptions:
-    """What the user chose for an engine that is compiled for one GPU architecture.
-
-    Args:
-        arch: compute capability, such as "sm_86"; None or "native": this machine's.
-        kit: write what another machine needs to build the engine, not the engine.
-        workspace_mib: scratch memory that kernels may take; None: all of the GPU's.
-        timing_cache: "trt" only: file that keeps kernel timings for the next build; None: none is kept.
-    """
-
-    arch: str | None = None
-    kit: bool = False
-    workspace_mib: int | None = None
-    timing_cache: Path | None = None
 
 
 class Writer(ABC):

@@ -7,7 +7,8 @@ import pytest
 from filelock import FileLock
 from support import TINY, VARIANTS, shared_path
 
-from ettin.export.pipeline import Export, Job, Options
+from ettin.export.options import Job, Options
+from ettin.export.pipeline import Export
 from ettin.export.reference import load_gold
 from ettin.export.source.checkpoint import Checkpoint, read_checkpoint
 from ettin.export.source.sizes import DEMO_FOLDER

@@ -25,7 +25,8 @@ from ettin.artifacts.manifest import Manifest
 from ettin.artifacts.parity import read_parity
 from ettin.artifacts.targets import Target
 from ettin.export import pipeline
-from ettin.export.pipeline import Export, Job, Options
+from ettin.export.options import Job, Options
+from ettin.export.pipeline import Export
 from ettin.export.reference import natural_pairs
 from ettin.export.source.checkpoint import Checkpoint
 from ettin.runtimes import load

@@ -15,7 +15,7 @@ from ettin.bench import everything
 from ettin.bench.cli import command
 from ettin.bench.contest import Contest, contestants
 from ettin.bench.cpu import CpuRun
-from ettin.export.pipeline import Silent
+from ettin.export.options import Silent
 from ettin.export.source.sizes import SIZES
 
 RESULTS = Path(__file__).parents[1] / "bench" / "results"

@@ -13,7 +13,8 @@ from support import VARIANTS, shared_path
 from ettin.artifacts.manifest import Manifest
 from ettin.artifacts.metrics import score_error
 from ettin.artifacts.tolerances import FP32, INT8_SPEARMAN, REDUCED_RATIO
-from ettin.export.pipeline import Export, Job, Options
+from ettin.export.options import Job, Options
+from ettin.export.pipeline import Export
 from ettin.export.reference import natural_pairs
 from ettin.export.source.checkpoint import read_checkpoint
 from ettin.export.source.sizes import DEMO_FOLDER

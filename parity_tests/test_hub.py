@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from ettin.artifacts import tolerances
-from ettin.export.pipeline import Export, Job, Options
+from ettin.export.options import Job, Options
+from ettin.export.pipeline import Export
 from ettin.export.source.checkpoint import Checkpoint
 from ettin.export.source.resolve import opened
 from ettin.export.source.sizes import SIZES

@@ -15,7 +15,8 @@ from ettin.artifacts.errors import HardwareError, InputError, ParityError
 from ettin.artifacts.manifest import Manifest
 from ettin.artifacts.parity import read_parity
 from ettin.artifacts.tolerances import INT8_NDCG_DROP, INT8_SPEARMAN, int8_rule
-from ettin.export.pipeline import Export, Job, Options
+from ettin.export.options import Job, Options
+from ettin.export.pipeline import Export
 from ettin.export.quantise import LADDER, Quantised, Quantiser, Scheme, calibration_text, group_errors, int8_rows
 from ettin.export.reference import proof_pairs
 from ettin.export.source.checkpoint import Checkpoint

@@ -7,7 +7,8 @@ import pytest
 from support import in_a_child
 
 from ettin.export import pipeline
-from ettin.export.pipeline import Export, Job, Options
+from ettin.export.options import Job, Options
+from ettin.export.pipeline import Export
 from ettin.export.reference import ProofPair, natural_pairs
 from ettin.export.source.resolve import opened
 

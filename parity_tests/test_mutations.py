@@ -9,7 +9,8 @@ import pytest
 
 from ettin.artifacts.errors import ParityError
 from ettin.export import pipeline, writer
-from ettin.export.pipeline import Export, Job, Options
+from ettin.export.options import Job, Options
+from ettin.export.pipeline import Export
 from ettin.export.source.checkpoint import Checkpoint
 from ettin.export.source.weights import Weights, read_weights
 from ettin.export.targets import onnx_ops, openvino_ops, to_transformers

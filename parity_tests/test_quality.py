@@ -9,7 +9,8 @@ import torch
 from ettin.bench.beir import read_beir
 from ettin.bench.first_stage import bm25_candidates
 from ettin.bench.quality import first_stage_ndcg, rerank_quality
-from ettin.export.pipeline import Export, Job, Options
+from ettin.export.options import Job, Options
+from ettin.export.pipeline import Export
 from ettin.export.reference import load_gold
 from ettin.export.source.checkpoint import read_checkpoint
 from ettin.runtimes import load

@@ -34,7 +34,8 @@ from ettin.artifacts.metrics import score_error
 from ettin.artifacts.parity import read_parity
 from ettin.artifacts.tolerances import REDUCED_RATIO
 from ettin.export import doctor
-from ettin.export.pipeline import Export, Job, Options
+from ettin.export.options import Job, Options
+from ettin.export.pipeline import Export
 from ettin.export.source.checkpoint import Checkpoint, read_checkpoint
 from ettin.export.source.sizes import SIZES
 from ettin.export.source.weights import write_random_checkpoint

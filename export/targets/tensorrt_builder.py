@@ -14,7 +14,7 @@ from ettin.artifacts.errors import BuildError, HardwareError, MissingDependency,
 from ettin.artifacts.manifest import ShapeRange
 from ettin.artifacts.targets import target_named
 from ettin.artifacts.writing import write_file
-from ettin.export.writer import BuildOptions
+from ettin.export.options import BuildOptions
 from ettin.runtimes.machine import Gpu, gpus
 
 Profile = dict[str, ShapeRange]

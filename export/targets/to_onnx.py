@@ -9,9 +9,10 @@ from onnx import TensorProto, helper
 
 from ettin.artifacts.manifest import Interface, Needs
 from ettin.artifacts.targets import Target
+from ettin.export.options import BuildOptions
 from ettin.export.targets.onnx_ops import OPSET, Int8OnnxOps, OnnxOps, Value
 from ettin.export.targets.to_transformers import write_configs
-from ettin.export.writer import ISA, PACKED, PADDED, BuildOptions, Lowered, Model, Writer
+from ettin.export.writer import ISA, PACKED, PADDED, Lowered, Model, Writer
 from ettin.graph import GraphForm, Scorer
 from ettin.graph.packed import PackedScorer
 from ettin.runtimes.machine import installed_version

@@ -15,8 +15,9 @@ from openvino import opset15 as op
 
 from ettin.artifacts.manifest import Interface, Needs
 from ettin.artifacts.targets import Target
+from ettin.export.options import BuildOptions
 from ettin.export.targets.openvino_ops import Int8OpenVinoOps, OpenVinoOps
-from ettin.export.writer import ISA, PADDED, RAGGED, BuildOptions, Lowered, Model, Writer
+from ettin.export.writer import ISA, PADDED, RAGGED, Lowered, Model, Writer
 from ettin.graph import GraphForm, Scorer
 from ettin.graph.packed import RaggedScorer
 from ettin.runtimes.engines.openvino_kernels import HEAD_DIM, RAGGED_NAME, SWITCH, compiled, kernels

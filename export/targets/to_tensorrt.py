@@ -8,9 +8,10 @@ from pathlib import Path
 
 from ettin.artifacts.manifest import Engine, Needs, ShapeRange
 from ettin.artifacts.targets import target_named
+from ettin.export.options import BuildOptions
 from ettin.export.targets.tensorrt_builder import Profile, build, builder_module, check_options, checked_arch
 from ettin.export.targets.to_onnx import onnx_lowered, packed_onnx
-from ettin.export.writer import PACKED, BuildOptions, Lowered, Model, Writer
+from ettin.export.writer import PACKED, Lowered, Model, Writer
 from ettin.runtimes.machine import gpus
 
 # What one batch may hold, padding included: enough for the largest GPUs to be busy with the smallest size, and within
