@@ -2,6 +2,7 @@
 
 import ast
 import re
+import sys
 import tomllib
 from pathlib import Path
 
@@ -18,16 +19,54 @@ def sources(layer: str) -> list[Path]:
     return sorted((ROOT / layer).rglob("*.py"))
 
 
+def module_name(path: Path) -> str:
+    return "ettin." + ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_name(path): path for layer in LAYERS for path in sources(layer)}
+
+
 def imported(path: Path) -> set[str]:
+    """Modules that a file imports, anywhere in it, or names in a string as an entry point does (docstrings aside)."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    documentation = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            names.add(str(node.module))
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                names.add(whole if whole in MODULES else str(node.module))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documentation:
+            names |= set(re.findall(r"\bettin\.[a-z_]+(?:\.[a-z_]+)*", node.value))
     return names
+
+
+def circles(edges: dict[str, set[str]]) -> list[list[str]]:
+    """Every circle once, as the modules on it."""
+    found: list[list[str]] = []
+    done: set[str] = set()
+
+    def visit(module: str, path: list[str]) -> None:
+        if module in path:
+            found.append([*path[path.index(module) :], module])
+        elif module not in done:
+            for other in sorted(edges.get(module, ())):
+                visit(other, [*path, module])
+            done.add(module)
+
+    for module in sorted(edges):
+        visit(module, [])
+    return found
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    """Imports inside of functions and names in strings count, too."""
+    edges = {module: imported(path) & (MODULES.keys() - {module}) for module, path in MODULES.items()}
+    assert circles(edges) == []
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}}) == [["a", "b", "c", "a"]]
 
 
 def test_every_folder_of_code_is_in_the_package() -> None:
@@ -89,3 +128,18 @@ def test_nothing_names_a_machine_of_the_authors() -> None:
     for layer in [*LAYERS, "parity_tests"]:
         for path in sources(layer):
             assert "/work" + "/" not in path.read_text(encoding="utf-8"), path
+
+
+def test_functions_are_short() -> None:
+    for layer in LAYERS:
+        for path in sources(layer):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                    lines = (node.end_lineno or node.lineno) - node.lineno + 1
+                    assert lines <= 60, f"{path}: {node.name} has {lines} lines, expected at most 60"
+
+
+def test_no_module_has_the_name_of_a_standard_one() -> None:
+    for layer in LAYERS:
+        for path in sources(layer):
+            assert path.stem not in sys.stdlib_module_names or path.stem == "__init__", path
