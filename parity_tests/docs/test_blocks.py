@@ -159,14 +159,16 @@ def test_other_commands_name_what_exists(block: Block, words: list[str]) -> None
                 assert extra in project["optional-dependencies"], (block.page, block.line, extra)
 
 
-def test_readme_shows_what_the_command_prints(demo_artifacts: dict[tuple[str, str], Path]) -> None:
+def test_readme_shows_what_the_command_prints(
+    demo_artifacts: dict[tuple[str, str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Scores differ a little between processors; their order, and all other columns, must not."""
     blocks = list(blocks_of("README.md"))
     number = next(number for number, block in enumerate(blocks) if block.language == "text")
     (_, (_, _, *documents), (name, _, *arguments)) = commands_of(blocks[number - 1].text)
-    result = CliRunner().invoke(
-        click_command(name), [str(demo_artifacts["openvino", "int8"]), *arguments], input="\n".join(documents)
-    )
+    (tmp_path / arguments[-1]).write_text("\n".join(documents))
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(click_command(name), [str(demo_artifacts["openvino", "int8"]), *arguments])
     assert result.exit_code == 0, result.output
     printed, shown = (
         [line.split(maxsplit=3) for line in text.splitlines()] for text in (result.stdout, blocks[number].text)
