@@ -11,7 +11,7 @@ DEMO := ettin-reranker-demo/openvino-int8
 
 MINUTES ?= 10
 
-MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 .PHONY: demo test test-slow soak check docs format clean
 demo: $(INSTALLED)  ## export the embedded checkpoint, rank with it, print parity and speed
