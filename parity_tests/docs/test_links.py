@@ -9,7 +9,10 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from ettin.bench.tables import filled
+try:
+    from ettin.bench.report import filled
+except ImportError:  # its module before `ettin-bench report` replaced `ettin-bench tables`
+    from ettin.bench.tables import filled
 
 ROOT = Path(__file__).parents[2]
 # Read in the repository; the pages in docs/ are checked by MkDocs, and the test of remote files builds them.
