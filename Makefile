@@ -11,7 +11,9 @@ DEMO := ettin-reranker-demo/openvino-int8
 
 MINUTES ?= 10
 
-.PHONY: demo test test-slow soak check format clean
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+.PHONY: demo test test-slow soak check docs format clean
 demo: $(INSTALLED)  ## export the embedded checkpoint, rank with it, print parity and speed
 	$(BIN)/ettin-export --size demo --target openvino --force
 	$(BIN)/ettin-rerank $(DEMO) --query "Which planet is known as the Red Planet?" examples/planets.txt
@@ -27,8 +29,12 @@ test-slow: $(INSTALLED)  ## the tests that take minutes
 soak: $(INSTALLED)  ## attacks at full length: about an hour; MINUTES of load on each server
 	$(BIN)/python parity_tests/soak.py --minutes $(MINUTES) --json bench/results/soak/$(shell date +%F).json
 
-check: $(INSTALLED)  ## lint, format and types
+check: $(INSTALLED)  ## lint, format, types, and the links of all pages
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	$(BIN)/python -m pytest -q --noconftest parity_tests/docs/test_links.py
+
+docs: $(INSTALLED)  ## the documentation as a web site, in site/
+	$(MKDOCS)
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
@@ -40,4 +46,4 @@ $(INSTALLED): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) ettin-reranker-* *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) site ettin-reranker-* *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,11 +1,13 @@
-"""Search a collection in two stages: a fast retriever proposes, an Ettin reranker decides. Prints times and quality.
+"""Search a collection in two stages and print the time and the ranking quality of each.
+
+A fast retriever proposes documents for each query, and an Ettin reranker puts the best ones first.
 
     python examples/retrieve_then_rerank.py scifact ettin-reranker-17m-v1/openvino-int8
     python examples/retrieve_then_rerank.py scifact ettin-reranker-17m-v1/openvino-int8 --ask "does zinc shorten colds?"
 
 The collection is a folder in BEIR form: corpus.jsonl[.gz], queries.jsonl[.gz], qrels/test.tsv (or qrels.tsv). The
-retriever is BM25, or with --embedder a sentence-transformers model from the hub. Needs the extras `bench` and that of
-the artifact (and `export` for --embedder).
+retriever is BM25, or a sentence-transformers model from the hub with --embedder. The program needs the extra `bench`
+and the extra of the artifact's target, and `export` for --embedder.
 """
 
 import time
@@ -24,22 +26,22 @@ Retrieve = Callable[[str, int], list[str]]
 
 
 def bm25_retriever(data: RetrievalSet) -> Retrieve:
-    """Best documents of a query by words in common."""
+    """Returns a function that finds the documents which share the most important words with a query."""
     ids = list(data.documents)
-    index = bm25s.BM25()
-    index.index(bm25s.tokenize(list(data.documents.values()), show_progress=False), show_progress=False)
+    engine = bm25s.BM25()
+    engine.index(bm25s.tokenize(list(data.documents.values()), show_progress=False), show_progress=False)
 
     def retrieve(query: str, count: int) -> list[str]:
-        found, _ = index.retrieve(
+        rows, _ = engine.retrieve(
             bm25s.tokenize(query, show_progress=False), k=min(count, len(ids)), show_progress=False
         )
-        return [ids[at] for at in found[0]]
+        return [ids[index] for index in rows[0]]
 
     return retrieve
 
 
 def embedding_retriever(data: RetrievalSet, model_id: str) -> Retrieve:
-    """Best documents of a query by the angle between vectors."""
+    """Returns a function that finds the documents whose vectors are closest to that of a query."""
     from sentence_transformers import SentenceTransformer
 
     model, ids = SentenceTransformer(model_id), list(data.documents)
@@ -47,7 +49,7 @@ def embedding_retriever(data: RetrievalSet, model_id: str) -> Retrieve:
 
     def retrieve(query: str, count: int) -> list[str]:
         scores = vectors @ model.encode(query, normalize_embeddings=True)
-        return [ids[at] for at in np.argsort(-scores, kind="stable")[:count]]
+        return [ids[index] for index in np.argsort(-scores, kind="stable")[:count]]
 
     return retrieve
 
@@ -56,36 +58,40 @@ def embedding_retriever(data: RetrievalSet, model_id: str) -> Retrieve:
 @click.argument("collection", type=click.Path(path_type=Path))
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--ask", help="Show the best documents for this query instead of measuring.")
-@click.option("--embedder", help="Hub id of a sentence-transformers model.  [default: BM25]")
-@click.option("--candidates", default=100, show_default=True, help="Documents that the retriever proposes.")
-@click.option("--queries", default=50, show_default=True, help="Of the collection, to measure with.")
+@click.option("--embedder", help="Hub id of a sentence-transformers model that retrieves.  [default: BM25]")
+@click.option(
+    "--candidates", default=100, show_default=True, help="Number of documents that the retriever proposes for a query."
+)
+@click.option("--queries", default=50, show_default=True, help="Number of queries to measure with.")
 def main(
     collection: Path, artifact: Path, ask: str | None, embedder: str | None, candidates: int, queries: int
 ) -> None:
-    """Retrieve, then rerank."""
+    """Search COLLECTION in two stages, the second with ARTIFACT."""
     data = read_beir(collection)
     started = time.perf_counter()
     retrieve = embedding_retriever(data, embedder) if embedder else bm25_retriever(data)
     click.echo(f"index {len(data.documents)} documents: {time.perf_counter() - started:.1f} s")
     with load(artifact, max_length=512) as reranker:
         if ask:
-            found = retrieve(ask, candidates)
-            for hit in reranker.rank(ask, [data.documents[each] for each in found], top_k=5, return_documents=True):
+            ids = retrieve(ask, candidates)
+            for hit in reranker.rank(
+                ask, [data.documents[document_id] for document_id in ids], top_k=5, return_documents=True
+            ):
                 click.echo(f"{hit['score']:7.3f}  {hit['text'][:100]}")
             return
         times: dict[str, list[float]] = {"retrieve": [], "rerank": []}
         quality: dict[str, list[float]] = {"retrieve": [], "rerank": []}
         for key, query in list(data.queries.items())[:queries]:
             started = time.perf_counter()
-            found = retrieve(query, candidates)
+            ids = retrieve(query, candidates)
             times["retrieve"].append(time.perf_counter() - started)
             started = time.perf_counter()
-            hits = reranker.rank(query, [data.documents[each] for each in found])
+            hits = reranker.rank(query, [data.documents[document_id] for document_id in ids])
             times["rerank"].append(time.perf_counter() - started)
-            quality["retrieve"].append(ndcg(found, data.qrels[key]))
-            quality["rerank"].append(ndcg([found[hit["corpus_id"]] for hit in hits], data.qrels[key]))
+            quality["retrieve"].append(ndcg(ids, data.qrels[key]))
+            quality["rerank"].append(ndcg([ids[hit["corpus_id"]] for hit in hits], data.qrels[key]))
     for stage, seconds in times.items():
-        click.echo(f"{stage:9}{1000 * np.median(seconds):6.0f} ms a query, nDCG@10 {np.mean(quality[stage]):.3f}")
+        click.echo(f"{stage:9}{1000 * np.median(seconds):6.0f} ms per query, nDCG@10 {np.mean(quality[stage]):.3f}")
 
 
 if __name__ == "__main__":

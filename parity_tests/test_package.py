@@ -7,7 +7,6 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 
 ROOT = Path(__file__).parents[1]
 LAYERS = ["artifacts", "graph", "runtimes", "export", "bench"]
@@ -97,27 +96,6 @@ def test_modules_stay_small() -> None:
     for layer in LAYERS:
         for path in sources(layer):
             assert len(path.read_text(encoding="utf-8").splitlines()) <= 320, path
-
-
-def test_readme_and_help_show_the_same_examples() -> None:
-    from ettin.export.cli import EXAMPLES, command
-
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    shown = CliRunner().invoke(command, ["--help"]).output
-    for example in EXAMPLES:
-        assert example in readme and example in shown
-
-
-def test_readme_snippet_runs(demo_artifacts: dict[tuple[str, str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    snippet = re.search(r"```python\n(.*?)```", readme, re.S)
-    assert snippet
-    code = snippet[1].replace("ettin-reranker-demo/openvino-int8", str(demo_artifacts["openvino", "int8"]))
-    monkeypatch.chdir(ROOT)
-    scope: dict[str, object] = {}
-    exec(code, scope)  # noqa: S102
-    hits = scope["hits"]
-    assert isinstance(hits, list) and hits[0]["text"].startswith("Mars")
 
 
 def test_embedded_checkpoint_stays_small() -> None:
