@@ -12,7 +12,7 @@ import click
 import pytest
 
 from ettin.runtimes.commands import serve as cli_serve
-from ettin.runtimes.serving.bodies import PROBES
+from ettin.runtimes.serving.gate import PROBES
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
@@ -62,7 +62,7 @@ def test_services_reach_their_pods(name: str) -> None:
 def test_scaled_by_a_metric_that_exists() -> None:
     (metric,) = resource("HorizontalPodAutoscaler", "ettin-triton")["spec"]["metrics"]
     name = metric["pods"]["metric"]["name"]
-    assert f'"{name}"' in (ROOT / "runtimes" / "serving" / "triton_model.py").read_text()
+    assert f'"{name}"' in (ROOT / "runtimes" / "triton" / "model.py").read_text()
     (rule,) = yaml.safe_load((DEPLOY / "kubernetes" / "prometheus-adapter.yaml").read_text())["rules"]["custom"]
     assert rule["name"]["as"] == name and rule["seriesQuery"].startswith(name)
     scaled = resource("HorizontalPodAutoscaler", "ettin-triton")["spec"]["scaleTargetRef"]

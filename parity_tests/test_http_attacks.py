@@ -34,10 +34,10 @@ from ettin.artifacts.errors import UsageError
 from ettin.runtimes import load
 from ettin.runtimes.commands.serve import command
 from ettin.runtimes.request import Scored
-from ettin.runtimes.serving.answers import Refused
-from ettin.runtimes.serving.bodies import Limits, parsed
-from ettin.runtimes.serving.health import Health
-from ettin.runtimes.serving.schemas import RerankRequest
+from ettin.runtimes.serving.bodies import parsed
+from ettin.runtimes.serving.gate import Health
+from ettin.runtimes.serving.limits import Limits
+from ettin.runtimes.serving.messages import Refused, RerankRequest
 
 Artifacts = dict[tuple[str, str], Path]
 KIND = {"Content-Type": "application/json"}

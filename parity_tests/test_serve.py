@@ -26,7 +26,7 @@ from ettin.runtimes.commands.serve import command
 from ettin.runtimes.request import Scored
 from ettin.runtimes.serving.app import create_app
 from ettin.runtimes.serving.backends import Backend
-from ettin.runtimes.serving.bodies import Limits
+from ettin.runtimes.serving.limits import Limits
 from ettin.runtimes.triton.repository import TritonOptions, publish
 from ettin.runtimes.triton.server import TritonServer
 
