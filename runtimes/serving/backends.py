@@ -24,31 +24,21 @@ DRAIN_S = 30.0  # that pending requests are given when a server stops
 
 
 class Backend(ABC):
-    """Scores a query's documents.
+    """Scores a query's documents."""
 
-    Attributes:
-        name: of the model.
-        description: the engine or server, in a few words.
-        max_length: tokens that pairs are truncated to; None: not known here.
-    """
-
-    name: str
-    description: str
-    max_length: int | None
+    name: str  # of the model
+    description: str  # the engine or server, in a few words
+    max_length: int | None  # tokens that pairs are truncated to; None: not known here
 
     @abstractmethod
     async def score(self, query: str, documents: Sequence[str], refuse_truncated: bool = False) -> Scored:
         """Raw logits and tokens of each document.
 
-        Args:
-            query: the query.
-            documents: the documents.
-            refuse_truncated: fail, before anything is scored, if a pair would be truncated.
-
         Raises:
             Busy: there is no room now.
             Closed: the backend is closed.
-            InputError: a text that can't be scored, or a pair that would be truncated.
+            InputError: a text can't be scored; or, if `refuse_truncated`, a pair would be truncated. Then nothing is
+                scored.
         """
 
     async def probe(self) -> None:  # noqa: B027 (nothing in this process can be stuck)

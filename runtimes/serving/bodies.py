@@ -4,6 +4,7 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import TypeVar
 
@@ -84,29 +85,18 @@ def _reason(error: ValidationError, body: bytes | bytearray) -> str:
     return ": ".join(filter(None, (place, first["msg"])))
 
 
+@dataclass(eq=False)
 class _Upload:
-    """One body.
+    """One body."""
 
-    Attributes:
-        content: the bytes that have arrived. The parser may empty it.
-        counted_bytes: bytes counted for it while its request lasts: its texts take the place of its bytes.
-        deadline: ends the wait for the rest.
-        is_evicted: whether its memory was given to another body.
-    """
-
-    def __init__(self) -> None:
-        self.content = bytearray()
-        self.counted_bytes = 0
-        self.deadline: asyncio.Timeout | None = None
-        self.is_evicted = False
+    content: bytearray = field(default_factory=bytearray)  # what has arrived; the parser may empty it
+    counted_bytes: int = 0  # while its request lasts: its texts take the place of its bytes
+    deadline: asyncio.Timeout | None = None  # ends the wait for the rest
+    is_evicted: bool = False  # its memory was given to another body
 
 
 class Bodies:
-    """All request bodies in memory. For one event loop.
-
-    Args:
-        limits: `max_body_mib`, `total_body_mib` and `body_timeout_s` apply.
-    """
+    """All request bodies in memory. For one event loop."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits

@@ -58,12 +58,7 @@ class Metrics(Collector):
 class Gate:
     """ASGI middleware. Leaves a request's body in `scope["ettin.body"]` and facts for the log in `scope["ettin"]`.
 
-    Args:
-        app: the application behind it.
-        limits: of the service.
-        bodies: request bodies in memory.
-        api_key: that clients must send, `Authorization: Bearer KEY`; None: no key is needed.
-        metrics: counts the requests.
+    With an API key, clients must send `Authorization: Bearer KEY`.
     """
 
     def __init__(self, app: ASGIApp, limits: Limits, bodies: Bodies, api_key: str | None, metrics: Metrics) -> None:
@@ -140,13 +135,10 @@ class Health:
 
     Liveness is lost when neither the probe nor any batch of requests has ended for `timeout_s`, or when the probe
     fails. A busy engine stays alive: a batch that ends counts as much as the probe.
-
-    Attributes:
-        is_draining: the server was told to stop.
     """
 
     def __init__(self, backend: Backend, timeout_s: float) -> None:
-        self.is_draining = False
+        self.is_draining = False  # the server was told to stop
         self._backend, self._timeout_s = backend, timeout_s
         self._probe: asyncio.Task[None] | None = None
         self._failure = ""

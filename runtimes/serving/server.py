@@ -37,7 +37,7 @@ async def serve(
     app = create_app(backend, limits, api_key, names)
     config = uvicorn.Config(
         app,
-        http=cast(Any, partial(Connection, limits, app.state.bodies, {})),  # typed as a class, used as a function
+        http=cast(Any, partial(_Connection, limits, app.state.bodies, {})),  # typed as a class, used as a function
         ws="none",
         log_config=None,
         log_level="warning",
@@ -78,19 +78,14 @@ class _Server(uvicorn.Server):
         return await super().on_tick(counter)
 
 
-class Connection(H11Protocol):
+class _Connection(H11Protocol):
     """uvicorn's HTTP/1.1 protocol, which closes connections that wait, write or read too slowly.
 
-    Args:
-        limits: `max_connections`, `header_timeout_s` and `body_timeout_s` apply.
-        bodies: those that arrive on the server's connections.
-        idle: the server's connections without a request, oldest first; shared by all of them.
-        arguments: uvicorn's.
-        named: uvicorn's.
+    `idle` has the connections without a request, oldest first. All connections of a server share it.
     """
 
     def __init__(
-        self, limits: Limits, bodies: Bodies, idle: "dict[Connection, None]", *arguments: Any, **named: Any
+        self, limits: Limits, bodies: Bodies, idle: "dict[_Connection, None]", *arguments: Any, **named: Any
     ) -> None:
         super().__init__(*arguments, **named)
         self._limits, self._bodies, self._idle = limits, bodies, idle

@@ -115,9 +115,7 @@ class NativeModel(_Model):
     """Tokenising and batches here, the engine in one of Triton's own backends."""
 
     def _load(self, artifact: Path, version: str, parameters: dict[str, str]) -> None:
-        with OpenArtifact(
-            artifact
-        ) as opened:  # only the files that are read here are compared
+        with OpenArtifact(artifact) as opened:  # only the files that are read here are compared
             manifest, tokenizer = opened.manifest, artifact_tokenizer(opened)
         self._engine, self._version = parameters["engine"], int(version)
         self._is_packed = manifest.engine is not None
