@@ -12,7 +12,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from ettin.artifacts.errors import Busy, Closed, EttinError, Expired, InputError
+from ettin.artifacts.errors import InputError
 from ettin.runtimes.arguments import sigmoid
 from ettin.runtimes.machine import installed_version
 from ettin.runtimes.request import Scored
@@ -33,8 +33,6 @@ from ettin.runtimes.serving.messages import (
     TeiRequest,
     Usage,
     clipped,
-    failure,
-    internal_failure,
 )
 
 _FAILURES: dict[int | str, dict[str, Any]] = {
@@ -69,7 +67,7 @@ def create_app(
         version=installed_version("ettin-export"),
         lifespan=lifespan,
         responses=_FAILURES,
-        exception_handlers=dict.fromkeys((Refused, HTTPException, EttinError), _answer_to_error),
+        exception_handlers={HTTPException: _leave_to_gate},
     )
     app.state.bodies, app.state.health = bodies, health
     app.add_middleware(Gate, limits=limits, bodies=bodies, api_key=api_key, metrics=metrics)
@@ -204,23 +202,6 @@ async def _unless_left(request: Request, scoring: Coroutine[Any, Any, Scored]) -
         left.cancel()
 
 
-async def _answer_to_error(request: Request, error: Exception) -> Response:
-    """Translates what a route raised into an answer."""
-    message, kind, headers = str(error), "overloaded", None
-    match error:
-        case Refused():
-            return error.answer()
-        case HTTPException():
-            status, message, headers = error.status_code, str(error.detail), error.headers
-            kind = "not_found" if status == HTTPStatus.NOT_FOUND else "validation"
-        case InputError():
-            status, kind = HTTPStatus.UNPROCESSABLE_ENTITY, "validation"
-        case Busy():
-            status, headers = HTTPStatus.TOO_MANY_REQUESTS, {"Retry-After": str(error.retry_after_s)}
-        case Closed():
-            status, headers = HTTPStatus.SERVICE_UNAVAILABLE, {"Retry-After": "5"}
-        case Expired():
-            status = HTTPStatus.GATEWAY_TIMEOUT
-        case _:
-            return internal_failure(request.scope, error, HTTPStatus.BAD_GATEWAY)
-    return failure(status, message, kind, headers)
+async def _leave_to_gate(_: Request, error: Exception) -> Response:
+    """Keeps FastAPI from answering: the gate translates every error."""
+    raise error

@@ -18,7 +18,7 @@ from ettin.artifacts.errors import Busy
 from ettin.runtimes.serving.backends import Backend
 from ettin.runtimes.serving.bodies import Bodies
 from ettin.runtimes.serving.limits import Limits
-from ettin.runtimes.serving.messages import CLOSE, LOG, ClientLeft, Refused, clipped, internal_failure
+from ettin.runtimes.serving.messages import CLOSE, LOG, ClientLeft, Refused, answer_to_error, clipped
 
 PROBES = ("/health", "/health/live", "/health/ready")  # answered even when no other request is
 _WITHOUT_KEY = (*PROBES, "/metrics")
@@ -85,7 +85,7 @@ class Gate:
         except ClientLeft:
             pass
         except Exception as error:
-            answer = internal_failure(scope, error, HTTPStatus.INTERNAL_SERVER_ERROR)
+            answer = answer_to_error(error, identifier)
             if status:
                 raise  # the answer has begun: uvicorn closes the connection
             await answer(scope, receive, send_noting_status)
@@ -114,8 +114,6 @@ class Gate:
                 return
             async with self._bodies.received(headers, receive) as scope["ettin.body"]:
                 await self._app(scope, receive, send)
-        except Refused as error:
-            await error.answer()(scope, receive, send)
         finally:
             self._requests -= 1
 

@@ -8,8 +8,10 @@ from http import HTTPStatus
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field
+from starlette.exceptions import HTTPException
 from starlette.responses import Response
-from starlette.types import Scope
+
+from ettin.artifacts.errors import Busy, Closed, EttinError, Expired, InputError
 
 LOG = logging.getLogger("ettin.serve")
 CLOSE = {"Connection": "close"}
@@ -127,29 +129,37 @@ class Refused(Exception):
         super().__init__(message)
         self.status, self.kind, self.headers = status, kind, headers
 
-    def answer(self) -> Response:
-        """The response."""
-        return failure(self.status, str(self), self.kind, self.headers)
-
 
 class ClientLeft(Exception):
     """The client closed its connection, so nobody reads an answer."""
 
 
-def failure(status: int, message: str, kind: str, headers: Mapping[str, str] | None = None) -> Response:
-    """An error as an answer in ASCII."""
+def answer_to_error(error: Exception, request_id: str) -> Response:
+    """The answer to a request that failed, in ASCII. An internal error is only logged, under the request's id."""
+    message, kind, headers = str(error), "overloaded", None
+    match error:
+        case Refused():
+            status, kind, headers = error.status, error.kind, error.headers
+        case HTTPException():
+            status, message, headers = error.status_code, str(error.detail), error.headers
+            kind = "not_found" if status == HTTPStatus.NOT_FOUND else "validation"
+        case InputError():
+            status, kind = HTTPStatus.UNPROCESSABLE_ENTITY, "validation"
+        case Busy():
+            status, headers = HTTPStatus.TOO_MANY_REQUESTS, {"Retry-After": str(error.retry_after_s)}
+        case Closed():
+            status, headers = HTTPStatus.SERVICE_UNAVAILABLE, {"Retry-After": "5"}
+        case Expired():
+            status = HTTPStatus.GATEWAY_TIMEOUT
+        case _:
+            status = HTTPStatus.BAD_GATEWAY if isinstance(error, EttinError) else HTTPStatus.INTERNAL_SERVER_ERROR
+            trace = "".join(traceback.format_exception(error))
+            LOG.error(json.dumps({"id": request_id, "error": f"{type(error).__name__}: {error}", "trace": trace}))
+            message = f"the server failed to score this request; its log has the reason under {request_id}"
+            kind = "backend"
     text = clipped(message, _MAX_CHARACTERS)
     body = json.dumps({"error": text, "error_type": kind, "message": text})
     return Response(body, int(status), headers, "application/json")
-
-
-def internal_failure(scope: Scope, error: Exception, status: HTTPStatus) -> Response:
-    """Logs an error for the operator under the request's id, and gives the client the id alone."""
-    identifier = scope["ettin"]["id"]
-    trace = "".join(traceback.format_exception(error))
-    LOG.error(json.dumps({"id": identifier, "error": f"{type(error).__name__}: {error}", "trace": trace}))
-    message = f"the server failed to score this request; its log has the reason under {identifier}"
-    return failure(status, message, "backend")
 
 
 def clipped(text: str, max_characters: int) -> str:
