@@ -17,12 +17,16 @@ from ettin.artifacts.errors import EttinError
 # Options that several commands have. Those of `load` have the names of its arguments.
 KEY_HELP = "Public key (PEM) whose holder must have signed the artifact."
 KEY = click.option("--key", "trusted_key", type=click.Path(path_type=Path), help=KEY_HELP)
-DEVICE = click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Device.  [default: the artifact's]")
-THREADS = click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: all]")
-STREAMS = click.option(
-    "--streams", type=click.IntRange(1), help="Batches scored at the same time.  [default: as many as threads]"
+DEVICE = click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), help="Device to score on.  [default: the artifact's]"
 )
-MAX_LENGTH = click.option("--max-length", type=click.IntRange(3), help="Tokens that pairs are truncated to.")
+THREADS = click.option("--threads", type=click.IntRange(1), help="Number of CPU threads.  [default: all]")
+STREAMS = click.option(
+    "--streams",
+    type=click.IntRange(1),
+    help="Number of batches scored at the same time.  [default: as many as threads]",
+)
+MAX_LENGTH = click.option("--max-length", type=click.IntRange(3), help="Number of tokens that pairs are truncated to.")
 
 
 class _Terminated(KeyboardInterrupt):

@@ -47,12 +47,14 @@ def _limit_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--triton", metavar="HOST:PORT", help="Pass requests to a Triton server (gRPC) instead.")
 @click.option("--model", help="With --triton: the model's name there.  [default: the only one]")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="Port; 0: a free one.")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="Port to listen on; 0: a free one."
+)
 @console.DEVICE
 @console.KEY
 @console.THREADS
 @console.STREAMS
-@click.option("--cache-dir", type=click.Path(path_type=Path), help="Where OpenVINO keeps its compiled model.")
+@click.option("--cache-dir", type=click.Path(path_type=Path), help="Folder in which OpenVINO keeps its compiled model.")
 @console.MAX_LENGTH
 @_limit_options
 @click.option(

@@ -39,9 +39,9 @@ from ettin.runtimes.triton.repository import TritonOptions, publish
 )
 @click.option("--serve", is_flag=True, help="Then start the Triton server that the 'triton' extra installs.")
 @click.option("--address", default="127.0.0.1", show_default=True, help="With --serve: address to listen on.")
-@click.option("--http-port", type=int, default=8000, show_default=True, help="With --serve.")
-@click.option("--grpc-port", type=int, default=8001, show_default=True, help="With --serve.")
-@click.option("--metrics-port", type=int, default=8002, show_default=True, help="With --serve.")
+@click.option("--http-port", type=int, default=8000, show_default=True, help="With --serve: HTTP port.")
+@click.option("--grpc-port", type=int, default=8001, show_default=True, help="With --serve: gRPC port.")
+@click.option("--metrics-port", type=int, default=8002, show_default=True, help="With --serve: port of the metrics.")
 def command(
     artifacts: tuple[Path, ...], repository: Path, name: str | None, native: bool, instances: int,
     environment: str | None, response_cache: bool, trusted_key: Path | None, serve: bool, address: str,

@@ -2,6 +2,7 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -25,9 +26,7 @@ from ettin.runtimes.verify import Verification, adopt_engine, record_verified, v
 @console.THREADS
 @console.KEY
 @click.option("--sign", type=click.Path(path_type=Path), help="Private key (PEM) to sign the artifact if it passes.")
-def command(
-    artifact: Path, device: str | None, threads: int | None, trusted_key: Path | None, sign: Path | None
-) -> None:
+def command(artifact: Path, trusted_key: Path | None, sign: Path | None, **settings: Any) -> None:
     """Compare an artifact's scores with its reference, on this machine.
 
     The pairs and the reference's scores are in the artifact, so only the engine is needed. The exit code is 0 if the
@@ -42,7 +41,7 @@ def command(
     if adopt_engine(artifact, trusted_key):
         console.note("  the engine of the build kit is recorded in manifest.json")
         trusted_key = None  # the kit was signed; with its engine it is another artifact
-    verification = _verified("verify", artifact, device, threads, trusted_key)
+    verification = _verified("verify", artifact, trusted_key=trusted_key, **settings)
     if not verification.ok:
         difference = f"{verification.summary}; limit: {verification.rule}"
         raise ParityError(f"{artifact}: scores differ from the reference: {difference}")
@@ -58,18 +57,16 @@ def command(
         reason = "recording it would invalidate the signature. Add --sign KEY to verify and sign it"
         click.echo(f"{verification.unproven} is not verified: {reason}")
     elif verification.unproven:
-        _verify_unproven(artifact, verification, device, threads, trusted_key)
+        _verify_unproven(artifact, verification, trusted_key=trusted_key, **settings)
     if sign is not None:
         with OpenArtifact(artifact) as opened:
             opened.sign(sign)
         click.echo(f"signed: {SIGNATURE_NAME}")
 
 
-def _verify_unproven(
-    artifact: Path, proven: Verification, device: str | None, threads: int | None, trusted_key: Path | None
-) -> None:
+def _verify_unproven(artifact: Path, proven: Verification, **settings: Any) -> None:
     """Verifies the faster arithmetic of this machine, and records it if it passes."""
-    faster = _verified(f"verify {proven.unproven}", artifact, device, threads, trusted_key, unproven=True)
+    faster = _verified(f"verify {proven.unproven}", artifact, unproven=True, **settings)
     if not faster.ok:
         click.echo(f"not within {faster.rule}: not used, {proven.runtime.split(';')[0]} is used instead")
         return
@@ -80,12 +77,10 @@ def _verify_unproven(
         click.echo(f"ok, but not recorded, so not used: {error}")
 
 
-def _verified(
-    step: str, artifact: Path, device: str | None, threads: int | None, trusted_key: Path | None, unproven: bool = False
-) -> Verification:
+def _verified(step: str, artifact: Path, **settings: Any) -> Verification:
     """Verifies an artifact and prints the result."""
     with console.step(step):
-        verification = verify(artifact, device=device, threads=threads, unproven=unproven, trusted_key=trusted_key)
+        verification = verify(artifact, **settings)
     click.echo(f"{verification.runtime}: {verification.summary}")
     click.echo(f"worst pair: {verification.worst_pair}")
     return verification
