@@ -34,6 +34,7 @@ from ettin.artifacts.errors import UsageError
 from ettin.runtimes import load
 from ettin.runtimes.commands.serve import command
 from ettin.runtimes.request import Scored
+from ettin.runtimes.serving.app import create_app
 from ettin.runtimes.serving.bodies import parsed
 from ettin.runtimes.serving.gate import Health
 from ettin.runtimes.serving.limits import Limits
@@ -221,6 +222,22 @@ def test_limits_of_texts(body: dict[str, object], message: str) -> None:
     limits = Limits(max_documents=5, max_text_characters=100, max_request_characters=200)
     answer = ask_app(Stub(), lambda client: client.post("/rerank", json=body), limits)
     assert answer.status_code == 413 and message in answer.json()["error"]
+
+
+def test_a_body_counts_until_its_error_is_sent() -> None:
+    """A client that does not read its errors must not get memory that nobody counts."""
+    app, body, counted = create_app(Stub()), b'{"query": 1}', []
+
+    async def receive() -> dict[str, object]:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(_: object) -> None:
+        counted.append(app.state.bodies._held_bytes)
+
+    scope = {"type": "http", "method": "POST", "path": "/rerank", "query_string": b"", "http_version": "1.1",
+             "headers": [(b"content-type", b"application/json")]}  # fmt: skip
+    asyncio.run(app(scope, receive, send))
+    assert counted == [len(body)] * 2 and app.state.bodies._held_bytes == 0
 
 
 @pytest.mark.parametrize("indent", [None, 8])

@@ -136,9 +136,10 @@ def _run(command: list[str], variables: Mapping[str, str] | None = None) -> None
 
 
 def _anonymous(entry: tarfile.TarInfo) -> tarfile.TarInfo:
-    """Leaves the packer's user and group out of the archive."""
+    """Leaves the packer's user, group and umask out of the archive."""
     entry.uid = entry.gid = 0
     entry.uname = entry.gname = ""
+    entry.mode = 0o755 if entry.isdir() else 0o644
     return entry
 
 

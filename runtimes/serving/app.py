@@ -12,7 +12,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from ettin.artifacts.errors import InputError
+from ettin.artifacts.errors import EttinError, InputError
 from ettin.runtimes.arguments import sigmoid
 from ettin.runtimes.machine import installed_version
 from ettin.runtimes.request import Scored
@@ -32,6 +32,7 @@ from ettin.runtimes.serving.messages import (
     TeiHit,
     TeiRequest,
     Usage,
+    answer_to_error,
     clipped,
 )
 
@@ -67,7 +68,7 @@ def create_app(
         version=installed_version("ettin-export"),
         lifespan=lifespan,
         responses=_FAILURES,
-        exception_handlers={HTTPException: _leave_to_gate},
+        exception_handlers=dict.fromkeys((Refused, HTTPException, EttinError), _answer_to_error),
     )
     app.state.bodies, app.state.health = bodies, health
     app.add_middleware(Gate, limits=limits, bodies=bodies, api_key=api_key, metrics=metrics)
@@ -202,6 +203,6 @@ async def _unless_left(request: Request, scoring: Coroutine[Any, Any, Scored]) -
         left.cancel()
 
 
-async def _leave_to_gate(_: Request, error: Exception) -> Response:
-    """Keeps FastAPI from answering: the gate translates every error."""
-    raise error
+async def _answer_to_error(request: Request, error: Exception) -> Response:
+    """Answers here and not in the gate, so that the body is counted until the client has its answer."""
+    return answer_to_error(error, request.scope["ettin"]["id"])

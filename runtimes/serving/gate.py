@@ -114,6 +114,8 @@ class Gate:
                 return
             async with self._bodies.received(headers, receive) as scope["ettin.body"]:
                 await self._app(scope, receive, send)
+        except Refused as error:  # answered before the request is counted as done
+            await answer_to_error(error, scope["ettin"]["id"])(scope, receive, send)
         finally:
             self._requests -= 1
 
