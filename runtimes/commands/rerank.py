@@ -21,7 +21,7 @@ from ettin.runtimes.loading import load
 )
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.argument("file", type=click.Path(path_type=Path, allow_dash=True), default="-")
-@click.option("--query", required=True, help="What the documents are ranked for.")
+@click.option("--query", required=True, help="Query that the documents are ranked for.")
 @click.option("--top-k", type=click.IntRange(0), help="Number of results shown.  [default: all]")
 @click.option("--field", default="text", show_default=True, help="Key of the document's text in JSON lines.")
 @click.option("--json", "as_json", is_flag=True, help="Write JSON lines instead of a table.")
