@@ -18,7 +18,7 @@ from ettin.artifacts.errors import EttinError, OutputError, UsageError
 from ettin.artifacts.manifest import Manifest
 from ettin.bench.contest import Contestant
 from ettin.runtimes.commands import console
-from ettin.runtimes.commands.pack import own_source
+from ettin.runtimes.machine import own_source
 
 _MARK = "peer.json"  # what an environment was made from; written last
 

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from ettin.artifacts.errors import HardwareError
 from ettin.artifacts.targets import Target, targets
 from ettin.runtimes import machine as cpu
-from ettin.runtimes.commands.pack import own_source
 from ettin.runtimes.engines import openvino_kernels
-from ettin.runtimes.machine import gpus
+from ettin.runtimes.machine import gpus, own_source
 
 _PACKAGES = (
     "torch", "transformers", "sentence_transformers", "huggingface_hub", "safetensors", "tokenizers", "onnx",

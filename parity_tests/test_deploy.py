@@ -12,7 +12,7 @@ import click
 import pytest
 
 from ettin.runtimes.commands import serve as cli_serve
-from ettin.runtimes.serving.bodies import PROBES
+from ettin.runtimes.serving.gate import PROBES
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
@@ -20,21 +20,21 @@ kubernetes_validate = pytest.importorskip("kubernetes_validate", reason='needs p
 yaml = pytest.importorskip("yaml")
 
 RESOURCES = [
-    pytest.param(each, id=f"{file.stem}-{each['kind']}")
+    pytest.param(document, id=f"{file.stem}-{document['kind']}")
     for file in sorted((DEPLOY / "kubernetes").glob("*.yaml"))
     if file.stem in ("triton", "gateway")
-    for each in yaml.safe_load_all(file.read_text())
+    for document in yaml.safe_load_all(file.read_text())
 ]
 
 
 def resource(kind: str, name: str) -> Any:
-    return next(each.values[0] for each in RESOURCES
-                if each.values[0]["kind"] == kind and each.values[0]["metadata"]["name"] == name)  # fmt: skip
+    return next(case.values[0] for case in RESOURCES
+                if case.values[0]["kind"] == kind and case.values[0]["metadata"]["name"] == name)  # fmt: skip
 
 
-@pytest.mark.parametrize("found", RESOURCES)
-def test_kubernetes_accepts_it(found: Any) -> None:
-    kubernetes_validate.validate(found, "1.31", strict=True)
+@pytest.mark.parametrize("manifest", RESOURCES)
+def test_kubernetes_accepts_it(manifest: Any) -> None:
+    kubernetes_validate.validate(manifest, "1.31", strict=True)
 
 
 def test_the_schemas_see_a_mistake() -> None:
@@ -51,18 +51,18 @@ def test_services_reach_their_pods(name: str) -> None:
         service["spec"]["selector"] == template["metadata"]["labels"] == deployment["spec"]["selector"]["matchLabels"]
     )
     (container,) = template["spec"]["containers"]
-    ports = {each["name"]: each["containerPort"] for each in container["ports"]}
-    assert {each["targetPort"]: each["port"] for each in service["spec"]["ports"]} == ports
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert {port["targetPort"]: port["port"] for port in service["spec"]["ports"]} == ports
     probes = [container[key] for key in container if key.endswith("Probe")]
-    assert {(each.get("httpGet") or each["tcpSocket"])["port"] for each in probes} <= ports.keys()
-    volumes = {each["name"] for each in template["spec"].get("volumes", [])}
-    assert {each["name"] for each in container.get("volumeMounts", [])} == volumes
+    assert {(probe.get("httpGet") or probe["tcpSocket"])["port"] for probe in probes} <= ports.keys()
+    volumes = {volume["name"] for volume in template["spec"].get("volumes", [])}
+    assert {mount["name"] for mount in container.get("volumeMounts", [])} == volumes
 
 
 def test_scaled_by_a_metric_that_exists() -> None:
     (metric,) = resource("HorizontalPodAutoscaler", "ettin-triton")["spec"]["metrics"]
     name = metric["pods"]["metric"]["name"]
-    assert f'"{name}"' in (ROOT / "runtimes" / "serving" / "triton_model.py").read_text()
+    assert f'"{name}"' in (ROOT / "runtimes" / "triton" / "model.py").read_text()
     (rule,) = yaml.safe_load((DEPLOY / "kubernetes" / "prometheus-adapter.yaml").read_text())["rules"]["custom"]
     assert rule["name"]["as"] == name and rule["seriesQuery"].startswith(name)
     scaled = resource("HorizontalPodAutoscaler", "ettin-triton")["spec"]["scaleTargetRef"]
@@ -74,8 +74,8 @@ def test_everything_is_in_the_kustomization() -> None:
     assert set(listed) == {"triton.yaml", "gateway.yaml"}
     patch = yaml.safe_load((DEPLOY / "kubernetes" / "gpu.yaml").read_text())
     target = resource(patch["kind"], patch["metadata"]["name"])["spec"]["template"]["spec"]["containers"]
-    assert [each["name"] for each in patch["spec"]["template"]["spec"]["containers"]] == [
-        each["name"] for each in target
+    assert [container["name"] for container in patch["spec"]["template"]["spec"]["containers"]] == [
+        container["name"] for container in target
     ]
 
 

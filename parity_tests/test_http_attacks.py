@@ -7,6 +7,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
@@ -34,10 +35,11 @@ from ettin.artifacts.errors import UsageError
 from ettin.runtimes import load
 from ettin.runtimes.commands.serve import command
 from ettin.runtimes.request import Scored
-from ettin.runtimes.serving.answers import Refused
-from ettin.runtimes.serving.bodies import Limits, parsed
-from ettin.runtimes.serving.health import Health
-from ettin.runtimes.serving.schemas import RerankRequest
+from ettin.runtimes.serving.app import create_app
+from ettin.runtimes.serving.bodies import parsed
+from ettin.runtimes.serving.gate import Health
+from ettin.runtimes.serving.limits import BACKLOG, Limits
+from ettin.runtimes.serving.messages import Refused, RerankRequest
 
 Artifacts = dict[tuple[str, str], Path]
 KIND = {"Content-Type": "application/json"}
@@ -155,6 +157,18 @@ def test_more_connections_than_open_files(address: Address) -> None:
     hold_idle_connections(address, 400, 0.5)
 
 
+def test_a_flood_of_connections_does_not_close_one_that_has_sent_its_request(service: Service, address: Address) -> None:
+    """All of them wait in the system's queue, so the server accepts them before it reads from any."""
+    service.process.send_signal(signal.SIGSTOP)
+    with ExitStack() as stack:
+        honest = stack.enter_context(socket.create_connection(address, timeout=20))
+        honest.sendall(b"GET /health HTTP/1.1\r\nHost: here\r\n\r\n")
+        for _ in range(BACKLOG - 1):
+            stack.enter_context(socket.create_connection(address, timeout=20))
+        service.process.send_signal(signal.SIGCONT)
+        assert honest.recv(100).startswith(b"HTTP/1.1 200 ")
+
+
 def test_slow_bodies_beyond_the_limit_of_requests(address: Address) -> None:
     send_slow_bodies(address, 90, 3)
 
@@ -221,6 +235,22 @@ def test_limits_of_texts(body: dict[str, object], message: str) -> None:
     limits = Limits(max_documents=5, max_text_characters=100, max_request_characters=200)
     answer = ask_app(Stub(), lambda client: client.post("/rerank", json=body), limits)
     assert answer.status_code == 413 and message in answer.json()["error"]
+
+
+def test_a_body_counts_until_its_error_is_sent() -> None:
+    """A client that does not read its errors must not get memory that nobody counts."""
+    app, body, counted = create_app(Stub()), b'{"query": 1}', []
+
+    async def receive() -> dict[str, object]:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(_: object) -> None:
+        counted.append(app.state.bodies._held_bytes)
+
+    scope = {"type": "http", "method": "POST", "path": "/rerank", "query_string": b"", "http_version": "1.1",
+             "headers": [(b"content-type", b"application/json")]}  # fmt: skip
+    asyncio.run(app(scope, receive, send))
+    assert counted == [len(body)] * 2 and app.state.bodies._held_bytes == 0
 
 
 @pytest.mark.parametrize("indent", [None, 8])

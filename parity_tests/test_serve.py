@@ -26,7 +26,7 @@ from ettin.runtimes.commands.serve import command
 from ettin.runtimes.request import Scored
 from ettin.runtimes.serving.app import create_app
 from ettin.runtimes.serving.backends import Backend
-from ettin.runtimes.serving.bodies import Limits
+from ettin.runtimes.serving.limits import Limits
 from ettin.runtimes.triton.repository import TritonOptions, publish
 from ettin.runtimes.triton.server import TritonServer
 
@@ -65,22 +65,22 @@ def test_tei_route(service: Service, expected: np.ndarray, raw: bool) -> None:
     assert [hit["index"] for hit in hits] == order.tolist()
     values = expected if raw else sigmoid(expected)
     np.testing.assert_allclose([hit["score"] for hit in hits], values[order], rtol=1e-4)
-    assert [hit.get("text") for hit in hits] == ([TEXTS[at] for at in order] if raw else [None] * 4)
+    assert [hit.get("text") for hit in hits] == ([TEXTS[index] for index in order] if raw else [None] * 4)
 
 
 @pytest.mark.parametrize("version", ["1", "2"])
 def test_jina_and_cohere_route(service: Service, runtime: Runtime, expected: np.ndarray, version: str) -> None:
     documents = [TEXTS[0], {"text": TEXTS[1]}, *TEXTS[2:]]
     body = {"model": "rerank-alias", "query": QUERY, "documents": documents, "top_n": 2, "return_documents": True}
-    found = service.http.post(f"/v{version}/rerank", json=body).raise_for_status().json()
+    answer = service.http.post(f"/v{version}/rerank", json=body).raise_for_status().json()
     order = np.argsort(-expected, kind="stable")[:2]
-    assert [hit["index"] for hit in found["results"]] == order.tolist()
-    scores = [hit["relevance_score"] for hit in found["results"]]
+    assert [hit["index"] for hit in answer["results"]] == order.tolist()
+    scores = [hit["relevance_score"] for hit in answer["results"]]
     np.testing.assert_allclose(scores, sigmoid(expected[order]), rtol=1e-4)
-    assert [hit["document"]["text"] for hit in found["results"]] == [TEXTS[at] for at in order]
+    assert [hit["document"]["text"] for hit in answer["results"]] == [TEXTS[index] for index in order]
     pairs = runtime.tokenizer.pairs([(QUERY, text) for text in TEXTS], 7999)
-    assert found["usage"]["total_tokens"] == sum(map(len, pairs))
-    assert found["model"] == NAME and found["meta"]["api_version"]["version"] == version
+    assert answer["usage"]["total_tokens"] == sum(map(len, pairs))
+    assert answer["model"] == NAME and answer["meta"]["api_version"]["version"] == version
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
@@ -88,9 +88,9 @@ def test_cohere_client(service: Service, expected: np.ndarray) -> None:
     cohere = pytest.importorskip("cohere")
     address = str(service.http.base_url)
     for client in (cohere.Client("key", base_url=address), cohere.ClientV2("key", base_url=address)):
-        found = client.rerank(model=NAME, query=QUERY, documents=TEXTS, top_n=3)
-        assert [hit.index for hit in found.results] == np.argsort(-expected, kind="stable")[:3].tolist()
-        assert found.results[0].relevance_score == pytest.approx(float(sigmoid(expected.max())), rel=1e-4)
+        answer = client.rerank(model=NAME, query=QUERY, documents=TEXTS, top_n=3)
+        assert [hit.index for hit in answer.results] == np.argsort(-expected, kind="stable")[:3].tolist()
+        assert answer.results[0].relevance_score == pytest.approx(float(sigmoid(expected.max())), rel=1e-4)
     del client
     gc.collect()  # it leaves its connections open
 
@@ -121,8 +121,11 @@ def test_metrics(service: Service) -> None:
 
 def test_clients_get_their_own(service: Service, runtime: Runtime) -> None:
     requests = [
-        (f"query {at}", [f"text {at} {number} " + "word " * ((at * 7 + number * 13) % 90) for number in range(count)])
-        for at, count in enumerate([1, 60, 1, 9] * 12)
+        (
+            f"query {index}",
+            [f"text {index} {number} " + "word " * ((index * 7 + number * 13) % 90) for number in range(count)],
+        )
+        for index, count in enumerate([1, 60, 1, 9] * 12)
     ]
 
     def ask(request: tuple[str, Sequence[str]]) -> list[float]:
@@ -131,8 +134,8 @@ def test_clients_get_their_own(service: Service, runtime: Runtime) -> None:
         return [hit["score"] for hit in sorted(hits, key=lambda hit: int(hit["index"]))]
 
     with ThreadPoolExecutor(24) as pool:
-        found = list(pool.map(ask, requests))
-    for (query, texts), scores in zip(requests, found, strict=True):
+        answers = list(pool.map(ask, requests))
+    for (query, texts), scores in zip(requests, answers, strict=True):
         np.testing.assert_allclose(scores, runtime.predict([(query, text) for text in texts]), atol=1e-4)
 
 
@@ -313,7 +316,7 @@ def test_port_in_use_is_one_line(demo_artifacts: Artifacts) -> None:
 )
 def test_command_says_what_is_wrong(arguments: list[str], message: str, tmp_path: Path) -> None:
     (tmp_path / "empty").write_text("\n")
-    done = CliRunner().invoke(command, [each.format(empty=tmp_path / "empty") for each in arguments])
+    done = CliRunner().invoke(command, [argument.format(empty=tmp_path / "empty") for argument in arguments])
     assert message in str(done.exception)
 
 
@@ -330,8 +333,8 @@ def test_gateway_to_triton(demo_artifacts: Artifacts, tmp_path: Path, expected: 
         with Service("--triton", address, "--model", "two") as service:
             hits = service.http.post("/rerank", json={"query": QUERY, "texts": TEXTS, "raw_scores": True}).json()
             np.testing.assert_allclose([hit["score"] for hit in hits], np.sort(expected)[::-1], atol=1e-4)
-            found = service.http.post("/v1/rerank", json={"query": QUERY, "documents": TEXTS}).json()
-            assert found["model"] == "two" and found["usage"]["total_tokens"] > 100
+            answer = service.http.post("/v1/rerank", json={"query": QUERY, "documents": TEXTS}).json()
+            assert answer["model"] == "two" and answer["usage"]["total_tokens"] > 100
             server.stop()
             assert service.http.get("/health").status_code == 503
             answer = service.http.post("/rerank", json={"query": QUERY, "texts": TEXTS})

@@ -62,13 +62,13 @@ def grpc_client(server: TritonServer) -> Any:
 
 
 def tensors(kind: Any, query: str, documents: Sequence[Any]) -> list[Any]:
-    found = []
+    inputs = []
     for name, texts in (("query", [query]), ("documents", documents)):
         tensor = kind(name, [1, len(texts)], "BYTES")
-        array = np.array([[each if isinstance(each, bytes) else each.encode() for each in texts]], np.object_)
+        array = np.array([[text if isinstance(text, bytes) else text.encode() for text in texts]], np.object_)
         tensor.set_data_from_numpy(array.reshape(1, len(texts)))
-        found.append(tensor)
-    return found
+        inputs.append(tensor)
+    return inputs
 
 
 def ask(client: Any, model: str, query: str, documents: Sequence[Any], **options: Any) -> list[float]:
@@ -79,7 +79,7 @@ def ask(client: Any, model: str, query: str, documents: Sequence[Any], **options
     result = client.infer(model, tensors(kind.InferInput, query, documents), **options)
     scores, tokens = result.as_numpy("scores"), result.as_numpy("tokens")
     assert scores.shape == tokens.shape == (1, len(documents))
-    return [float(each) for each in scores[0]]
+    return [float(score) for score in scores[0]]
 
 
 @pytest.fixture(scope="module")
@@ -123,15 +123,15 @@ def test_clients_get_their_own(server: TritonServer, demo_artifacts: Artifacts) 
     """32 at once, each with other texts, one document or many."""
     requests = [
         (
-            f"query {at}",
-            [f"document {at} {number} " + "word " * ((at * 7 + number * 13) % 90) for number in range(count)],
+            f"query {index}",
+            [f"document {index} {number} " + "word " * ((index * 7 + number * 13) % 90) for number in range(count)],
         )
-        for at, count in enumerate([1, 100, 1, 17] * 16)
+        for index, count in enumerate([1, 100, 1, 17] * 16)
     ]
     with grpc_client(server) as client, ThreadPoolExecutor(32) as pool:
-        found = list(pool.map(lambda each: ask(client, "onnx-fp32", *each), requests))
+        answers = list(pool.map(lambda request: ask(client, "onnx-fp32", *request), requests))
     with load(demo_artifacts["onnx", "fp32"]) as runtime:
-        for (query, documents), scores in zip(requests, found, strict=True):
+        for (query, documents), scores in zip(requests, answers, strict=True):
             expected = runtime.predict([(query, document) for document in documents])
             np.testing.assert_allclose(scores, expected, atol=1e-4)
 
@@ -146,9 +146,9 @@ def test_requests_of_many_rows(server: TritonServer, demo_artifacts: Artifacts) 
         tensor.set_data_from_numpy(np.array(texts, np.object_))
         inputs.append(tensor)
     with grpc_client(server) as client, load(demo_artifacts["onnx", "fp32"]) as runtime:
-        found = client.infer("onnx-fp32", inputs).as_numpy("scores")
+        scores = client.infer("onnx-fp32", inputs).as_numpy("scores")
         pairs = [(query[0], text) for query, row in zip(queries, documents, strict=True) for text in row]
-        np.testing.assert_allclose(found, runtime.predict(pairs).reshape(2, 3), atol=1e-5)
+        np.testing.assert_allclose(scores, runtime.predict(pairs).reshape(2, 3), atol=1e-5)
 
 
 def test_bad_requests_are_said_and_others_served(server: TritonServer) -> None:
@@ -183,15 +183,15 @@ def test_truncation_is_refused_before_anything_is_scored(server: TritonServer) -
 
 
 def test_large_requests_do_not_hold_up_others(server: TritonServer) -> None:
-    many = [f"document {at}" for at in range(10_000)]
+    many = [f"document {index}" for index in range(10_000)]
     book = "A word of a very long book. " * (5_000_000 // 28)
     with grpc_client(server) as client, ThreadPoolExecutor(3) as pool:
-        large = [pool.submit(ask, client, "onnx-fp32", QUERY, each) for each in (many, [book])]
+        large = [pool.submit(ask, client, "onnx-fp32", QUERY, texts) for texts in (many, [book])]
         time.sleep(0.2)
         started = time.monotonic()
         ask(client, "onnx-fp32", QUERY, DOCUMENTS[:1])
         small_s = time.monotonic() - started
-        many_scores, book_scores = (each.result(120) for each in large)
+        many_scores, book_scores = (future.result(120) for future in large)
         large_s = time.monotonic() - started
     assert len(many_scores) == 10_000 and np.isfinite(many_scores).all() and np.isfinite(book_scores).all()
     assert small_s < large_s
@@ -216,8 +216,8 @@ def test_a_client_that_hangs_up(server: TritonServer) -> None:
 
 def pending(client: Any, model: str) -> int:
     """Requests without an answer."""
-    found = client.get_inference_statistics(model)["model_stats"][0]["inference_stats"]
-    return -sum(int(found[key]["count"]) for key in ("success", "fail")) + int(found["queue"]["count"])
+    counts = client.get_inference_statistics(model)["model_stats"][0]["inference_stats"]
+    return -sum(int(counts[key]["count"]) for key in ("success", "fail")) + int(counts["queue"]["count"])
 
 
 # Loading.
@@ -238,7 +238,7 @@ def test_damaged_model_leaves_the_others(demo_artifacts: Artifacts, tmp_path: Pa
         http_client(running) as client,
     ):
         assert not client.is_model_ready("bad")
-        reason = next(each for each in client.get_model_repository_index() if each["name"] == "bad")["reason"]
+        reason = next(model for model in client.get_model_repository_index() if model["name"] == "bad")["reason"]
         assert "sha256 differs from manifest.json" in reason
         assert ask(client, "good", QUERY, DOCUMENTS[:1])
 
@@ -267,10 +267,10 @@ def test_new_version_takes_over_without_a_gap(demo_artifacts: Artifacts, tmp_pat
         asking.join()
         after = ask(client, "reranker", QUERY, DOCUMENTS[:2])
     assert not errors
-    for artifact, found in ((first, answers[0]), (second, after)):
+    for artifact, scores in ((first, answers[0]), (second, after)):
         with load(artifact) as runtime:
             expected = runtime.predict([(QUERY, document) for document in DOCUMENTS[:2]])
-            np.testing.assert_allclose(found, expected, atol=tolerance(artifact))
+            np.testing.assert_allclose(scores, expected, atol=tolerance(artifact))
     assert answers[0] != after
 
 
@@ -283,8 +283,8 @@ def test_response_cache(demo_artifacts: Artifacts, tmp_path: Path) -> None:
     ):
         answers = [ask(client, "reranker", QUERY, DOCUMENTS) for _ in range(3)]
         assert answers[0] == answers[1] == answers[2] != ask(client, "reranker", QUERY + "?", DOCUMENTS)
-        found = client.get_inference_statistics("reranker")["model_stats"][0]["inference_stats"]
-        assert int(found["cache_hit"]["count"]) == 2
+        counts = client.get_inference_statistics("reranker")["model_stats"][0]["inference_stats"]
+        assert int(counts["cache_hit"]["count"]) == 2
 
 
 def test_what_waits_is_a_metric(server: TritonServer) -> None:
@@ -341,7 +341,7 @@ def test_command_serves_and_takes_its_server_along(
             lines = [next(process.stderr) for _ in range(3)]
             assert f"serving on http://127.0.0.1:{ports[0]}" in lines[-1], lines
             servers = psutil.Process(process.pid).children(recursive=True)
-            assert any(each.name() == "tritonserver" for each in servers)
+            assert any(process.name() == "tritonserver" for process in servers)
             process.send_signal(sent)
             assert process.wait(60) == 0
         finally:
@@ -365,7 +365,7 @@ class TritonPythonModel:
         config = json.loads(args["model_config"])
         folder = f"{args['model_repository']}/{args['model_version']}/{config['default_model_filename']}"
         self.session = onnxruntime.InferenceSession(folder)
-        self.names = [each["name"] for each in config["input"]]
+        self.names = [tensor["name"] for tensor in config["input"]]
     def execute(self, requests):
         responses = []
         for request in requests:
@@ -391,24 +391,26 @@ def test_native_configuration_is_read(demo_artifacts: Artifacts, tmp_path: Path,
     publish(artifact, tmp_path, "reranker", TritonOptions(native=True))
     arguments = ["--exit-on-error=false", "--strict-readiness=false", "--disable-auto-complete-config"]
     with TritonServer(tmp_path, arguments=arguments) as running, http_client(running) as client:
-        index = {each["name"]: each for each in client.get_model_repository_index()}
+        index = {model["name"]: model for model in client.get_model_repository_index()}
         assert "unable to find backend library" in index["reranker-engine"]["reason"], index
 
 
 def test_native_engine(demo_artifacts: Artifacts, tmp_path: Path) -> None:
     artifact = demo_artifacts["onnx", "fp32"]
     publish(artifact, tmp_path, "reranker", TritonOptions(native=True))
-    requests = [(f"query {at}", [f"text {number} " * (number * at % 70) for number in range(20)]) for at in range(12)]
+    requests = [
+        (f"query {index}", [f"text {number} " * (number * index % 70) for number in range(20)]) for index in range(12)
+    ]
     with WithStandIn(tmp_path) as running, grpc_client(running) as client, load(artifact) as runtime:
         with ThreadPoolExecutor(6) as pool:
-            found = list(pool.map(lambda each: ask(client, "reranker", *each), requests))
-        for (query, documents), scores in zip(requests, found, strict=True):
+            answers = list(pool.map(lambda request: ask(client, "reranker", *request), requests))
+        for (query, documents), scores in zip(requests, answers, strict=True):
             expected = runtime.predict([(query, document) for document in documents])
             np.testing.assert_allclose(scores, expected, atol=1e-4)
         # The next version of both.
         publish(artifact, tmp_path, "reranker", TritonOptions(native=True))
     with WithStandIn(tmp_path) as running, grpc_client(running) as client:
-        assert ask(client, "reranker", *requests[3]) == pytest.approx(found[3], abs=1e-4)
+        assert ask(client, "reranker", *requests[3]) == pytest.approx(answers[3], abs=1e-4)
         assert client.get_model_metadata("reranker").versions == ["2"]
 
 
@@ -433,14 +435,16 @@ def test_packed_engine(demo: Checkpoint, demo_artifacts: Artifacts, tmp_path: Pa
     publish(artifact, tmp_path / "models", "reranker", TritonOptions(native=True))
     config = (tmp_path / "models" / "reranker-engine" / "config.pbtxt").read_text()
     assert 'platform: "tensorrt_plan"' in config and 'profile: "0"' in config and 'profile: "1"' in config
-    assert [each.name for each in (tmp_path / "models" / "reranker-engine" / "1").iterdir()] == ["model.engine"]
-    requests = [(f"query {at}", [f"text {number} " * (number * at % 70) for number in range(20)]) for at in range(12)]
+    assert [path.name for path in (tmp_path / "models" / "reranker-engine" / "1").iterdir()] == ["model.engine"]
+    requests = [
+        (f"query {index}", [f"text {number} " * (number * index % 70) for number in range(20)]) for index in range(12)
+    ]
     with WithStandIn(tmp_path / "models") as running, grpc_client(running) as client:
         with ThreadPoolExecutor(6) as pool:
-            found = list(pool.map(lambda each: ask(client, "reranker", *each), requests))
+            answers = list(pool.map(lambda request: ask(client, "reranker", *request), requests))
         stats = client.get_inference_statistics("reranker-engine", as_json=True)["model_stats"][0]
         assert 12 * 20 / 8 <= int(stats["inference_stats"]["success"]["count"]) < 12 * 20
     with load(demo_artifacts["onnx", "fp32"]) as runtime:
-        for (query, documents), scores in zip(requests, found, strict=True):
+        for (query, documents), scores in zip(requests, answers, strict=True):
             expected = runtime.predict([(query, document) for document in documents])
             np.testing.assert_allclose(scores, expected, atol=1e-4)

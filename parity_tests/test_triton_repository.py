@@ -36,15 +36,15 @@ def test_hosted_model(demo_artifacts: Artifacts, tmp_path: Path) -> None:
     model = repository / "reranker"
     inside = {f"1/artifact/{name}" for name in files(artifact)}
     assert files(model) == inside | {"config.pbtxt", "1/model.py", "warmup/query", "warmup/documents"}
-    found = config(model)
-    assert found.name == "reranker" and found.backend == "python" and found.max_batch_size > 1
-    assert [(each.name, list(each.dims)) for each in found.input] == [("query", [1]), ("documents", [-1])]
-    assert found.input[1].allow_ragged_batch and found.dynamic_batching.default_queue_policy.max_queue_size == 1024
-    assert {key: each.string_value for key, each in found.parameters.items()} == {
+    front = config(model)
+    assert front.name == "reranker" and front.backend == "python" and front.max_batch_size > 1
+    assert [(tensor.name, list(tensor.dims)) for tensor in front.input] == [("query", [1]), ("documents", [-1])]
+    assert front.input[1].allow_ragged_batch and front.dynamic_batching.default_queue_policy.max_queue_size == 1024
+    assert {key: value.string_value for key, value in front.parameters.items()} == {
         "threads": "2",
         "EXECUTION_ENV_PATH": "/opt/ettin",
     }
-    assert found.response_cache.enable
+    assert front.response_cache.enable
     content = (model / "warmup" / "query").read_bytes()
     assert struct.unpack("<I", content[:4])[0] == len(content) - 4
     assert [path.name for path in tmp_path.iterdir()] == ["models"] and list(repository.iterdir()) == [model]
@@ -101,11 +101,11 @@ def test_native_onnx(demo_artifacts: Artifacts, tmp_path: Path) -> None:
     engine = config(tmp_path / "reranker-engine")
     assert engine.backend == "onnxruntime" and engine.max_batch_size == 0
     assert engine.instance_group[0].count == 2 and engine.instance_group[0].kind == pb.ModelInstanceGroup.KIND_GPU
-    assert [(each.name, each.data_type, list(each.dims)) for each in engine.input] == [
+    assert [(tensor.name, tensor.data_type, list(tensor.dims)) for tensor in engine.input] == [
         ("input_ids", pb.TYPE_INT64, [-1, -1]),
         ("attention_mask", pb.TYPE_INT64, [-1, -1]),
     ]
-    assert [(each.name, each.data_type, list(each.dims)) for each in engine.output] == [
+    assert [(tensor.name, tensor.data_type, list(tensor.dims)) for tensor in engine.output] == [
         ("logits", pb.TYPE_FP32, [-1, 1])
     ]
     assert config(tmp_path / "reranker").parameters["engine"].string_value == "reranker-engine"
@@ -162,7 +162,7 @@ def test_command(demo_artifacts: Artifacts, tmp_path: Path) -> None:
 def test_command_says_what_is_wrong(
     arguments: list[str], message: str, demo_artifacts: Artifacts, tmp_path: Path
 ) -> None:
-    named = [each.format(artifact=demo_artifacts["onnx", "fp32"]) for each in arguments]
+    named = [argument.format(artifact=demo_artifacts["onnx", "fp32"]) for argument in arguments]
     done = CliRunner().invoke(command, [*named, "--repository", str(tmp_path / "models")])
     assert message in str(done.exception) and not (tmp_path / "models").exists()
 

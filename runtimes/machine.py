@@ -2,10 +2,12 @@
 
 import functools
 import importlib.metadata
+import json
 import math
 import os
 import shutil
 import subprocess
+import urllib.parse
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -204,3 +206,14 @@ class CpuPlan:
         if streams > threads:
             raise UsageError(f"streams is {streams}, expected at most the number of threads, {threads}")
         return cls(streams, threads // streams)
+
+
+def own_source() -> str:
+    """The folder that this project was installed from (PEP 610), or its name and version on the index."""
+    # Several may have the name: a checkout that is the current folder has a record of its own, without the origin.
+    for distribution in importlib.metadata.distributions(name="ettin-export"):
+        origin = json.loads(distribution.read_text("direct_url.json") or "{}")
+        url = urllib.parse.urlsplit(origin.get("url", ""))
+        if url.scheme == "file":
+            return urllib.parse.unquote(url.path)
+    return f"{'ettin-export'}=={importlib.metadata.version('ettin-export')}"

@@ -1,10 +1,11 @@
-"""What the commands share: messages on stderr, results on stdout, one line for an error."""
+"""What the commands share: messages on stderr, results on stdout, one line for an error, common options."""
 
 import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -13,7 +14,19 @@ from tabulate import tabulate
 
 from ettin.artifacts.errors import EttinError
 
+# Options that several commands have. Those of `load` have the names of its arguments.
 KEY_HELP = "Public key (PEM) whose holder must have signed the artifact."
+KEY = click.option("--key", "trusted_key", type=click.Path(path_type=Path), help=KEY_HELP)
+DEVICE = click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), help="Device to score on.  [default: the artifact's]"
+)
+THREADS = click.option("--threads", type=click.IntRange(1), help="Number of CPU threads.  [default: all]")
+STREAMS = click.option(
+    "--streams",
+    type=click.IntRange(1),
+    help="Number of batches scored at the same time.  [default: as many as threads]",
+)
+MAX_LENGTH = click.option("--max-length", type=click.IntRange(3), help="Number of tokens that pairs are truncated to.")
 
 
 class _Terminated(KeyboardInterrupt):
@@ -41,8 +54,8 @@ def run(command: click.Command, *, publishes: bool = False) -> NoReturn:
         code = error.exit_code
     except (click.Abort, KeyboardInterrupt) as error:
         is_terminated = isinstance(error.__cause__ or error, _Terminated)
-        what = "ended by SIGTERM" if is_terminated else "interrupted"
-        note(what + ("; nothing unfinished was published" if publishes else ""), fg="red")
+        reason = "ended by SIGTERM" if is_terminated else "interrupted"
+        note(reason + ("; nothing unfinished was published" if publishes else ""), fg="red")
         code = 128 + (signal.SIGTERM if is_terminated else signal.SIGINT)
     sys.exit(code if isinstance(code, int) else 0)
 
@@ -53,7 +66,7 @@ def _terminate(number: int, _: FrameType | None) -> NoReturn:
 
 
 def note(text: str, **style: Any) -> None:
-    """A line on stderr, styled (see `click.style`) where that is a terminal."""
+    """Prints a line on stderr, styled (see `click.style`) where that is a terminal."""
     click.secho(text, err=True, **style)
 
 
@@ -80,7 +93,7 @@ def table(rows: Sequence[Sequence[str]], headers: Sequence[str] = (), *, err: bo
 
 
 def example_epilog(*lines: str) -> str:
-    """Examples at the end of a help text, one a line, as they are."""
+    """Examples for the end of a help text, one on each line."""
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
 
 

@@ -1,8 +1,9 @@
-"""`ettin-triton`: artifacts into a model repository of Triton Inference Server, and a server on it."""
+"""`ettin-triton`: writes artifacts into a model repository of Triton Inference Server, and starts a server on it."""
 
 import signal
+from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any
 
 import click
 
@@ -20,32 +21,35 @@ from ettin.runtimes.triton.repository import TritonOptions, publish
 )
 @click.argument("artifacts", nargs=-1, type=click.Path(path_type=Path), metavar="[ARTIFACT]...")
 @click.option("--repository", required=True, type=click.Path(path_type=Path), help="Model repository; made if needed.")
-@click.option("--name", help="Of the model, for one artifact.  [default: checkpoint, target and precision]")
+@click.option("--name", help="Name of the model, for one artifact.  [default: checkpoint, target and precision]")
 @click.option(
     "--native", is_flag=True, help="Run the engine in Triton's own backend (onnxruntime, openvino, tensorrt)."
 )
-@click.option("--instances", type=click.IntRange(1), default=1, show_default=True, help="Of the engine, with --native.")
+@click.option(
+    "--instances", type=click.IntRange(1), default=1, show_default=True, help="Instances of the engine, with --native."
+)
 @click.option("--environment", help="Virtual environment of the model, as the server sees it.  [default: the server's]")
 @click.option("--response-cache", is_flag=True, help="Let Triton answer equal requests from its cache.")
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Where it runs.  [default: what it is for]")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: all]")
-@click.option("--streams", type=click.IntRange(1), help="Batches at a time.  [default: as many as threads]")
-@click.option("--max-length", type=click.IntRange(3), help="Tokens that pairs are truncated to.")
-@click.option("--key", type=click.Path(path_type=Path), help=f"{console.KEY_HELP} The server checks it too, here.")
+@console.DEVICE
+@console.THREADS
+@console.STREAMS
+@console.MAX_LENGTH
+@click.option(
+    "--key", "trusted_key", type=click.Path(path_type=Path), help=f"{console.KEY_HELP} The server checks it, too."
+)
 @click.option("--serve", is_flag=True, help="Then start the Triton server that the 'triton' extra installs.")
-@click.option("--address", default="127.0.0.1", show_default=True, help="For --serve: where it listens.")
-@click.option("--http-port", type=int, default=8000, show_default=True, help="For --serve.")
-@click.option("--grpc-port", type=int, default=8001, show_default=True, help="For --serve.")
-@click.option("--metrics-port", type=int, default=8002, show_default=True, help="For --serve.")
+@click.option("--address", default="127.0.0.1", show_default=True, help="With --serve: address to listen on.")
+@click.option("--http-port", type=int, default=8000, show_default=True, help="With --serve: HTTP port.")
+@click.option("--grpc-port", type=int, default=8001, show_default=True, help="With --serve: gRPC port.")
+@click.option("--metrics-port", type=int, default=8002, show_default=True, help="With --serve: port of the metrics.")
 def command(
     artifacts: tuple[Path, ...], repository: Path, name: str | None, native: bool, instances: int,
-    environment: str | None, response_cache: bool, device: str | None, threads: int | None, streams: int | None,
-    max_length: int | None, key: Path | None, serve: bool, address: str, http_port: int, grpc_port: int,
-    metrics_port: int,
+    environment: str | None, response_cache: bool, trusted_key: Path | None, serve: bool, address: str,
+    http_port: int, grpc_port: int, metrics_port: int, **settings: Any,
 ) -> None:  # fmt: skip
-    """Write ARTIFACTs into a model repository, each as a model with 'query' and 'documents' in and 'scores' out.
+    """Write ARTIFACTs into a model repository. Each model takes 'query' and 'documents' and gives 'scores'.
 
-    An artifact of a model that is already there becomes its next version; the versions before stay.
+    An artifact of a model that is already there becomes its next version; the earlier versions stay.
     """
     if not artifacts and not serve:
         raise UsageError("nothing to do: name an ARTIFACT, or --serve the repository")
@@ -53,47 +57,46 @@ def command(
         raise UsageError(f"--name is for one artifact, {len(artifacts)} are named")
     if instances > 1 and not native:
         raise UsageError("--instances is for --native: our runtime has --streams")
-    settings = {"device": device, "threads": threads, "streams": streams, "max_length": max_length}
-    given = {key: str(value) for key, value in settings.items() if value is not None}
-    checked = [(artifact, checked_manifest(artifact, key)) for artifact in artifacts]
-    for artifact, manifest in checked:
-        on_gpu = device == "cuda" or manifest.needs.device == "cuda"
+    runtime = {key: str(value) for key, value in settings.items() if value is not None}
+    for artifact, manifest in [(artifact, checked_manifest(artifact, trusted_key)) for artifact in artifacts]:
         options = TritonOptions(
-            native=native, on_gpu=on_gpu, instances=instances, environment=environment,
-            response_cache=response_cache, runtime=given, trusted_key=key,
-        )  # fmt: skip
+            native=native,
+            on_gpu="cuda" in (settings["device"], manifest.needs.device),
+            instances=instances,
+            environment=environment,
+            response_cache=response_cache,
+            runtime=runtime,
+            trusted_key=trusted_key,
+        )
         model = name or manifest.full_name
         with console.step(f"publish {model}"):
             version = publish(artifact, repository, model, options)
         click.echo(repository / model / str(version))
         if native and manifest.engine is not None:
-            console.note(
-                f"the server must have {manifest.needs.package} {manifest.needs.version}, which made the engine"
-            )
+            needs = manifest.needs
+            console.note(f"the server must have {needs.package} {needs.version}, which made the engine")
     if serve:
         _serve(repository, address, http_port, grpc_port, metrics_port)
 
 
 def _serve(repository: Path, address: str, http_port: int, grpc_port: int, metrics_port: int) -> None:
+    """Runs a Triton server until it ends or is told to."""
     from ettin.runtimes.triton.server import TritonServer
 
     server = TritonServer(
         repository, address=address, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port
     )
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # or tritonserver would outlive this process
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # otherwise tritonserver would outlive this process
     try:
         with console.step("start tritonserver"):
             server.start()
             server.wait_ready()
         console.note(f"serving on {server.url} (gRPC {grpc_port}, metrics {metrics_port}); Ctrl-C ends it")
-        code = server.wait()
-        raise ServerError(f"tritonserver ended with exit code {code}: {server.last_error()}")
+        raise ServerError(f"tritonserver ended with exit code {server.wait()}: {server.last_error()}")
     except KeyboardInterrupt:
         console.note("stopping")
     finally:
         server.stop()
 
 
-def main() -> NoReturn:
-    """Entry point."""
-    console.run(command, publishes=True)
+main = partial(console.run, command, publishes=True)

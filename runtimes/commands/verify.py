@@ -1,7 +1,8 @@
 """`ettin-verify`: proves an artifact on this machine."""
 
+from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any
 
 import click
 
@@ -21,70 +22,68 @@ from ettin.runtimes.verify import Verification, adopt_engine, record_verified, v
     )
 )
 @click.argument("artifact", type=click.Path(path_type=Path))
-@click.option("--device", help="cpu or cuda.  [default: what the artifact is for]")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: all]")
-@click.option("--key", type=click.Path(path_type=Path), help=console.KEY_HELP)
-@click.option("--sign", type=click.Path(path_type=Path), help="Private key (PEM) to sign it with if it passes.")
-def command(artifact: Path, device: str | None, threads: int | None, key: Path | None, sign: Path | None) -> None:
-    """Compare an artifact's scores with its reference, here.
+@console.DEVICE
+@console.THREADS
+@console.KEY
+@click.option("--sign", type=click.Path(path_type=Path), help="Private key (PEM) to sign the artifact if it passes.")
+def command(artifact: Path, trusted_key: Path | None, sign: Path | None, **settings: Any) -> None:
+    """Compare an artifact's scores with its reference, on this machine.
 
-    The pairs and the reference's scores travel in the artifact, so this needs the engine and nothing else. Exit code 0:
-    within the tolerance. An artifact exported with --allow-unverified can be loaded after it passed once; one exported
-    on a machine with other arithmetic runs in this one's, if that is faster, after it passed once.
+    The pairs and the reference's scores are in the artifact, so only the engine is needed. The exit code is 0 if the
+    scores are within the tolerance. An artifact exported with --allow-unverified can be loaded after it has passed
+    once. One that was exported on a machine with other arithmetic uses the arithmetic of this machine, if that is
+    faster, after it has passed once.
     """
     if sign is not None:
         read_private_key(sign)
-    with OpenArtifact(artifact, trusted_key=key) as opened:
-        is_signed = opened.signature is not None
-    if adopt_engine(artifact, key):
-        console.note("  the kit's engine is here: recorded in manifest.json")
-        key = None  # the kit was signed; with its engine it is another artifact
-    with console.step("verify"):
-        found = verify(artifact, device=device, threads=threads, trusted_key=key)
-    _report(found)
-    if not found.ok:
-        raise ParityError(f"{artifact}: scores differ from the reference: {found.summary}; limit: {found.parity.rule}")
+    with OpenArtifact(artifact, trusted_key=trusted_key) as opened:
+        keeps_signature = opened.signature is not None and sign is None
+    if adopt_engine(artifact, trusted_key):
+        console.note("  the engine of the build kit is recorded in manifest.json")
+        trusted_key = None  # the kit was signed; with its engine it is another artifact
+    verification = _verified("verify", artifact, trusted_key=trusted_key, **settings)
+    if not verification.ok:
+        difference = f"{verification.summary}; limit: {verification.parity.rule}"
+        raise ParityError(f"{artifact}: scores differ from the reference: {difference}")
     if Manifest.read(artifact).parity.status == "unverified":
-        record_verified(artifact, found)
+        record_verified(artifact, verification)
         click.echo("marked as verified in manifest.json")
-        if is_signed and sign is None:
-            console.note(
-                f"the signature no longer fits the manifest. Sign again: ettin-verify {artifact} --sign KEY",
-                fg="yellow",
-            )
-        key = None  # for what was signed is proven, and is another artifact now
-    click.echo(f"ok ({found.parity.rule})")
-    if found.unproven and is_signed and sign is None:
-        click.echo(f"{found.unproven} is not tried: recording it would break the signature. Do both with --sign KEY")
-    elif found.unproven:
-        _try_unproven(artifact, found, device, threads, key)
+        if keeps_signature:
+            text = f"the signature no longer fits the manifest. Sign again: ettin-verify {artifact} --sign KEY"
+            console.note(text, fg="yellow")
+        trusted_key = None  # the signed artifact is proven; it is another artifact now
+    click.echo(f"ok ({verification.parity.rule})")
+    if verification.unproven and keeps_signature:
+        reason = "recording it would invalidate the signature. Add --sign KEY to verify and sign it"
+        click.echo(f"{verification.unproven} is not verified: {reason}")
+    elif verification.unproven:
+        _verify_unproven(artifact, verification, trusted_key=trusted_key, **settings)
     if sign is not None:
         with OpenArtifact(artifact) as opened:
             opened.sign(sign)
         click.echo(f"signed: {SIGNATURE_NAME}")
 
 
-def _try_unproven(
-    artifact: Path, found: Verification, device: str | None, threads: int | None, key: Path | None
-) -> None:
-    with console.step(f"verify {found.unproven}"):
-        faster = verify(artifact, device=device, threads=threads, unproven=True, trusted_key=key)
-    _report(faster)
+def _verify_unproven(artifact: Path, proven: Verification, **settings: Any) -> None:
+    """Verifies the faster arithmetic of this machine, and records it if it passes."""
+    faster = _verified(f"verify {proven.unproven}", artifact, unproven=True, **settings)
     if not faster.ok:
-        click.echo(f"not within {faster.parity.rule}: not used, {found.runtime.split(';')[0]} is")
+        click.echo(f"not within {faster.parity.rule}: not used, {proven.runtime.split(';')[0]} is used instead")
         return
     try:
         record_verified(artifact, faster)
         click.echo("ok, recorded in manifest.json: used here from now on")
-    except OutputError as error:  # the artifact is good as it is: no failure
+    except OutputError as error:  # the artifact stays valid without it, so this is no failure
         click.echo(f"ok, but not recorded, so not used: {error}")
 
 
-def _report(found: Verification) -> None:
-    click.echo(f"{found.runtime}: {found.summary}")
-    click.echo(f"worst pair: {found.worst_pair}")
+def _verified(step: str, artifact: Path, **settings: Any) -> Verification:
+    """Verifies an artifact and prints the result."""
+    with console.step(step):
+        verification = verify(artifact, **settings)
+    click.echo(f"{verification.runtime}: {verification.summary}")
+    click.echo(f"worst pair: {verification.worst_pair}")
+    return verification
 
 
-def main() -> NoReturn:
-    """Entry point."""
-    console.run(command)
+main = partial(console.run, command)

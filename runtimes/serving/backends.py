@@ -1,4 +1,4 @@
-"""What answers the HTTP routes: an artifact in this process, or a Triton server."""
+"""Backends of the HTTP routes: an artifact in this process, or a model in a Triton server."""
 
 import asyncio
 import json
@@ -16,6 +16,7 @@ from ettin.artifacts.errors import Busy, EttinError, InputError, MissingDependen
 from ettin.runtimes.base import Runtime
 from ettin.runtimes.batch import Batch
 from ettin.runtimes.request import Request, Scored
+from ettin.runtimes.serving.limits import Limits
 
 _LOG = logging.getLogger("ettin.serve")
 REFUSE_TRUNCATED = "refuse_truncated"  # a parameter of requests to Triton
@@ -23,39 +24,25 @@ DRAIN_S = 30.0  # that pending requests are given when a server stops
 
 
 class Backend(ABC):
-    """Scores a query's documents.
+    """Scores a query's documents."""
 
-    Attributes:
-        name: of the model.
-        description: what runs it, in a few words.
-        max_length: tokens that pairs are truncated to; None: not known here.
-    """
-
-    name: str
-    description: str
-    max_length: int | None
+    name: str  # of the model
+    description: str  # the engine or server, in a few words
+    max_length: int | None  # tokens that pairs are truncated to; None: not known here
 
     @abstractmethod
     async def score(self, query: str, documents: Sequence[str], refuse_truncated: bool = False) -> Scored:
         """Raw logits and tokens of each document.
 
-        Args:
-            query: the query.
-            documents: the documents.
-            refuse_truncated: fail, before anything is scored, if a pair would be truncated.
-
         Raises:
             Busy: there is no room now.
             Closed: the backend is closed.
-            InputError: a text that can't be scored, or a pair that would be truncated.
+            InputError: a text can't be scored; or, if `refuse_truncated`, a pair would be truncated. Then nothing is
+                scored.
         """
 
     async def probe(self) -> None:  # noqa: B027 (nothing in this process can be stuck)
-        """Scores one pair, beside the queue, in an engine of this process.
-
-        Raises:
-            Exception: whatever the engine raised.
-        """
+        """Scores one pair, beside the queue, in an engine of this process; raises whatever the engine raises."""
 
     @abstractmethod
     async def is_ready(self) -> bool:
@@ -63,7 +50,7 @@ class Backend(ABC):
 
     @property
     def counters(self) -> dict[str, float]:
-        """For metrics: batches, pairs, tokens so far, pairs that wait and for how long; empty where not known."""
+        """Figures for metrics: what was scored so far, and what waits; empty where not known."""
         return {}
 
     @abstractmethod
@@ -76,26 +63,25 @@ class LocalBackend(Backend):
 
     Args:
         runtime: loaded; closed with the backend.
-        max_waiting_pairs: maximum number of queued pairs before requests are refused as `Busy`.
-        timeout_s: time for a request to be scored before it fails with `Expired`; None: no limit.
+        limits: `max_waiting_pairs` and `request_timeout_s` apply.
     """
 
-    def __init__(self, runtime: Runtime, max_waiting_pairs: int, timeout_s: float | None = None) -> None:
+    def __init__(self, runtime: Runtime, limits: Limits) -> None:
         self.name = runtime.manifest.full_name
         self.description, self.max_length = runtime.description, runtime.max_length
         runtime.predict([("what is warmed up", text) for text in ("the model", "its kernels " * 40)])
-        self._runtime, self._max_waiting_pairs, self._timeout_s = runtime, max_waiting_pairs, timeout_s
+        self._runtime, self._limits = runtime, limits
         pairs = runtime.tokenizer.pairs([("is the engine alive", "yes")], runtime.max_length)
-        self._probe = Batch.of(pairs, runtime.manifest.tokenizer.pad_token_id)
+        self._probe_batch = Batch.of(pairs, runtime.manifest.tokenizer.pad_token_id)
 
     async def score(self, query: str, documents: Sequence[str], refuse_truncated: bool = False) -> Scored:
         request = Request(
             [(query, document) for document in documents],
             self._runtime.max_length,
-            timeout_s=self._timeout_s,
+            timeout_s=self._limits.request_timeout_s,
             refuse_truncated=refuse_truncated,
         )
-        future = self._runtime.scheduler.submit(request, max_waiting_pairs=self._max_waiting_pairs)
+        future = self._runtime.scheduler.submit(request, max_waiting_pairs=self._limits.max_waiting_pairs)
         return await asyncio.wrap_future(future)
 
     async def is_ready(self) -> bool:
@@ -106,7 +92,7 @@ class LocalBackend(Backend):
 
         def score() -> None:
             try:
-                result.set_result(float(self._runtime.score(self._probe)[0]))
+                result.set_result(float(self._runtime.score(self._probe_batch)[0]))
             except BaseException as error:
                 result.set_exception(error)
 
@@ -119,13 +105,8 @@ class LocalBackend(Backend):
     @property
     def counters(self) -> dict[str, float]:
         scheduler = self._runtime.scheduler
-        return {
-            "batches": scheduler.batches,
-            "pairs": scheduler.pairs,
-            "tokens": scheduler.tokens,
-            "waiting_pairs": scheduler.waiting_pairs,
-            "queue_seconds": scheduler.queue_s,
-        }
+        counts = {name: getattr(scheduler, name) for name in ("batches", "pairs", "tokens", "waiting_pairs")}
+        return counts | {"queue_seconds": scheduler.queue_s}
 
     async def close(self) -> None:
         await asyncio.to_thread(self._runtime.scheduler.close, "the server is stopping", DRAIN_S)
@@ -136,86 +117,81 @@ class TritonBackend(Backend):
     """A model that `ettin-triton` wrote, in a Triton server; gRPC.
 
     Args:
-        address: host:port of its gRPC interface.
+        address: host:port of the server's gRPC interface.
         model: its name there.
     """
 
     def __init__(self, address: str, model: str) -> None:
-        self._module = _triton_client()
+        self._module, self._error = _triton_client()
         self._client = self._module.InferenceServerClient(address)
         self.name, self.description, self.max_length = model, f"Triton Inference Server, {address}", None
 
     @staticmethod
     async def only_model(address: str) -> str:
-        """The name of the model in a server that has one for texts.
+        """The name of the only model in a server that takes a query and documents.
 
         Raises:
-            UsageError: it has none, or several; lists them.
+            UsageError: the server has none, or several; lists them.
             ServerError: it does not answer.
         """
-        client = _triton_client().InferenceServerClient(address)
+        module, client_error = _triton_client()
+        rerankers = []
         try:
-            index = await client.get_model_repository_index(as_json=True)
-            names = [each["name"] for each in index.get("models", []) if each.get("state") == "READY"]
-            found = []
-            for name in dict.fromkeys(names):
-                metadata = await client.get_model_metadata(name, as_json=True)
-                if {each["name"] for each in metadata["inputs"]} == {"query", "documents"}:
-                    found.append(name)
-        except _triton_error() as error:
+            async with module.InferenceServerClient(address) as client:
+                index = await client.get_model_repository_index(as_json=True)
+                names = [model["name"] for model in index.get("models", []) if model.get("state") == "READY"]
+                for name in dict.fromkeys(names):
+                    metadata = await client.get_model_metadata(name, as_json=True)
+                    if {tensor["name"] for tensor in metadata["inputs"]} == {"query", "documents"}:
+                        rerankers.append(str(name))
+        except client_error as error:
             raise ServerError(f"Triton at {address} does not answer: {error.message()}") from None
-        finally:
-            await client.close()
-        if len(found) != 1:
-            raise UsageError(
-                f"Triton at {address} has {len(found)} rerankers ({', '.join(found)}). Choose: --model NAME"
-            )
-        return str(found[0])
+        if len(rerankers) != 1:
+            listed = ", ".join(rerankers)
+            raise UsageError(f"Triton at {address} has {len(rerankers)} rerankers ({listed}). Choose: --model NAME")
+        return rerankers[0]
 
     async def score(self, query: str, documents: Sequence[str], refuse_truncated: bool = False) -> Scored:
-        tensors = []
-        for name, texts in (("query", [query]), ("documents", documents)):
-            tensor = self._module.InferInput(name, [1, len(texts)], "BYTES")
-            array = np.empty((1, len(texts)), np.object_)
-            try:
-                array[0] = [text.encode() for text in texts]
-            except UnicodeEncodeError as error:
-                raise InputError(f"{name}: not valid Unicode ({error.reason})") from None
-            tensor.set_data_from_numpy(array)
-            tensors.append(tensor)
+        tensors = [self._tensor("query", [query]), self._tensor("documents", documents)]
+        parameters = {REFUSE_TRUNCATED: True} if refuse_truncated else None
         try:
-            result = await self._client.infer(
-                self.name, tensors, parameters={REFUSE_TRUNCATED: True} if refuse_truncated else None
-            )
-        except _triton_error() as error:
+            result = await self._client.infer(self.name, tensors, parameters=parameters)
+        except self._error as error:
             raise _translated(error) from None
         return Scored(result.as_numpy("scores")[0], result.as_numpy("tokens")[0])
+
+    def _tensor(self, name: str, texts: Sequence[str]) -> Any:
+        tensor = self._module.InferInput(name, [1, len(texts)], "BYTES")
+        array = np.empty((1, len(texts)), np.object_)
+        try:
+            array[0] = [text.encode() for text in texts]
+        except UnicodeEncodeError as error:
+            raise InputError(f"{name}: not valid Unicode ({error.reason})") from None
+        tensor.set_data_from_numpy(array)
+        return tensor
 
     async def is_ready(self) -> bool:
         try:
             return bool(await self._client.is_model_ready(self.name))
-        except _triton_error():
+        except self._error:
             return False
 
     async def close(self) -> None:
         await self._client.close()
 
 
-def _triton_client() -> Any:
+def _triton_client() -> tuple[Any, Any]:
+    """Triton's client, and the exception that it raises."""
     try:
         import tritonclient.grpc.aio as module
+        from tritonclient.utils import InferenceServerException
     except ModuleNotFoundError as error:
         raise MissingDependency("a gateway to Triton", str(error.name), "gateway") from None
-    return module
-
-
-def _triton_error() -> Any:
-    from tritonclient.utils import InferenceServerException
-
-    return InferenceServerException
+    return module, InferenceServerException
 
 
 def _translated(error: Any) -> EttinError:
+    """Our error for one of Triton's client."""
     status, message = str(error.status()), str(error.message())
     if "UNAVAILABLE" in status or "RESOURCE_EXHAUSTED" in status:
         _LOG.warning(json.dumps({"triton": message}))  # it may name addresses, which are not for clients

@@ -1,48 +1,18 @@
-"""Request bodies: kept within bounds in memory, and parsed at a cost that a hostile body can't raise far."""
+"""Request bodies: their memory is bounded, and so is the cost of parsing a hostile one."""
 
 import asyncio
 import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import TypeVar
 
 from pydantic import ValidationError
 from starlette.types import Receive
 
-from ettin.runtimes.serving.answers import CLOSE, ClientLeft, Refused, clipped
-from ettin.runtimes.serving.schemas import RerankRequest, TeiRequest
-
-PROBES = ("/health", "/health/live", "/health/ready")  # answered even when no other request is
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Limits of the HTTP service.
-
-    Args:
-        max_body_bytes: size of one request body.
-        total_body_bytes: size of all request bodies in memory, from their first byte to their answer.
-        max_documents: documents in one request.
-        max_text_characters: characters in one query or document.
-        max_request_characters: characters in all texts of one request.
-        max_connections: requests in progress; idle connections are closed, oldest first, to make room.
-        header_timeout_s: for a whole request header to arrive.
-        body_timeout_s: for a whole body to arrive, or for the client to read an answer.
-        probe_timeout_s: for the engine to score one pair before `/health/live` answers 503.
-    """
-
-    max_body_bytes: int = 32 << 20
-    total_body_bytes: int = 128 << 20
-    max_documents: int = 10_000
-    max_text_characters: int = 1_000_000
-    max_request_characters: int = 32 << 20
-    max_connections: int = 512
-    header_timeout_s: float = 10.0
-    body_timeout_s: float = 30.0
-    probe_timeout_s: float = 10.0
-
+from ettin.runtimes.serving.limits import Limits
+from ettin.runtimes.serving.messages import CLOSE, ClientLeft, Refused, RerankRequest, TeiRequest, clipped
 
 _Request = TypeVar("_Request", TeiRequest, RerankRequest)
 _QUOTE = re.compile(b'"')
@@ -50,13 +20,14 @@ _OTHER_STRINGS = 64  # keys and values besides documents
 _STRUCTURE_BYTES_PER_DOCUMENT = 64  # braces, commas, indentation
 _OTHER_STRUCTURE_BYTES = 1 << 16
 _KEY_CHARACTERS = 60
+_READ_LIMITS = 4  # a body that is larger than this many times the limit is not read to its end
 
 
 def parsed(model: type[_Request], body: bytes | bytearray, limits: Limits) -> _Request:
-    """The request in a body. Blocks for up to about 0.2 s for a body of 32 MiB: not for an event loop.
+    """Parses a body. Takes up to about 0.2 s for 32 MiB, so a large body needs a thread.
 
     Raises:
-        Refused: 413 for what is too large, 422 for what is not such a request.
+        Refused: 413 if it is too large, 422 if it is not such a request.
     """
     _check_structure(body, limits)
     try:
@@ -68,41 +39,41 @@ def parsed(model: type[_Request], body: bytes | bytearray, limits: Limits) -> _R
 
 
 def _check_structure(body: bytes | bytearray, limits: Limits) -> None:
-    """Counts strings and what is between them, before any of them becomes an object.
+    """Counts strings and the bytes between them, before any of them becomes an object.
 
     A parser takes about 100 bytes for each value of two bytes, so the body's size alone bounds nothing.
     """
-    plain = body.replace(b"\\\\", b"..").replace(b'\\"', b"..")  # only quotes that begin or end a string are left
-    if plain.count(b'"') > 2 * (2 * limits.max_documents + _OTHER_STRINGS):  # {"text": "…"} has two
-        text = f"more texts than in {limits.max_documents} documents, the limit. Send fewer at a time"
-        raise Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, text)
+    plain = body.replace(b"\\\\", b"..").replace(b'\\"', b"..")  # leaves the quotes that begin or end a string
+    if plain.count(b'"') > 2 * (2 * limits.max_documents + _OTHER_STRINGS):  # {"text": "…"} has two strings
+        raise _too_large(f"more texts than in {limits.max_documents} documents, the limit. Send fewer at a time")
     edges = [-1, *(match.start() for match in _QUOTE.finditer(plain)), len(plain)]
-    structure = sum(end - start - 1 for start, end in zip(edges[::2], edges[1::2], strict=False))
-    most = limits.max_documents * _STRUCTURE_BYTES_PER_DOCUMENT + _OTHER_STRUCTURE_BYTES
-    if structure > most:
-        text = f"{structure} bytes of the body are outside its strings, limit {most}"
-        raise Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, text)
+    structure_bytes = sum(end - start - 1 for start, end in zip(edges[::2], edges[1::2], strict=False))
+    max_bytes = limits.max_documents * _STRUCTURE_BYTES_PER_DOCUMENT + _OTHER_STRUCTURE_BYTES
+    if structure_bytes > max_bytes:
+        raise _too_large(f"{structure_bytes} bytes of the body are outside its strings, limit {max_bytes}")
 
 
 def _check_size(request: TeiRequest | RerankRequest, limits: Limits) -> None:
-    texts, most = request.passages, limits.max_text_characters
-    if len(texts) > limits.max_documents:
-        text = f"{len(texts)} documents, limit {limits.max_documents}. Send fewer at a time"
-        raise Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, text)
-    if len(request.query) > most:
-        text = f"query: {len(request.query)} characters, limit {most}"
-        raise Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, text)
-    for index, passage in enumerate(texts):
-        if len(passage) > most:
-            text = f"document {index}: {len(passage)} characters, limit {most}"
-            raise Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, text)
-    total = len(request.query) + sum(map(len, texts))
+    """Refuses a request with too many documents or characters."""
+    passages = request.passages
+    if len(passages) > limits.max_documents:
+        raise _too_large(f"{len(passages)} documents, limit {limits.max_documents}. Send fewer at a time")
+    for index, text in enumerate([request.query, *passages]):
+        if len(text) > limits.max_text_characters:
+            name = f"document {index - 1}" if index else "query"
+            raise _too_large(f"{name}: {len(text)} characters, limit {limits.max_text_characters}")
+    total = len(request.query) + sum(map(len, passages))
     if total > limits.max_request_characters:
-        text = f"{total} characters in all texts, limit {limits.max_request_characters}. Send fewer documents at a time"
-        raise Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, text)
+        counted = f"{total} characters in all texts, limit {limits.max_request_characters}"
+        raise _too_large(f"{counted}. Send fewer documents at a time")
+
+
+def _too_large(message: str, headers: Mapping[str, str] | None = None) -> Refused:
+    return Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, message, headers=headers)
 
 
 def _reason(error: ValidationError, body: bytes | bytearray) -> str:
+    """The first thing that is wrong, in one line."""
     first = error.errors(include_url=False, include_input=False)[0]
     if first["type"] == "json_invalid":
         try:
@@ -114,49 +85,30 @@ def _reason(error: ValidationError, body: bytes | bytearray) -> str:
     return ": ".join(filter(None, (place, first["msg"])))
 
 
-_DRAIN = 4  # times the limit: a body that is larger is not read to its end
-_RETRY = {**CLOSE, "Retry-After": "1"}
-
-
+@dataclass(eq=False)
 class _Upload:
-    """One body.
+    """One body."""
 
-    Attributes:
-        content: what has arrived. Who parses it may empty it.
-        counted_bytes: counted for it, as long as its request lasts: its texts take the place of its bytes.
-        deadline: ends the wait for the rest.
-        is_evicted: whether its room was given to another.
-    """
-
-    def __init__(self) -> None:
-        self.content = bytearray()
-        self.counted_bytes = 0
-        self.deadline: asyncio.Timeout | None = None
-        self.is_evicted = False
+    content: bytearray = field(default_factory=bytearray)  # what has arrived; the parser may empty it
+    counted_bytes: int = 0  # while its request lasts: its texts take the place of its bytes
+    deadline: asyncio.Timeout | None = None  # ends the wait for the rest
+    is_evicted: bool = False  # its memory was given to another body
 
 
 class Bodies:
-    """All request bodies in memory. For one event loop.
-
-    Args:
-        limits: `max_body_bytes`, `total_body_bytes` and `body_timeout_s` apply.
-    """
+    """All request bodies in memory. For one event loop."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self.held_bytes = 0
+        self._held_bytes = 0
         self._arriving: dict[_Upload, None] = {}  # oldest first
 
     @asynccontextmanager
     async def received(self, headers: Mapping[bytes, bytes], receive: Receive) -> AsyncIterator[bytearray]:
-        """A whole body, counted until the end of the block.
-
-        Args:
-            headers: of the request.
-            receive: ASGI's.
+        """Receives a whole body, which is counted until the end of the block.
 
         Raises:
-            Refused: 413 for a body that is too large, 408 for one that is too slow, 503 without room for it.
+            Refused: 413 if the body is too large, 408 if it is too slow, 503 if there is no memory for it.
             ClientLeft: the connection ended before the body did.
         """
         upload = _Upload()
@@ -167,7 +119,7 @@ class Bodies:
             yield upload.content
         finally:
             self._arriving.pop(upload, None)
-            self.held_bytes -= upload.counted_bytes
+            self._held_bytes -= upload.counted_bytes
 
     def evict_oldest(self) -> bool:
         """Refuses the body that has been arriving for the longest time; False if none is arriving."""
@@ -182,6 +134,7 @@ class Bodies:
         return True
 
     async def _fill(self, upload: _Upload, headers: Mapping[bytes, bytes], receive: Receive) -> None:
+        """Reads a body in the time that it has."""
         try:
             async with asyncio.timeout(self._limits.body_timeout_s) as upload.deadline:
                 is_too_large = await self._read(upload, headers, receive)
@@ -193,24 +146,24 @@ class Bodies:
             upload.deadline = None
         if upload.is_evicted:
             text = "the server holds too many request bodies. Try again in 1 s"
-            raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, text, "overloaded", _RETRY)
+            raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, text, "overloaded", {**CLOSE, "Retry-After": "1"})
         if is_too_large:
             text = f"the request is larger than {self._limits.max_body_bytes} bytes. Send fewer documents at a time"
-            raise Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, text, headers=CLOSE)
+            raise _too_large(text, CLOSE)
 
     async def _read(self, upload: _Upload, headers: Mapping[bytes, bytes], receive: Receive) -> bool:
         """Whether it is too large: it is read all the same, because clients look for an answer when they have sent."""
-        most = self._limits.max_body_bytes
+        max_bytes = self._limits.max_body_bytes
         declared = headers.get(b"content-length", b"0")
-        is_too_large = len(declared) > 18 or not declared.isdigit() or int(declared) > most
-        size = 0
-        while size <= _DRAIN * most and not upload.is_evicted:
+        is_too_large = len(declared) > 18 or not declared.isdigit() or int(declared) > max_bytes
+        size_bytes = 0
+        while size_bytes <= _READ_LIMITS * max_bytes and not upload.is_evicted:
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise ClientLeft
             part = message.get("body", b"")
-            size += len(part)
-            if size > most and not is_too_large:
+            size_bytes += len(part)
+            if size_bytes > max_bytes and not is_too_large:
                 is_too_large = True
                 self._drop(upload)
             if not is_too_large and not upload.is_evicted:
@@ -222,11 +175,11 @@ class Bodies:
     def _add(self, upload: _Upload, part: bytes) -> None:
         upload.content += part
         upload.counted_bytes += len(part)
-        self.held_bytes += len(part)
-        while self.held_bytes > self._limits.total_body_bytes and not upload.is_evicted:
+        self._held_bytes += len(part)
+        while self._held_bytes > self._limits.total_body_bytes and not upload.is_evicted:
             self.evict_oldest()
 
     def _drop(self, upload: _Upload) -> None:
-        self.held_bytes -= upload.counted_bytes
+        self._held_bytes -= upload.counted_bytes
         upload.counted_bytes = 0
         upload.content = bytearray()

@@ -1,92 +1,77 @@
-"""The server process: uvicorn with our limits, from its first connection until it has drained."""
+"""The server process: uvicorn with limits for connections, from its first connection until it has drained."""
 
 import asyncio
-import resource
+import selectors
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
+import h11
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from ettin.artifacts.errors import UsageError
 from ettin.runtimes.processes import give_memory_back
 from ettin.runtimes.serving.app import create_app
 from ettin.runtimes.serving.backends import Backend
-from ettin.runtimes.serving.bodies import Bodies, Limits
-from ettin.runtimes.serving.connections import RESERVE, Connections
-from ettin.runtimes.serving.health import Health
+from ettin.runtimes.serving.bodies import Bodies
+from ettin.runtimes.serving.gate import Health
+from ettin.runtimes.serving.limits import BACKLOG, SPARE_CONNECTIONS, Limits
 
-_BACKLOG = 128  # connections that the kernel holds, and that asyncio accepts before any of them counts
-_OTHER_FILES = 64  # the engine's and Python's
 _TRIM_TICKS = 20  # of 0.1 s, between two times that free memory is given back to the system
 _FINISH_S = 30  # for requests in progress when the server stops
 
 
 async def serve(
-    listening: socket.socket,
-    backend: Backend,
-    limits: Limits,
-    *,
-    api_key: str | None = None,
-    names: Sequence[str] = (),
-    drain_s: float = 0.0,
+    listening: socket.socket, backend: Backend, limits: Limits, api_key: str | None, names: Sequence[str]
 ) -> None:
-    """Serves until SIGTERM or SIGINT, then finishes what was accepted.
+    """Serves until SIGTERM or SIGINT, then finishes the requests that were accepted.
 
     Args:
-        listening: where clients connect.
-        backend: what scores; closed at the end.
+        listening: the socket that clients connect to.
+        backend: scores the documents; closed at the end.
         limits: of requests and connections.
-        api_key: that clients must show; None: none.
+        api_key: that clients must send; None: no key is needed.
         names: that clients may call the model by, besides its own.
-        drain_s: see `Server`.
     """
-    bodies, health = Bodies(limits), Health(backend, limits.probe_timeout_s)
-    app = create_app(backend, limits, api_key, names, bodies=bodies, health=health)
+    app = create_app(backend, limits, api_key, names)
     config = uvicorn.Config(
         app,
-        http=cast(Any, Connections(limits, bodies).protocol),  # typed as a class, used as a function
+        http=cast(Any, partial(_Connection, limits, app.state.bodies, {})),  # typed as a class, used as a function
         ws="none",
         log_config=None,
         log_level="warning",
         access_log=False,
         proxy_headers=False,
         server_header=False,
-        backlog=_BACKLOG,
+        backlog=BACKLOG,
         timeout_graceful_shutdown=_FINISH_S,
     )
-    await Server(config, health, drain_s).serve(sockets=[listening])
+    await _Server(config, app.state.health, limits.drain_s).serve(sockets=[listening])
 
 
-class Server(uvicorn.Server):
-    """uvicorn's server, which after a first SIGTERM serves on as "not ready" until load balancers have seen it.
-
-    Args:
-        config: uvicorn's.
-        health: told that the server drains.
-        drain_s: time between the signal and the end of accepting connections; a second signal ends it.
-    """
+class _Server(uvicorn.Server):
+    """uvicorn's server, which after a first SIGTERM serves on as "not ready" until load balancers have seen it."""
 
     def __init__(self, config: uvicorn.Config, health: Health, drain_s: float) -> None:
         super().__init__(config)
         self._health, self._drain_s = health, drain_s
-        self._drained_at: float | None = None
+        self._drain_end_s: float | None = None
         self._trimmed_requests = 0
 
     def handle_exit(self, sig: int, frame: Any) -> None:
-        """uvicorn's: a signal to stop."""
+        """A signal to stop has arrived. A second one ends the draining."""
         if self._drain_s and not self._health.is_draining:
-            self._health.is_draining = True
             self._captured_signals.append(sig)
-            self._drained_at = time.monotonic() + self._drain_s
-            return
+            self._drain_end_s = time.monotonic() + self._drain_s
+        else:
+            super().handle_exit(sig, frame)
         self._health.is_draining = True
-        super().handle_exit(sig, frame)
 
     async def on_tick(self, counter: int) -> bool:
-        """uvicorn's: whether to stop; asked ten times per second."""
-        if self._drained_at is not None and time.monotonic() >= self._drained_at:
+        """Says whether to stop. Called ten times per second."""
+        if self._drain_end_s is not None and time.monotonic() >= self._drain_end_s:
             self.should_exit = True
         if counter % _TRIM_TICKS == 0 and self._trimmed_requests != self.server_state.total_requests:
             self._trimmed_requests = self.server_state.total_requests
@@ -94,18 +79,110 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
 
-def raise_file_limit(limits: Limits) -> None:
-    """Lets this process open as many files as it is allowed to.
+class _Connection(H11Protocol):
+    """uvicorn's HTTP/1.1 protocol, which closes connections that wait, write or read too slowly.
 
-    Raises:
-        UsageError: fewer than the connections need.
+    `idle` has the connections without a request, oldest first. All connections of a server share it.
     """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    needed = limits.max_connections + RESERVE + _BACKLOG + _OTHER_FILES
-    if hard != resource.RLIM_INFINITY and hard < needed:
-        raise UsageError(
-            f"--max-connections {limits.max_connections} needs {needed} open files, the limit of this process is "
-            f"{hard}. Lower it, or raise the limit: ulimit -n {needed} (LimitNOFILE= in systemd)"
-        )
+
+    def __init__(
+        self, limits: Limits, bodies: Bodies, idle: "dict[_Connection, None]", *arguments: Any, **named: Any
+    ) -> None:
+        super().__init__(*arguments, **named)
+        self._limits, self._bodies, self._idle = limits, bodies, idle
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._idle[self] = None
+        self._start_timer("header", self._limits.header_timeout_s, self._close)
+        if len(self.connections) > self._limits.max_connections + SPARE_CONNECTIONS:
+            self._make_room()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._idle.pop(self, None)
+        self._stop_timer("header")
+        self._stop_timer("answer")
+        self._unset_keepalive_if_required()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if not self._is_busy():
+            self._start_timer("header", self._limits.header_timeout_s, self._close)
+        super().data_received(data)
+
+    def handle_events(self) -> None:
+        super().handle_events()
+        self._note_state()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._note_state()
+
+    def send_400_response(self, msg: str) -> None:
+        """The client sent something that is not HTTP, perhaps while it is being answered."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(msg)
+        else:
+            self.transport.abort()
+
+    def pause_writing(self) -> None:
+        """The client reads more slowly than it is answered."""
+        super().pause_writing()
+        self._start_timer("answer", self._limits.body_timeout_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """The client has read most of its answer."""
+        super().resume_writing()
+        self._stop_timer("answer")
+
+    def timeout_keep_alive_handler(self) -> None:
+        """No further request came. The client may read the rest of its answer, but not for ever."""
+        super().timeout_keep_alive_handler()
+        if self.transport.get_write_buffer_size():
+            self._start_timer("answer", self._limits.body_timeout_s, self.transport.abort)
+
+    def _make_room(self) -> None:
+        """Closes the oldest connection without a request; if that is this one, refuses the oldest body instead.
+
+        A flood is accepted as a whole before anything is read, so a connection that has sent bytes is spared.
+        """
+        oldest = next((connection for connection in self._idle if not connection._has_unread_bytes()), self)
+        if oldest is self and self._bodies.evict_oldest():
+            return
+        del self._idle[oldest]
+        oldest.transport.abort()
+
+    def _has_unread_bytes(self) -> bool:
+        with selectors.DefaultSelector() as selector:
+            try:
+                selector.register(self.transport.get_extra_info("socket"), selectors.EVENT_READ)
+            except ValueError:  # it is being closed
+                return False
+            return bool(selector.select(0))
+
+    def _is_busy(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _note_state(self) -> None:
+        if self._is_busy():
+            self._stop_timer("header")
+            self._idle.pop(self, None)
+        elif not self.transport.is_closing():
+            self._idle.setdefault(self)
+
+    def _close(self) -> None:
+        if self.transport.get_write_buffer_size():
+            self.transport.abort()
+        else:
+            self.transport.close()
+
+    def _start_timer(self, name: str, seconds: float, action: Callable[[], None]) -> None:
+        """Runs the action after a time, unless the timer runs already or is stopped."""
+        if name not in self._timers:
+            self._timers[name] = self.loop.call_later(seconds, action)
+
+    def _stop_timer(self, name: str) -> None:
+        timer = self._timers.pop(name, None)
+        if timer is not None:
+            timer.cancel()

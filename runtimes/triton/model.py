@@ -1,10 +1,11 @@
-"""What Triton's Python backend runs: texts in, scores out. Imported by the backend's own process only."""
+"""The model in Triton's Python backend: texts in, scores out. Only the backend's own process imports it."""
 
 import json
 import threading
 import time
 from abc import ABC, abstractmethod
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,14 @@ from ettin.runtimes.request import Request, Scored
 from ettin.runtimes.scheduler import Scheduler
 from ettin.runtimes.serving.backends import DRAIN_S, REFUSE_TRUNCATED
 from ettin.runtimes.tokenizer import artifact_tokenizer
-from ettin.runtimes.triton.repository import ARTIFACT
+from ettin.runtimes.triton import ARTIFACT
 
 _ASK_EVERY_S = 0.1  # whether a client is still there: a question to the server's process
 _REPORT_EVERY_S = 0.25
 _TRIM_EVERY_S = 5.0
-_PADDED_TOKENS = 4096  # of a batch for a native engine that takes rectangles
+_PADDED_TOKENS = 4096  # in a batch for a native engine with padded inputs
 _PADDED_MULTIPLE = 16
-_MAX_WAITING_PAIRS = 8192  # what comes later waits in Triton's own queue
+_MAX_WAITING_PAIRS = 8192  # further pairs wait in Triton's own queue
 
 
 class _Model(ABC):
@@ -37,13 +38,10 @@ class _Model(ABC):
 
     _scheduler: Scheduler
     _max_length: int
+    _trimmed_s = 0.0
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Triton's: loads one version.
-
-        Raises:
-            TritonModelException: it can't be loaded; Triton shows the reason and serves the others.
-        """
+        """Loads one version. If that fails, Triton shows the reason and serves the other models."""
         parameters = {
             key: value["string_value"] for key, value in json.loads(args["model_config"])["parameters"].items()
         }
@@ -56,36 +54,46 @@ class _Model(ABC):
 
     @abstractmethod
     def _load(self, artifact: Path, version: str, parameters: dict[str, str]) -> None:
-        """Sets what scores, and the tokens that it truncates to."""
-
-    _trimmed_s = 0.0
+        """Sets the scheduler and the number of tokens that pairs are truncated to."""
 
     def execute(self, requests: list[Any]) -> None:
-        """Triton's: accepts requests, each queries [rows, 1] and documents [rows, documents]."""
+        """Accepts requests, each with queries [rows, 1] and documents [rows, documents]."""
         for request in requests:
             sender = request.get_response_sender()
             try:
                 pairs, shape = _texts(request)
-                # Waiting for room here keeps what comes later in Triton's queue, which has limits and is measured.
+                # Waiting for room here keeps later requests in Triton's queue, which has limits and is measured.
                 accepted = Request(
                     pairs,
                     self._max_length,
-                    _Gone(sender),
+                    _IsCancelled(sender),
                     timeout_s=request.timeout() / 1e6 or None,
                     refuse_truncated=bool(json.loads(request.parameters() or "{}").get(REFUSE_TRUNCATED)),
                 )
                 future = self._scheduler.submit(accepted, max_waiting_pairs=_MAX_WAITING_PAIRS, wait=True)
             except EttinError as error:
-                _fail(sender, error)
-                continue
-            future.add_done_callback(_Answer(sender, shape, self._gauges))
+                _send(sender, _failure(error))
+            else:
+                future.add_done_callback(partial(self._answer, sender, shape))
         self._gauges.report()
         if time.monotonic() - self._trimmed_s > _TRIM_EVERY_S:
             self._trimmed_s = time.monotonic()
             give_memory_back()
 
+    def _answer(self, sender: Any, shape: tuple[int, ...], future: "Future[Scored]") -> None:
+        """Sends the result of a request."""
+        self._gauges.report()
+        error = None if future.cancelled() else future.exception()
+        if future.cancelled() or error is not None:
+            _send(sender, _failure(error))
+            return
+        scored = future.result()
+        arrays = {"scores": scored.logits, "tokens": scored.tokens}
+        tensors = [pb_utils.Tensor(name, array.reshape(shape)) for name, array in arrays.items()]
+        _send(sender, pb_utils.InferenceResponse(tensors))
+
     def finalize(self) -> None:
-        """Triton's: unloads, after what was accepted is done."""
+        """Unloads the model after the accepted requests are done."""
         self._scheduler.close("the model is being unloaded", DRAIN_S)
 
 
@@ -93,30 +101,27 @@ class HostedModel(_Model):
     """The whole artifact in our runtime."""
 
     def _load(self, artifact: Path, version: str, parameters: dict[str, str]) -> None:
-        numbers, texts = ("threads", "streams", "max_length"), ("device", "trusted_key")
-        arguments: dict[str, Any] = {key: int(parameters[key]) for key in numbers if key in parameters}
-        arguments |= {key: parameters[key] for key in texts if key in parameters}
-        self._runtime = load(artifact, **arguments)
+        types = {"threads": int, "streams": int, "max_length": int, "device": str, "trusted_key": str}
+        settings: dict[str, Any] = {key: types[key](value) for key, value in parameters.items() if key in types}
+        self._runtime = load(artifact, **settings)
         self._scheduler, self._max_length = self._runtime.scheduler, self._runtime.max_length
 
     def finalize(self) -> None:
-        """See `_Model`."""
         super().finalize()
         self._runtime.close()
 
 
 class NativeModel(_Model):
-    """Tokenising and batches here, the engine in a backend of Triton's."""
+    """Tokenising and batches here, the engine in one of Triton's own backends."""
 
     def _load(self, artifact: Path, version: str, parameters: dict[str, str]) -> None:
-        with OpenArtifact(artifact) as opened:  # its engine is elsewhere: only what is read here is compared
+        with OpenArtifact(artifact) as opened:  # only the files that are read here are compared
             manifest, tokenizer = opened.manifest, artifact_tokenizer(opened)
         self._engine, self._version = parameters["engine"], int(version)
         self._is_packed = manifest.engine is not None
         if self._is_packed:
-            graph = manifest.graph
-            tokens, most = int(graph["batch_tokens"]), int(graph["batch_pairs"])
-            limits = BatchLimits(concurrency=2, batch_tokens=tokens, batch_pairs=most, in_parallel=False)
+            tokens, pairs = int(manifest.graph["batch_tokens"]), int(manifest.graph["batch_pairs"])
+            limits = BatchLimits(concurrency=2, batch_tokens=tokens, batch_pairs=pairs, in_parallel=False)
         else:
             limits = BatchLimits(concurrency=2, batch_tokens=_PADDED_TOKENS, length_multiple=_PADDED_MULTIPLE)
         self._max_length = int(parameters.get("max_length", manifest.max_length_tokens))
@@ -140,76 +145,57 @@ class NativeModel(_Model):
         return np.asarray(logits[:, 0], np.float32)
 
 
-class _Gone:
-    """Whether the client has left."""
+class _IsCancelled:
+    """Whether the client has left; the server's process is asked now and then."""
 
     def __init__(self, sender: Any) -> None:
-        self._sender, self._asked, self._lock = sender, time.monotonic(), threading.Lock()
+        self._sender, self._asked_s, self._lock = sender, time.monotonic(), threading.Lock()
 
     def __call__(self) -> bool:
         with self._lock:
-            if time.monotonic() - self._asked < _ASK_EVERY_S:
+            if time.monotonic() - self._asked_s < _ASK_EVERY_S:
                 return False
-            self._asked = time.monotonic()
+            self._asked_s = time.monotonic()
         return bool(self._sender.is_cancelled())
 
 
 class _Gauges:
-    """Among Triton's own metrics, what waits in here: Triton takes for computing what is still in our queue."""
+    """Metrics of the scheduler's queue among Triton's own: Triton counts requests in this queue as being computed."""
 
     def __init__(self, scheduler: Scheduler, labels: dict[str, str]) -> None:
-        self._scheduler, self._lock, self._reported = scheduler, threading.Lock(), 0.0
+        self._scheduler, self._lock, self._reported_s = scheduler, threading.Lock(), 0.0
         texts = {
             "ettin_waiting_pairs": "Pairs accepted and not scored yet",
             "ettin_queue_seconds": "Time that these will take, at the measured speed",
         }
         try:
-            self._families = [pb_utils.MetricFamily(*each, kind=pb_utils.MetricFamily.GAUGE) for each in texts.items()]
+            self._families = [
+                pb_utils.MetricFamily(name, text, kind=pb_utils.MetricFamily.GAUGE) for name, text in texts.items()
+            ]
             self._metrics = [family.Metric(labels=labels) for family in self._families]
         except pb_utils.TritonModelException:  # the server was started with --allow-metrics=false
             self._metrics = []
 
     def report(self) -> None:
-        """Now and then, and always that nothing waits."""
+        """Sets the metrics now and then, and always when nothing waits."""
         with self._lock:
-            waiting, now = self._scheduler.waiting_pairs, time.monotonic()
-            if not self._metrics or (waiting and now - self._reported < _REPORT_EVERY_S):
+            waiting, now_s = self._scheduler.waiting_pairs, time.monotonic()
+            if not self._metrics or (waiting and now_s - self._reported_s < _REPORT_EVERY_S):
                 return
-            self._reported = now
+            self._reported_s = now_s
             for metric, value in zip(self._metrics, (waiting, self._scheduler.queue_s), strict=True):
                 metric.set(value)
 
 
-class _Answer:
-    """Sends a result."""
-
-    def __init__(self, sender: Any, shape: tuple[int, ...], gauges: "_Gauges") -> None:
-        self._sender, self._shape, self._gauges = sender, shape, gauges
-
-    def __call__(self, future: "Future[Scored]") -> None:
-        self._gauges.report()
-        if future.cancelled():
-            _fail(self._sender, None)
-            return
-        error = future.exception()
-        if error is not None:
-            _fail(self._sender, error)
-            return
-        scored = future.result()
-        tensors = [
-            pb_utils.Tensor("scores", scored.logits.reshape(self._shape)),
-            pb_utils.Tensor("tokens", scored.tokens.reshape(self._shape)),
-        ]
-        _send(self._sender, pb_utils.InferenceResponse(tensors))
-
-
 def _texts(request: Any) -> tuple[list[Pair], tuple[int, ...]]:
-    queries = pb_utils.get_input_tensor_by_name(request, "query").as_numpy()
-    documents = pb_utils.get_input_tensor_by_name(request, "documents").as_numpy()
+    """The pairs of a request, and the shape of its documents."""
+    queries, documents = (
+        pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in ("query", "documents")
+    )
     pairs = []
     for row, (query, texts) in enumerate(zip(queries[:, 0], documents, strict=True)):
         first = _text(query, f"query {row}")
-        pairs += [(first, _text(each, f"document {at}")) for at, each in enumerate(texts)]
+        pairs += [(first, _text(text, f"document {index}")) for index, text in enumerate(texts)]
     return pairs, documents.shape
 
 
@@ -220,7 +206,8 @@ def _text(value: bytes, name: str) -> str:
         raise InputError(f"{name}: not UTF-8 (byte {error.start})") from None
 
 
-def _fail(sender: Any, error: BaseException | None) -> None:
+def _failure(error: BaseException | None) -> Any:
+    """The answer to a request that failed; None: its client left."""
     codes = pb_utils.TritonError
     if error is None:
         failure = codes("the client left", codes.CANCELLED)
@@ -230,7 +217,7 @@ def _fail(sender: Any, error: BaseException | None) -> None:
         failure = codes(str(error), codes.INVALID_ARG)
     else:
         failure = codes(f"{type(error).__name__}: {error}", codes.INTERNAL)
-    _send(sender, pb_utils.InferenceResponse(error=failure))
+    return pb_utils.InferenceResponse(error=failure)
 
 
 def _send(sender: Any, response: Any) -> None:
