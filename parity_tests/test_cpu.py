@@ -144,7 +144,7 @@ def test_short_form_scores_as_the_whole_graph(
 ) -> None:
     monkeypatch.setenv(SWITCH, "off")  # our kernel has one graph for every length
     with load(demo_artifacts["openvino", precision]) as runtime:
-        assert isinstance(runtime, OpenVinoRuntime) and runtime.manifest.graph["block_threshold_tokens"] == 512
+        assert isinstance(runtime, OpenVinoRuntime) and runtime.manifest.graph.block_threshold_tokens == 512
         short = [runtime.score(batch) for batch in map(one_batch, SHORT)]
         assert len(runtime._forms) == 1  # nothing long yet: nothing compiled for it
         monkeypatch.setattr(runtime, "_threshold_tokens", 0)

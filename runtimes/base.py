@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ettin.artifacts.errors import DamagedArtifact, UsageError
+from ettin.artifacts.manifest import Arithmetic
 from ettin.artifacts.opened import OpenArtifact
 from ettin.runtimes import processes
 from ettin.runtimes.arguments import documents_from_input, pairs_from_inputs, resolved, text
@@ -129,13 +130,13 @@ class Runtime(ABC):
 
     @property
     @abstractmethod
-    def arithmetic(self) -> str:
-        """Type that the engine computes in: "f32", "bf16", "f16"."""
+    def arithmetic(self) -> Arithmetic:
+        """What the engine computes in."""
 
     @property
-    def unproven_arithmetic(self) -> str:
-        """What would be faster on this machine, but was not proven for this artifact; "" for nothing."""
-        return ""
+    def unproven_arithmetic(self) -> Arithmetic | None:
+        """What would be faster on this machine, but was not proven for this artifact; None: nothing."""
+        return None
 
     def predict(
         self,

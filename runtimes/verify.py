@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ettin.artifacts.errors import ArtifactError, EttinError, ParityError
-from ettin.artifacts.manifest import Manifest, Parity
+from ettin.artifacts.manifest import Arithmetic, Manifest, Parity
 from ettin.artifacts.metrics import ScoreError, score_error
 from ettin.artifacts.opened import OpenArtifact
 from ettin.artifacts.parity import ParityCase, read_parity
@@ -57,11 +57,11 @@ class Verification:
     mean_abs_error: float
     spearman: float | None
     batch_max_abs_error: float
-    arithmetic: tuple[str, ...]
+    arithmetic: tuple[Arithmetic, ...]
     worst_pair: str
     runtime: str
     quality: dict[str, float] | None = None
-    unproven: str = ""
+    unproven: Arithmetic | None = None
     artifact: str = ""
 
     @property
@@ -96,7 +96,9 @@ class Verification:
     def from_json(cls, line: str) -> Self:
         """Inverse of `json.dumps(asdict(…))`."""
         values = json.loads(line)
-        return cls(**{**values, "arithmetic": tuple(values["arithmetic"])})
+        values["arithmetic"] = tuple(map(Arithmetic, values["arithmetic"]))
+        values["unproven"] = values["unproven"] and Arithmetic(values["unproven"])
+        return cls(**values)
 
 
 def verify(
@@ -188,7 +190,7 @@ def _recorded(manifest: Manifest, verification: Verification) -> Parity:
     return manifest.parity.model_copy(update={"arithmetic": proven})
 
 
-def _each_once(first: tuple[str, ...], second: tuple[str, ...]) -> tuple[str, ...]:
+def _each_once(first: tuple[Arithmetic, ...], second: tuple[Arithmetic, ...]) -> tuple[Arithmetic, ...]:
     return tuple(dict.fromkeys((*first, *second)))
 
 

@@ -6,7 +6,7 @@ from typing import NoReturn
 import click
 
 from ettin.artifacts.errors import OutputError, ParityError
-from ettin.artifacts.manifest import Manifest
+from ettin.artifacts.manifest import Arithmetic, Manifest
 from ettin.artifacts.opened import OpenArtifact
 from ettin.artifacts.signatures import SIGNATURE_NAME, read_private_key
 from ettin.runtimes.commands import console
@@ -54,10 +54,13 @@ def command(artifact: Path, device: str | None, threads: int | None, key: Path |
             )
         key = None  # for what was signed is proven, and is another artifact now
     click.echo(f"ok ({found.rule})")
-    if found.unproven and is_signed and sign is None:
-        click.echo(f"{found.unproven} is not tried: recording it would break the signature. Do both with --sign KEY")
-    elif found.unproven:
-        _try_unproven(artifact, found, device, threads, key)
+    unproven = found.unproven
+    if unproven and is_signed and sign is None:
+        click.echo(
+            f"{unproven.description} is not tried: recording it would break the signature. Do both with --sign KEY"
+        )
+    elif unproven:
+        _try_unproven(artifact, found, unproven, device, threads, key)
     if sign is not None:
         with OpenArtifact(artifact) as opened:
             opened.sign(sign)
@@ -65,9 +68,9 @@ def command(artifact: Path, device: str | None, threads: int | None, key: Path |
 
 
 def _try_unproven(
-    artifact: Path, found: Verification, device: str | None, threads: int | None, key: Path | None
+    artifact: Path, found: Verification, unproven: Arithmetic, device: str | None, threads: int | None, key: Path | None
 ) -> None:
-    with console.step(f"verify {found.unproven}"):
+    with console.step(f"verify {unproven.description}"):
         faster = verify(artifact, device=device, threads=threads, unproven=True, trusted_key=key)
     _report(faster)
     if not faster.ok:

@@ -8,6 +8,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ettin.artifacts.errors import DamagedArtifact, HardwareError
+from ettin.artifacts.manifest import Arithmetic
 from ettin.artifacts.opened import OpenArtifact
 from ettin.runtimes.base import Runtime, Settings
 from ettin.runtimes.batch import Batch, BatchLimits
@@ -67,8 +68,8 @@ class OnnxRuntime(Runtime):
         return f"ONNX Runtime {ort.__version__}, {self._provider}, {self.manifest.precision}"
 
     @property
-    def arithmetic(self) -> str:
-        return {"fp32": "f32", "fp16": "f16", "int8": "f32"}[self.manifest.precision]
+    def arithmetic(self) -> Arithmetic:
+        return Arithmetic.F16 if self.manifest.precision == "fp16" else Arithmetic.F32
 
     def score(self, batch: Batch) -> NDArray[np.float32]:
         assert self._session is not None  # noqa: S101 (predict refuses a closed runtime)

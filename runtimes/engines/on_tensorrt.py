@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ettin.artifacts.errors import DamagedArtifact, HardwareError, ShapeError, UsageError
-from ettin.artifacts.manifest import Engine
+from ettin.artifacts.manifest import Arithmetic, Engine
 from ettin.artifacts.opened import OpenArtifact
 from ettin.runtimes.base import Runtime, Settings
 from ettin.runtimes.batch import Batch, BatchLimits, round_up
@@ -57,15 +57,14 @@ class TensorRtRuntime(Runtime):
                 f"{folder}: compiled by {manifest.needs.package} {manifest.needs.version}, installed is "
                 f"{self._module.__version__}, which can't run it. Export again: {manifest.command}"
             )
-        graph = manifest.graph
-        most = int(graph["batch_tokens"])
+        most, most_pairs = manifest.batch_limits
         if settings.batch_tokens is not None and settings.batch_tokens > most:
             raise UsageError(f"batch_tokens is {settings.batch_tokens}, the engine was compiled for at most {most}")
         limits = BatchLimits(
             concurrency=_SLOTS,
             batch_tokens=most,
             length_multiple=_LONGEST_MULTIPLE,
-            batch_pairs=int(graph["batch_pairs"]),
+            batch_pairs=most_pairs,
             in_parallel=False,
         )
         super().__init__(artifact, settings, limits)
@@ -102,8 +101,8 @@ class TensorRtRuntime(Runtime):
         return f"{product} {self._module.__version__}, {engine.arch if engine else ''}, {self.manifest.precision}"
 
     @property
-    def arithmetic(self) -> str:
-        return "bf16"
+    def arithmetic(self) -> Arithmetic:
+        return Arithmetic.BF16
 
     def score(self, batch: Batch) -> NDArray[np.float32]:
         slot = self._slots.get()

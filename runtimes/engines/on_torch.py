@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from transformers import ModernBertConfig, ModernBertForSequenceClassification
 
 from ettin.artifacts.errors import DamagedArtifact, HardwareError
-from ettin.artifacts.manifest import Manifest
+from ettin.artifacts.manifest import Arithmetic, Manifest
 from ettin.artifacts.opened import OpenArtifact
 from ettin.graph import ModelShape
 from ettin.graph.fold import inference_weights
@@ -81,8 +81,8 @@ class TorchRuntime(Runtime):
         return f"torch {torch.__version__}, {self._device}, {attention}, {self.manifest.precision}"
 
     @property
-    def arithmetic(self) -> str:
-        return {"fp32": "f32", "bf16": "bf16"}[self.manifest.precision]
+    def arithmetic(self) -> Arithmetic:
+        return Arithmetic.BF16 if self.manifest.precision == "bf16" else Arithmetic.F32
 
     @torch.inference_mode()
     def score(self, batch: Batch) -> NDArray[np.float32]:

@@ -114,9 +114,8 @@ class NativeModel(_Model):
         self._engine, self._version = parameters["engine"], int(version)
         self._is_packed = manifest.engine is not None
         if self._is_packed:
-            graph = manifest.graph
-            tokens, most = int(graph["batch_tokens"]), int(graph["batch_pairs"])
-            limits = BatchLimits(concurrency=2, batch_tokens=tokens, batch_pairs=most, in_parallel=False)
+            tokens, pairs = manifest.batch_limits
+            limits = BatchLimits(concurrency=2, batch_tokens=tokens, batch_pairs=pairs, in_parallel=False)
         else:
             limits = BatchLimits(concurrency=2, batch_tokens=_PADDED_TOKENS, length_multiple=_PADDED_MULTIPLE)
         self._max_length = int(parameters.get("max_length", manifest.max_length_tokens))
