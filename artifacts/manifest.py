@@ -25,7 +25,6 @@ FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 
 _MAX_MANIFEST_BYTES = 4 << 20
-_MAX_DEPTH = 32
 
 
 class Arithmetic(StrEnum):
@@ -58,7 +57,7 @@ class Source(_Strict):
     revision: Line | None = Field(description="hub commit; null for a folder")
     weights: Literal["checkpoint", "random"] = Field(description="random: shape only, scores mean nothing")
     weights_sha256: Sha256 = Field(description="over all weight files, in order of their names")
-    shape: dict[str, Any] = Field(description="the model's shape, see ModelShape")
+    shape: dict[Line, int | float | list[bool]] = Field(description="the model's shape, see ModelShape")
 
 
 class TensorSpec(_Strict):
@@ -284,27 +283,11 @@ def _parsed(content: bytes, path: Path) -> tuple[dict[str, Any], object]:
     """The fields, and the checksum over them that the file has."""
     try:
         fields = json.loads(content)
-        if _depth(fields) > _MAX_DEPTH:
-            raise ValueError(f"nested more than {_MAX_DEPTH} deep")
         digest = fields.pop("manifest_sha256", None)
         _ = fields["format_version"]
     except (ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
         raise ManifestError(f"{path}: not a manifest ({error}). Export again.") from None
     return fields, digest
-
-
-def _depth(value: object) -> int:
-    """How deep lists and objects are nested, counted no further than needed."""
-    depth, level = 0, [value]
-    while level and depth <= _MAX_DEPTH:
-        depth += 1
-        level = [
-            below
-            for item in level
-            if isinstance(item, dict | list)
-            for below in (item.values() if isinstance(item, dict) else item)
-        ]
-    return depth
 
 
 def _digest(fields: dict[str, Any]) -> str:

@@ -28,8 +28,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # 512 tokens a thread, 94 with 4096.
 _CPU_TOKENS_PER_THREAD = 512
 
-
-# What of a config.json describes the model; anything else, such as code to import, is not looked at.
+# The keys of config.json that describe the model; all others, such as code to import, are ignored.
 _CONFIG_KEYS = (
     "attention_bias", "classifier_activation", "classifier_bias", "classifier_pooling", "global_attn_every_n_layers",
     "global_rope_theta", "hidden_activation", "hidden_size", "intermediate_size", "layer_types", "local_attention",
@@ -89,7 +88,7 @@ class TorchRuntime(Runtime):
         if self._flash is not None:
             logits = self._flash(*packed_inputs(batch, self._device), batch.longest)
         else:
-            input_ids, attention_mask = (torch.from_numpy(each).to(self._device) for each in batch.padded())
+            input_ids, attention_mask = (torch.from_numpy(array).to(self._device) for array in batch.padded())
             logits = self._model(input_ids=input_ids, attention_mask=attention_mask).logits[:, 0]
         return np.asarray(logits.float().cpu().numpy())
 
@@ -98,7 +97,7 @@ class TorchRuntime(Runtime):
 
 
 def _model(artifact: OpenArtifact) -> Any:
-    """Transformers' class, made of checked bytes: it opens no file and imports nothing that the artifact names."""
+    """The model of transformers, made of checked bytes: no file is opened and no name in the artifact is imported."""
     manifest = artifact.manifest
     config = json.loads(artifact.read("config.json"))
     if not isinstance(config, dict) or config.get("model_type") != ModernBertConfig.model_type:
