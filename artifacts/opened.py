@@ -26,9 +26,9 @@ _KINDS: dict[Kind, str] = {"file": "a file", "folder": "a folder", "link": "a li
 class OpenArtifact:
     """An artifact's folder, opened once; close it or use it as a context manager.
 
-    Opening reads the manifest. `check` compares the folder with it. `read`, `read_into`, `stream` and `copy` give
-    files' contents and hash the very bytes that they give, so nothing can change between a check and a use. If the
-    folder is replaced meanwhile, the old one stays open.
+    Opening reads the manifest. `check` compares the folder with it. The methods that read or copy files hash the very
+    bytes that they give, so nothing can change between a check and a use. They raise `DamagedArtifact` if the manifest
+    does not list the file, or the file is missing or differs. If the folder is replaced, the old one stays open.
 
     Args:
         path: the folder; links on the way to it are followed, links below it are refused (see `Folder`).
@@ -63,11 +63,7 @@ class OpenArtifact:
 
     @property
     def signature(self) -> bytes | None:
-        """Content of the signature, not verified; None: the artifact is not signed.
-
-        Raises:
-            SignatureError: it can't be read, or is larger than a signature can be.
-        """
+        """Content of the signature, not verified; None: not signed. Raises `SignatureError` if it can't be read."""
         return read_signature(self._folder, self.path)
 
     def sign(self, private_key: Path) -> None:
@@ -82,7 +78,7 @@ class OpenArtifact:
         self._replace(SIGNATURE_NAME, signature(self.manifest_bytes, self.manifest, private_key))
 
     def check(self) -> None:
-        """Compares what the folder holds with what the manifest lists: names, kinds and sizes, but no contents.
+        """Compares the files of the folder with the manifest: names, kinds and sizes, but no contents.
 
         Raises:
             DamagedArtifact: names the first file that is missing, has another size, is a link, or is not listed.
@@ -99,11 +95,7 @@ class OpenArtifact:
         self._refuse_unlisted()
 
     def check_contents(self) -> None:
-        """Compares the contents of those files that were not read yet.
-
-        Raises:
-            DamagedArtifact: names the first that differs.
-        """
+        """Compares the contents of those files that were not read yet."""
         for name in self._listed if self._checksums else ():
             if name not in self._hashed:
                 with self.stream(name) as file:
@@ -111,21 +103,13 @@ class OpenArtifact:
                         pass
 
     def listed(self, name: str) -> FileEntry:
-        """The manifest's entry for a file.
-
-        Raises:
-            DamagedArtifact: the manifest does not list it.
-        """
+        """The manifest's entry for a file."""
         if name not in self._listed:
             raise self._damaged(name, f"not listed in {MANIFEST_NAME}")
         return self._listed[name]
 
     def read(self, name: str) -> bytes:
-        """Content of a listed file.
-
-        Raises:
-            DamagedArtifact: the file is missing or differs from the manifest.
-        """
+        """Content of a listed file."""
         with self.stream(name) as file:
             try:
                 return file.read()
@@ -133,25 +117,13 @@ class OpenArtifact:
                 raise self._damaged(name, f"{self.listed(name).size_bytes} bytes do not fit into memory") from None
 
     def read_into(self, name: str, buffer: memoryview) -> None:
-        """Reads a listed file into memory of the caller.
-
-        Args:
-            name: the file.
-            buffer: bytes, as many as the file has.
-
-        Raises:
-            DamagedArtifact: the file is missing or differs from the manifest.
-        """
+        """Reads a listed file into a buffer of the same size."""
         with self.stream(name) as file:
             file.readinto(buffer)
 
     @contextmanager
     def stream(self, name: str) -> Iterator[CheckedFile]:
-        """A listed file, which the block must read to its end; the end of the block compares it with the manifest.
-
-        Raises:
-            DamagedArtifact: the file is missing or differs from the manifest.
-        """
+        """A listed file, which the block must read to its end; the end of the block compares it with the manifest."""
         entry = self.listed(name)
         with self._opened(entry) as file:
             checked = CheckedFile(file, entry, self._checksums, lambda why: self._damaged(name, why))
@@ -160,24 +132,19 @@ class OpenArtifact:
         self._hashed.add(name)
 
     def copy(self, names: Iterable[str], folder: Path) -> None:
-        """Copies listed files to their paths below `folder`; see `copy_file`."""
+        """Copies listed files to their paths below `folder`."""
         for name in names:
             self.copy_file(name, folder / name)
 
     def copy_file(self, name: str, target: Path) -> None:
-        """Copies one listed file to a new plain file.
-
-        Raises:
-            DamagedArtifact: the file is missing or differs from the manifest.
-            OSError: `target` can't be written.
-        """
+        """Copies one listed file to a new plain file; also raises `OSError` if that can't be written."""
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.open("xb") as copied, self.stream(name) as file:
             while content := file.read(1 << 20):
                 copied.write(content)
 
     def copy_all(self, folder: Path) -> None:
-        """Copies the artifact: the listed files, the manifest and the signature; see `copy_file`."""
+        """Copies the artifact: the listed files, the manifest and the signature."""
         self.copy(self._listed, folder)
         self.copy_proof(folder)
 
@@ -188,11 +155,7 @@ class OpenArtifact:
             (folder / SIGNATURE_NAME).write_bytes(self.signature)
 
     def listing(self, name: str) -> FileEntry | None:
-        """A new entry for a file that the manifest does not list yet; None: no such file.
-
-        Raises:
-            DamagedArtifact: something that is no plain file.
-        """
+        """A new entry for a file that the manifest does not list yet; None: no such file."""
         with self._explained(name):
             try:
                 with self._folder.open(name) as file:
@@ -201,11 +164,7 @@ class OpenArtifact:
                 return None
 
     def replace_manifest(self, manifest: Manifest) -> None:
-        """Writes another manifest into the folder. A signature that is there no longer fits.
-
-        Raises:
-            OutputError: it can't be written.
-        """
+        """Writes another manifest, which the signature no longer fits; raises `OutputError` if it can't be written."""
         self._replace(MANIFEST_NAME, manifest.to_bytes())
 
     def close(self) -> None:

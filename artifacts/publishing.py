@@ -87,7 +87,7 @@ def _replace(output: Path, stage: Path) -> None:
     if not output.exists():
         stage.rename(output)
     elif not exchange(stage, output):
-        output.rename(stage.with_name(OLD))  # the workspace gives it back if the next step fails
+        output.rename(stage.with_name(OLD))  # the workspace restores it if the next step fails
         stage.rename(output)
     sync(output.absolute().parent)
 
@@ -200,19 +200,19 @@ def _clean_up_one(folder: Path, output: Path, now_s: float) -> None:
         if is_dead or (is_held and idle_s > _ABANDONED_S):
             _dispose(folder, output)
         elif now_s - folder.stat().st_mtime > _STUCK_S:
-            _give_back(folder, output)
+            _restore(folder, output)
     finally:
         os.close(lock)
 
 
-def _give_back(folder: Path, output: Path) -> None:
+def _restore(folder: Path, output: Path) -> None:
     if (folder / OLD).exists() and not output.exists():
         (folder / OLD).rename(output)
 
 
 def _dispose(folder: Path, output: Path) -> None:
     """Removes a workspace, its lock last: if this process is killed meanwhile, the next one recognises the rest."""
-    _give_back(folder, output)
+    _restore(folder, output)
     for path in folder.iterdir():
         if path.name != _LOCK:
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()

@@ -123,7 +123,8 @@ class Scheduler:
                 while (part := self._next_slice(request)) is not None:
                     self._tokenise(request, part)  # not in `failing`: the caller gets what is raised here
                     bar.update(request.done - bar.n)
-                while progress and wait([request.future], _SHOWN_EVERY_S).not_done:
+                while progress and not request.future.done():
+                    wait([request.future], _SHOWN_EVERY_S)
                     bar.update(request.done - bar.n)
                 logits = request.future.result().logits
                 bar.update(len(pairs) - bar.n)
