@@ -1,28 +1,15 @@
 """Every error that this project raises on purpose.
 
     EttinError
-    ├── UsageError            an argument, an unknown size, target or precision
-    ├── InputError            a pair, query or document that can't be scored
-    ├── MissingDependency     a package of an extra that is not installed
-    ├── HardwareError         a device or provider that this machine lacks
-    ├── CheckpointError       a checkpoint that can't be read
-    │   ├── DownloadError         … because the hub did not deliver it
-    │   └── UnsupportedCheckpoint … because it is not an Ettin reranker
-    ├── ArtifactError         an artifact that can't be used
-    │   ├── ManifestError         … its manifest is not valid, or was edited
-    │   ├── DamagedArtifact       … a file is missing or differs from the manifest
-    │   ├── SignatureError        … it has no signature by the key that is trusted
-    │   ├── NewerFormat           … written by a newer version of this project
-    │   └── UnverifiedArtifact    … nobody has proven its scores yet
-    ├── ShapeError            more pairs or tokens than an artifact was built for
-    ├── BuildError            an engine that could not be compiled
-    ├── ScoringError          an engine that failed while it scored a batch
-    ├── Busy                  a server with no room for another request now
-    ├── Closed                a runtime or server that was closed, or that a forked process inherited
-    ├── Expired               a request that was not done in the time that it was given
-    ├── ServerError           a server that does not start or answer
-    ├── OutputError           a folder that can't be written
-    └── ParityError           scores that differ from the reference
+    ├── UsageError, InputError, ShapeError: arguments and texts
+    ├── MissingDependency, HardwareError: this machine
+    ├── CheckpointError
+    │   └── DownloadError, UnsupportedCheckpoint
+    ├── ArtifactError
+    │   └── ManifestError, DamagedArtifact, SignatureError, NewerFormat, UnverifiedArtifact
+    ├── BuildError, ScoringError: engines
+    ├── Busy, Closed, Expired, ServerError: runtimes and servers
+    └── OutputError, ParityError: exports
 
 A message says what failed, what was found against what was expected, and what to run.
 """
@@ -33,23 +20,23 @@ _MAX_CHARACTERS = 4000
 
 
 def shown(text: str) -> str:
-    """Text of unknown origin as a terminal may show it: one line, no control sequences, at most 4,000 characters."""
+    """Makes text of unknown origin safe for a terminal: one line, no control sequences, at most 4,000 characters."""
     if len(text) > _MAX_CHARACTERS:
         text = text[: _MAX_CHARACTERS - 2] + " …"
     if text.isprintable():
         return text
-    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 class EttinError(Exception):
-    """Base of all errors raised on purpose; its text is one line for the user, see `shown`."""
+    """Base of all errors that are raised on purpose. The text is one line for the user, see `shown`."""
 
     def __init__(self, text: str = "") -> None:
         super().__init__(shown(text))
 
 
 class UsageError(EttinError, ValueError):
-    """An argument that names nothing or contradicts another."""
+    """An argument that is unknown, out of its range, or contradicts another."""
 
 
 class InputError(EttinError, TypeError, ValueError):
@@ -108,7 +95,7 @@ class NewerFormat(ArtifactError):
 
 
 class UnverifiedArtifact(ArtifactError):
-    """An artifact whose scores nobody has proven yet."""
+    """An artifact whose scores were not verified yet."""
 
 
 class ShapeError(EttinError, ValueError):
@@ -124,10 +111,10 @@ class ScoringError(EttinError):
 
     @classmethod
     def caused_by(cls, error: BaseException) -> Self:
-        """Names an exception that is none of ours."""
-        named = cls(f"scoring failed: {type(error).__name__}: {error}".partition("\n")[0][:300])
-        named.__cause__ = error
-        return named
+        """The error for an exception of an engine."""
+        failure = cls(f"scoring failed: {type(error).__name__}: {error}".partition("\n")[0][:300])
+        failure.__cause__ = error
+        return failure
 
 
 class Busy(EttinError):
@@ -148,7 +135,7 @@ class Closed(EttinError):
 
 
 class Expired(EttinError):
-    """A request that was not done in the time that it was given."""
+    """A request that was not done within its time limit."""
 
 
 class ServerError(EttinError):

@@ -12,24 +12,24 @@ from typing import BinaryIO, Literal, Self
 Kind = Literal["file", "folder", "link", "other"]
 
 _FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-# O_NONBLOCK: a FIFO that replaces a file between the look and the opening does not block.
+# O_NONBLOCK: a FIFO that replaces a file between the check and the opening does not block.
 _FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-FRESH_SUFFIX = ".new"  # of a file that `Folder.replace` is writing
+_NEW_FILE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+_NO_SYNC = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 class Folder:
-    """An open folder. Every name is looked up below it, whatever its path comes to mean afterwards.
+    """An open folder. Every name is looked up below it, even if its path names another folder by then.
 
     The path that the user gives is resolved once, so it may lead through links. Below it links are refused, with one
     exception: in a snapshot of the model hub's cache (`models--ORG--NAME/snapshots/REVISION`, or a folder in it) a file
     may be a link to `models--ORG--NAME/blobs/HASH`, written relative, as the hub's client writes it.
 
+    All methods raise `OSError`.
+
     Args:
         path: the folder.
-
-    Raises:
-        OSError: it is missing, is not a folder or can't be read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -41,22 +41,15 @@ class Folder:
         self._closing = contextlib.ExitStack()
         self._closing.callback(os.close, self._top)
         self._blobs: tuple[int, str] | None = None
-        place = _hub_blobs(resolved)
-        if place is not None:
-            with contextlib.suppress(OSError):  # a cache without links has none
-                blobs = os.open(place[0], _FOLDER_FLAGS)
+        hub = _hub_blobs(resolved)
+        if hub is not None:
+            with contextlib.suppress(OSError):  # a cache without links has no blobs
+                blobs = os.open(hub[0], _FOLDER_FLAGS)
                 self._closing.callback(os.close, blobs)
-                self._blobs = blobs, place[1]
+                self._blobs = blobs, hub[1]
 
     def open(self, name: str) -> BinaryIO:
-        """Opens a file for reading.
-
-        Args:
-            name: its path below the folder, with '/' between the parts.
-
-        Raises:
-            OSError: it is missing, is a link or anything else but a plain file, or can't be read.
-        """
+        """Opens a plain file for reading; `name` is its path below the folder, with '/' between the parts."""
         *parents, last = name.split("/")
         parent = self._opened_folder(parents)
         try:
@@ -73,15 +66,16 @@ class Folder:
             raise OSError(errno.ELOOP, "a link that does not lead to a blob of its own hub repository", name)
         return _plain_file(blob, blobs)
 
+    def read(self, name: str, limit_bytes: int) -> bytes:
+        """Content of a plain file that may not be larger than `limit_bytes`."""
+        with self.open(name) as file:
+            content = file.read(limit_bytes + 1)
+        if len(content) > limit_bytes:
+            raise OSError(errno.EFBIG, f"more than {limit_bytes} bytes", name)
+        return content
+
     def entries(self, name: str = "") -> Iterator[tuple[str, Kind]]:
-        """Names and kinds of what one folder holds, in no order.
-
-        Args:
-            name: the folder's path below this one; "" for this one.
-
-        Raises:
-            OSError: it is missing, is not a folder or can't be read.
-        """
+        """Paths and kinds of the entries of the folder `name` below this one ("": of this one), in no order."""
         descriptor = self._opened_folder(name.split("/") if name else [])
         try:
             with os.scandir(descriptor) as entries:
@@ -90,26 +84,26 @@ class Folder:
         finally:
             os.close(descriptor)
 
-    def replace(self, name: str, content: bytes) -> None:
-        """Writes a file of this folder, whole or not at all; what stood there before, link or file, is replaced.
+    def replace(self, name: str, content: bytes, part: str) -> None:
+        """Writes a file of this folder, whole or not at all; what was there before, link or file, is replaced.
 
-        Raises:
-            OSError: it can't be written.
+        Args:
+            name: the file.
+            content: all that it will hold.
+            part: name of the file that is written first; one of this name is removed.
         """
-        top, fresh = self._top, name + FRESH_SUFFIX
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(fresh, dir_fd=top)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            os.unlink(part, dir_fd=self._top)
         try:
-            with os.fdopen(os.open(fresh, flags, 0o644, dir_fd=top), "wb") as file:
+            with os.fdopen(os.open(part, _NEW_FILE_FLAGS, 0o666, dir_fd=self._top), "wb") as file:
                 file.write(content)
                 file.flush()
-                os.fsync(file.fileno())
-            os.replace(fresh, name, src_dir_fd=top, dst_dir_fd=top)
-            os.fsync(top)
+                sync(file.fileno())
+            os.replace(part, name, src_dir_fd=self._top, dst_dir_fd=self._top)
+            sync(self._top)
         except OSError:
             with contextlib.suppress(OSError):
-                os.unlink(fresh, dir_fd=top)
+                os.unlink(part, dir_fd=self._top)
             raise
 
     def close(self) -> None:
@@ -133,8 +127,17 @@ class Folder:
         return descriptor
 
 
+def sync(descriptor: int) -> None:
+    """Waits until a file's content, or the names in a folder, are on disk, if the file system can tell."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
+
+
 def _plain_file(name: str, parent: int) -> BinaryIO:
-    # Looked at before it is opened: opening a device can have effects.
+    # The kind is checked before the opening, too: opening a device can have effects.
     if not stat.S_ISREG(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode):
         raise OSError(errno.EINVAL, "not a plain file", name)
     file = os.fdopen(os.open(name, _FILE_FLAGS, dir_fd=parent), "rb")

@@ -1,11 +1,21 @@
-"""`manifest.json`: what an artifact is, where it comes from, what it needs and what was proven of it."""
+"""`manifest.json`: what an artifact is, where it comes from, what it needs and what was proven about it."""
 
 import hashlib
 import json
+from enum import StrEnum
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    field_serializer,
+    model_validator,
+)
 
 from ettin.artifacts.errors import ManifestError, NewerFormat
 from ettin.artifacts.folder import Folder
@@ -15,11 +25,28 @@ FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 
 _MAX_MANIFEST_BYTES = 4 << 20
-_MAX_DEPTH = 32
+
+
+class Arithmetic(StrEnum):
+    """The floating-point type that an engine computes in, and how."""
+
+    F32 = "f32"
+    F16 = "f16"
+    BF16 = "bf16"
+    BF16_OWN_ATTENTION = "bf16-own-attention"
+
+    @property
+    def description(self) -> str:
+        """The text for users."""
+        return "bf16 (own attention kernel)" if self is Arithmetic.BF16_OWN_ATTENTION else self.value
+
+    @classmethod
+    def _missing_(cls, value: object) -> "Arithmetic | None":
+        """Early manifests hold the description."""
+        return next((member for member in cls if member.description == value), None)
 
 
 class _Strict(BaseModel):
-    # ser_json_inf_nan: JSON has neither; a figure that is one is written as null, not as a word.
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
@@ -30,7 +57,7 @@ class Source(_Strict):
     revision: Line | None = Field(description="hub commit; null for a folder")
     weights: Literal["checkpoint", "random"] = Field(description="random: shape only, scores mean nothing")
     weights_sha256: Sha256 = Field(description="over all weight files, in order of their names")
-    shape: dict[str, Any] = Field(description="the model's shape, see ModelShape")
+    shape: dict[Line, int | float | list[bool]] = Field(description="the model's shape, see ModelShape")
 
 
 class TensorSpec(_Strict):
@@ -41,8 +68,20 @@ class TensorSpec(_Strict):
     shape: tuple[Line | int, ...] = Field(strict=False)
 
 
+class Graph(_Strict):
+    """Choices at export that change the speed of a graph and not its scores; {} for targets without such a graph."""
+
+    block_threshold_tokens: PositiveInt = Field(256, description="longest input whose local layers are dense")
+    block_tokens: PositiveInt = Field(64, description="queries in a block of a local layer")
+    split_geglu: bool = Field(True, description="two products for the halves of the GeGLU, not one")
+    rotate_blocks: bool = Field(False, description="local layers cut their blocks before rotary embedding")
+    ragged: bool = Field(False, description="openvino: a graph for unpadded batches stands beside the entry")
+    batch_tokens: PositiveInt | None = Field(None, description="TensorRT: maximum number of tokens in a batch")
+    batch_pairs: PositiveInt | None = Field(None, description="TensorRT: maximum number of pairs in a batch")
+
+
 class Interface(_Strict):
-    """What the engine file takes and gives."""
+    """Inputs and outputs of the engine file."""
 
     inputs: tuple[TensorSpec, ...] = Field(strict=False)
     outputs: tuple[TensorSpec, ...] = Field(strict=False)
@@ -89,7 +128,9 @@ class Parity(_Strict):
     mean_abs_error: float | None
     spearman: float | None
     batch_max_abs_error: float | None = Field(description="a pair's score in a mixed batch against alone")
-    arithmetic: tuple[Line, ...] = Field(strict=False, description="types that the engine was seen to compute in")
+    arithmetic: tuple[Annotated[Arithmetic, Field(strict=False)], ...] = Field(
+        strict=False, description="what the engine computed in when it passed"
+    )
     reference: Line = Field(description="what the pairs were compared with")
     rule: Line = Field(description="the tolerance, in words")
     quality: Literal["not-applicable"] | dict[Line, float] = "not-applicable"
@@ -121,7 +162,7 @@ class Manifest(_Strict):
     target: Word
     precision: Word
     source: Source
-    graph: dict[Line, int | bool]
+    graph: Graph
     interface: Interface
     tokenizer: Tokenizer
     max_length_tokens: PositiveInt
@@ -142,6 +183,10 @@ class Manifest(_Strict):
             raise ValueError("'files' lists a path twice")
         return self
 
+    @field_serializer("graph")
+    def _stored_graph(self, graph: Graph) -> dict[str, Any]:
+        return graph.model_dump(exclude_unset=True)  # as it was read, so that the digest stays what it was
+
     def to_bytes(self) -> bytes:
         """The file's content: the fields, and `manifest_sha256` over them."""
         fields = self.model_dump(mode="json")
@@ -149,18 +194,29 @@ class Manifest(_Strict):
 
     @property
     def digest(self) -> str:
-        """SHA-256 over the fields: names this very artifact."""
+        """SHA-256 over the fields, which identifies the artifact."""
         return _digest(self.model_dump(mode="json"))
 
     @property
     def full_name(self) -> str:
-        """Checkpoint, target and precision in a word: what servers call it."""
+        """Checkpoint, target and precision in one word: the name of the model on servers."""
         return f"{self.name}-{self.target}-{self.precision}"
 
     @property
+    def batch_limits(self) -> tuple[int, int]:
+        """Maximum number of tokens and of pairs in a batch for a compiled engine.
+
+        Raises:
+            ManifestError: the manifest does not have them.
+        """
+        if self.graph.batch_tokens is None or self.graph.batch_pairs is None:
+            raise ManifestError(f"{self.full_name}: no batch limits in {MANIFEST_NAME}. Export again: {self.command}")
+        return self.graph.batch_tokens, self.graph.batch_pairs
+
+    @property
     def is_build_kit(self) -> bool:
-        """Whether its engine is still to be built."""
-        return self.engine is not None and self.entry not in {each.path for each in self.files}
+        """Whether its engine is not built yet."""
+        return self.engine is not None and self.entry not in {file.path for file in self.files}
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -175,16 +231,7 @@ class Manifest(_Strict):
 
     @classmethod
     def from_bytes(cls, content: bytes, folder: Path) -> Self:
-        """Validates what `to_bytes` wrote.
-
-        Args:
-            content: of the file, see `manifest_bytes`.
-            folder: where it is from, for errors.
-
-        Raises:
-            ManifestError: not valid, or edited since it was written.
-            NewerFormat: a newer version of this project wrote it.
-        """
+        """Validates what `to_bytes` wrote; `folder` is for errors, which are those of `read`."""
         path = folder / MANIFEST_NAME
         fields, digest = _parsed(content, path)
         version = fields["format_version"]
@@ -207,11 +254,7 @@ class Manifest(_Strict):
 
 
 def opened_folder(folder: Path) -> Folder:
-    """An artifact's folder.
-
-    Raises:
-        ManifestError: there is none.
-    """
+    """The open folder of an artifact; raises `ManifestError`."""
     try:
         return Folder(folder)
     except (FileNotFoundError, NotADirectoryError):
@@ -221,27 +264,13 @@ def opened_folder(folder: Path) -> Folder:
 
 
 def manifest_bytes(opened: Folder, folder: Path) -> bytes:
-    """Content of the manifest, not validated.
-
-    Args:
-        opened: the artifact's folder.
-        folder: its path, for errors.
-
-    Raises:
-        ManifestError: none there, not a plain file, or larger than a manifest can be.
-    """
+    """Content of the manifest in a folder that is open, not validated; raises `ManifestError`."""
     try:
-        with opened.open(MANIFEST_NAME) as file:
-            content = file.read(_MAX_MANIFEST_BYTES + 1)
+        return opened.read(MANIFEST_NAME, _MAX_MANIFEST_BYTES)
     except FileNotFoundError:
         raise _no_artifact(folder) from None
     except OSError as error:
         raise ManifestError(f"{folder / MANIFEST_NAME}: not a manifest ({error.strerror}). Export again.") from None
-    if len(content) > _MAX_MANIFEST_BYTES:
-        raise ManifestError(
-            f"{folder / MANIFEST_NAME}: not a manifest (more than {_MAX_MANIFEST_BYTES} bytes). Export again."
-        )
-    return content
 
 
 def _no_artifact(folder: Path) -> ManifestError:
@@ -251,30 +280,14 @@ def _no_artifact(folder: Path) -> ManifestError:
 
 
 def _parsed(content: bytes, path: Path) -> tuple[dict[str, Any], object]:
-    """The fields, and what the file says of their checksum."""
+    """The fields, and the checksum over them that the file has."""
     try:
         fields = json.loads(content)
-        if _depth(fields) > _MAX_DEPTH:
-            raise ValueError(f"nested more than {_MAX_DEPTH} deep")
         digest = fields.pop("manifest_sha256", None)
         _ = fields["format_version"]
     except (ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
         raise ManifestError(f"{path}: not a manifest ({error}). Export again.") from None
     return fields, digest
-
-
-def _depth(value: object) -> int:
-    """How deep lists and objects are nested, counted no further than needed."""
-    depth, level = 0, [value]
-    while level and depth <= _MAX_DEPTH:
-        depth += 1
-        level = [
-            below
-            for item in level
-            if isinstance(item, dict | list)
-            for below in (item.values() if isinstance(item, dict) else item)
-        ]
-    return depth
 
 
 def _digest(fields: dict[str, Any]) -> str:

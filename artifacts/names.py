@@ -1,52 +1,41 @@
-"""What the strings of a manifest may hold: all can be printed, and those that name files name nothing else."""
+"""Types of the strings in a manifest: all are printable, and paths stay inside the artifact."""
 
 from pathlib import PurePosixPath
 from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
-MAX_NAME_BYTES = 200
+_MAX_NAME_BYTES = 200
+_MAX_PATH_CHARACTERS = 1024
 
 
-def one_line(text: str) -> str:
-    """A text without control characters and line breaks.
-
-    Raises:
-        ValueError: it has some.
-    """
+def _one_line(text: str) -> str:
     if not text.isprintable():
         raise ValueError("holds control characters or line breaks")
     return text
 
 
 def checked_file_name(text: str) -> str:
-    """A name that is one part of a path, and can't be taken for an option or a hidden file.
-
-    Raises:
-        ValueError: it is not.
-    """
-    if not text or text.startswith((".", "-")) or "/" in text or "\\" in text or len(text.encode()) > MAX_NAME_BYTES:
+    """Raises `ValueError` unless `text` is one part of a path and can't be taken for an option or a hidden file."""
+    if not text or text.startswith((".", "-")) or "/" in text or "\\" in text or len(text.encode()) > _MAX_NAME_BYTES:
         raise ValueError(
             f"'{text[:40]}' can't name a file: it is empty, begins with '.' or '-', holds '/' or '\\', or has more "
-            f"than {MAX_NAME_BYTES} bytes"
+            f"than {_MAX_NAME_BYTES} bytes"
         )
-    return one_line(text)
-
-
-_MAX_PATH_CHARACTERS = 1024
+    return _one_line(text)
 
 
 def _stays_inside(path: str) -> str:
     parts = PurePosixPath(path).parts
     if not parts or path.startswith("/") or ".." in parts or "\\" in path or str(PurePosixPath(path)) != path:
         raise ValueError(f"path '{path[:200]}' is not a plain path inside the artifact")
-    if len(path) > _MAX_PATH_CHARACTERS or max(len(part.encode()) for part in parts) > MAX_NAME_BYTES:
+    if len(path) > _MAX_PATH_CHARACTERS or max(len(part.encode()) for part in parts) > _MAX_NAME_BYTES:
         raise ValueError(f"path '{path[:40]} …' is too long")
-    return one_line(path)
+    return _one_line(path)
 
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 PathInside = Annotated[str, AfterValidator(_stays_inside)]
 FileName = Annotated[str, AfterValidator(checked_file_name)]
 Word = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
-Line = Annotated[str, Field(max_length=4096), AfterValidator(one_line)]
+Line = Annotated[str, Field(max_length=4096), AfterValidator(_one_line)]

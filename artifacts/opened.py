@@ -1,4 +1,4 @@
-"""An artifact that is open for reading: what it hands out is what its manifest lists, byte for byte."""
+"""An artifact that is open for reading: its contents are compared with its manifest while they are read."""
 
 import errno
 import os
@@ -9,24 +9,26 @@ from typing import BinaryIO, Self
 
 from ettin.artifacts.errors import DamagedArtifact, OutputError, UsageError
 from ettin.artifacts.files import CheckedFile, file_entry
-from ettin.artifacts.folder import FRESH_SUFFIX, Kind
+from ettin.artifacts.folder import Kind
 from ettin.artifacts.manifest import MANIFEST_NAME, FileEntry, Manifest, manifest_bytes, opened_folder
 from ettin.artifacts.signatures import SIGNATURE_NAME, check_signed, read_signature, signature, signed_digests
 
 TOKENIZER_NAME = "tokenizer.json"
 
-# Never read, and not an artifact's: what the hub's client leaves in a folder that it downloads to, and what a killed
-# `OpenArtifact.replace_manifest` left.
-_IGNORED = frozenset({".gitattributes", MANIFEST_NAME + FRESH_SUFFIX, SIGNATURE_NAME + FRESH_SUFFIX})
+_PART_SUFFIX = ".new"
+# Never read, and no part of the artifact: what the hub's client leaves in a folder that it downloads to, and what a
+# process leaves that is killed while it replaces the manifest or the signature.
+_IGNORED = frozenset({".gitattributes", MANIFEST_NAME + _PART_SUFFIX, SIGNATURE_NAME + _PART_SUFFIX})
 _IGNORED_FOLDERS = frozenset({".cache/huggingface"})
+_KINDS: dict[Kind, str] = {"file": "a file", "folder": "a folder", "link": "a link", "other": "a special file"}
 
 
 class OpenArtifact:
     """An artifact's folder, opened once; close it or use it as a context manager.
 
-    Opening reads the manifest. `check` compares the folder with it. `read`, `read_into`, `stream` and `copy` give
-    files' contents and hash the very bytes that they give, so nothing can change between a check and a use. Whoever
-    replaces the folder meanwhile does not replace what is open.
+    Opening reads the manifest. `check` compares the folder with it. The methods that read or copy files hash the very
+    bytes that they give, so nothing can change between a check and a use. They raise `DamagedArtifact` if the manifest
+    does not list the file, or the file is missing or differs. If the folder is replaced, the old one stays open.
 
     Args:
         path: the folder; links on the way to it are followed, links below it are refused (see `Folder`).
@@ -61,15 +63,11 @@ class OpenArtifact:
 
     @property
     def signature(self) -> bytes | None:
-        """Content of the signature, which nobody has verified; None: it is not signed.
-
-        Raises:
-            SignatureError: it can't be read, or is larger than a signature can be.
-        """
+        """Content of the signature, not verified; None: not signed. Raises `SignatureError` if it can't be read."""
         return read_signature(self._folder, self.path)
 
     def sign(self, private_key: Path) -> None:
-        """Compares all contents with the manifest and writes the signature over them, in place of one that is there.
+        """Compares all contents with the manifest and writes the signature, in place of one that is there.
 
         Raises:
             DamagedArtifact: a file differs from the manifest.
@@ -80,7 +78,7 @@ class OpenArtifact:
         self._replace(SIGNATURE_NAME, signature(self.manifest_bytes, self.manifest, private_key))
 
     def check(self) -> None:
-        """Compares what the folder holds with what the manifest lists: names, kinds and sizes, but no contents.
+        """Compares the files of the folder with the manifest: names, kinds and sizes, but no contents.
 
         Raises:
             DamagedArtifact: names the first file that is missing, has another size, is a link, or is not listed.
@@ -97,98 +95,56 @@ class OpenArtifact:
         self._refuse_unlisted()
 
     def check_contents(self) -> None:
-        """Compares the contents of those files that nobody has read yet.
-
-        Raises:
-            DamagedArtifact: names the first that differs.
-        """
+        """Compares the contents of those files that were not read yet."""
         for name in self._listed if self._checksums else ():
             if name not in self._hashed:
                 with self.stream(name) as file:
                     while file.read(1 << 20):
                         pass
 
-    def size_bytes(self, name: str) -> int:
-        """Size of a listed file.
-
-        Raises:
-            DamagedArtifact: the manifest does not list it.
-        """
-        return self._entry(name).size_bytes
-
-    def sha256(self, name: str) -> str:
-        """Checksum of a listed file, as listed.
-
-        Raises:
-            DamagedArtifact: the manifest does not list it.
-        """
-        return self._entry(name).sha256
+    def listed(self, name: str) -> FileEntry:
+        """The manifest's entry for a file."""
+        if name not in self._listed:
+            raise self._damaged(name, f"not listed in {MANIFEST_NAME}")
+        return self._listed[name]
 
     def read(self, name: str) -> bytes:
-        """Content of a listed file, in memory: no later change of the file reaches it.
-
-        Raises:
-            DamagedArtifact: the file is missing or differs from the manifest.
-        """
-        with self.stream(name) as file, self._in_memory(name):
-            return file.read()
+        """Content of a listed file."""
+        with self.stream(name) as file:
+            try:
+                return file.read()
+            except (MemoryError, OverflowError):
+                raise self._damaged(name, f"{self.listed(name).size_bytes} bytes do not fit into memory") from None
 
     def read_into(self, name: str, buffer: memoryview) -> None:
-        """The same, into memory of the caller's.
-
-        Args:
-            name: the file.
-            buffer: bytes, as many as `size_bytes` says.
-
-        Raises:
-            DamagedArtifact: the file is missing or differs from the manifest.
-        """
+        """Reads a listed file into a buffer of the same size."""
         with self.stream(name) as file:
             file.readinto(buffer)
 
     @contextmanager
     def stream(self, name: str) -> Iterator[CheckedFile]:
-        """A listed file, to be read to its end; the block raises at its end if that was not what the manifest lists.
-
-        Raises:
-            DamagedArtifact: the file is missing or differs from the manifest.
-        """
-        entry = self._entry(name)
+        """A listed file, which the block must read to its end; the end of the block compares it with the manifest."""
+        entry = self.listed(name)
         with self._opened(entry) as file:
-            checked = CheckedFile(file, entry, self._checksums, f"{self.path / name}", self._again)
+            checked = CheckedFile(file, entry, self._checksums, lambda why: self._damaged(name, why))
             yield checked
             checked.finish()
         self._hashed.add(name)
 
     def copy(self, names: Iterable[str], folder: Path) -> None:
-        """Copies listed files to their paths below `folder`; they are plain files there.
-
-        Raises:
-            DamagedArtifact: a file is missing or differs from the manifest.
-            OSError: `folder` can't be written.
-        """
+        """Copies listed files to their paths below `folder`."""
         for name in names:
             self.copy_file(name, folder / name)
 
     def copy_file(self, name: str, target: Path) -> None:
-        """Copies one listed file to a new plain file.
-
-        Raises:
-            DamagedArtifact: the file is missing or differs from the manifest.
-            OSError: `target` can't be written.
-        """
+        """Copies one listed file to a new plain file; also raises `OSError` if that can't be written."""
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.open("xb") as copied, self.stream(name) as file:
             while content := file.read(1 << 20):
                 copied.write(content)
 
     def copy_all(self, folder: Path) -> None:
-        """Copies the artifact: the listed files, the manifest and the signature.
-
-        Raises:
-            DamagedArtifact: a file is missing or differs from the manifest.
-            OSError: `folder` can't be written.
-        """
+        """Copies the artifact: the listed files, the manifest and the signature."""
         self.copy(self._listed, folder)
         self.copy_proof(folder)
 
@@ -199,11 +155,7 @@ class OpenArtifact:
             (folder / SIGNATURE_NAME).write_bytes(self.signature)
 
     def listing(self, name: str) -> FileEntry | None:
-        """What a manifest would say of a file that this one does not list yet; None: no such file.
-
-        Raises:
-            DamagedArtifact: something that is no plain file.
-        """
+        """A new entry for a file that the manifest does not list yet; None: no such file."""
         with self._explained(name):
             try:
                 with self._folder.open(name) as file:
@@ -212,20 +164,8 @@ class OpenArtifact:
                 return None
 
     def replace_manifest(self, manifest: Manifest) -> None:
-        """Writes another manifest into the folder. A signature that is there no longer fits.
-
-        Raises:
-            OutputError: it can't be written.
-        """
+        """Writes another manifest, which the signature no longer fits; raises `OutputError` if it can't be written."""
         self._replace(MANIFEST_NAME, manifest.to_bytes())
-
-    def _replace(self, name: str, content: bytes) -> None:
-        try:
-            self._folder.replace(name, content)
-        except OSError as error:
-            raise OutputError(
-                f"{self.path / name}: can't be written ({error.strerror}). Verify a copy that can, and use that"
-            ) from None
 
     def close(self) -> None:
         """Closes the folder."""
@@ -241,23 +181,26 @@ class OpenArtifact:
     def _again(self) -> str:
         return f"Export again: {self.manifest.command}"
 
-    def _entry(self, name: str) -> FileEntry:
-        if name not in self._listed:
-            raise DamagedArtifact(f"{self.path / name}: not listed in {MANIFEST_NAME}. {self._again}")
-        return self._listed[name]
+    def _damaged(self, name: str, why: str) -> DamagedArtifact:
+        return DamagedArtifact(f"{self.path / name}: {why}. {self._again}")
+
+    def _replace(self, name: str, content: bytes) -> None:
+        try:
+            self._folder.replace(name, content, part=name + _PART_SUFFIX)
+        except OSError as error:
+            raise OutputError(
+                f"{self.path / name}: can't be written ({error.strerror}). Verify a copy that can, and use that"
+            ) from None
 
     @contextmanager
     def _opened(self, entry: FileEntry) -> Iterator[BinaryIO]:
-        """The file, which has the size that the manifest lists."""
+        """The file, whose size is that in the manifest."""
         with self._explained(entry.path):
             file = self._folder.open(entry.path)
         with file:
             size_bytes = os.fstat(file.fileno()).st_size
             if size_bytes != entry.size_bytes:
-                raise DamagedArtifact(
-                    f"{self.path / entry.path}: {size_bytes} bytes, {MANIFEST_NAME} says {entry.size_bytes}. "
-                    f"{self._again}"
-                )
+                raise self._damaged(entry.path, f"{size_bytes} bytes, {MANIFEST_NAME} says {entry.size_bytes}")
             yield file
 
     @contextmanager
@@ -265,21 +208,10 @@ class OpenArtifact:
         try:
             yield
         except FileNotFoundError:
-            raise DamagedArtifact(
-                f"{self.path / name}: missing, but listed in {MANIFEST_NAME}. {self._again}"
-            ) from None
+            raise self._damaged(name, f"missing, but listed in {MANIFEST_NAME}") from None
         except OSError as error:
             why = "a link" if error.errno in (errno.ELOOP, errno.ENOTDIR) else error.strerror
-            raise DamagedArtifact(f"{self.path / name}: can't be read ({why}). {self._again}") from None
-
-    @contextmanager
-    def _in_memory(self, name: str) -> Iterator[None]:
-        try:
-            yield
-        except (MemoryError, OverflowError):
-            raise DamagedArtifact(
-                f"{self.path / name}: {self.size_bytes(name)} bytes do not fit into memory. {self._again}"
-            ) from None
+            raise self._damaged(name, f"can't be read ({why})") from None
 
     def _refuse_unlisted(self) -> None:
         expected = {*self._listed, MANIFEST_NAME, SIGNATURE_NAME, *_left_by_the_builder(self.manifest)}
@@ -291,14 +223,10 @@ class OpenArtifact:
                     if kind == "folder" and (name in folders or name == ".cache"):
                         pending.append(name)
                     elif not _is_expected(name, kind, expected):
-                        self._refuse(name, kind)
-
-    def _refuse(self, name: str, kind: Kind) -> None:
-        what = {"file": "a file", "folder": "a folder", "link": "a link", "other": "a special file"}[kind]
-        raise DamagedArtifact(
-            f"{self.path / name}: {what} that is not listed in {MANIFEST_NAME}; an artifact holds nothing else. "
-            "Remove it, or keep it elsewhere"
-        )
+                        raise DamagedArtifact(
+                            f"{self.path / name}: {_KINDS[kind]} that is not listed in {MANIFEST_NAME}; an artifact "
+                            "holds nothing else. Remove it, or keep it elsewhere"
+                        )
 
 
 def _is_expected(name: str, kind: Kind, expected: set[str]) -> bool:

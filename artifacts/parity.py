@@ -11,15 +11,15 @@ PARITY_NAME = "parity.jsonl"
 
 
 class ParityCase(BaseModel):
-    """One pair and what the reference made of it.
+    """One pair with the token ids and the score of the reference.
 
     Args:
         query: first text.
         document: second text.
         max_length: tokens that the pair is truncated to.
         ids: the reference's token ids.
-        gold: its score, fp32 SDPA.
-        torch_bf16: the score of PyTorch in bf16, where the artifact's rule needs it.
+        gold: the reference's score, in fp32.
+        torch_bf16: the score of PyTorch in bf16, where the artifact's tolerance needs it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -39,11 +39,7 @@ def write_parity(folder: Path, cases: list[ParityCase]) -> None:
 
 
 def read_parity(folder: Path, trusted_key: Path | None = None) -> list[ParityCase]:
-    """Reads them back.
-
-    Args:
-        folder: the artifact.
-        trusted_key: who must have signed it, see `OpenArtifact`; None: it need not be signed.
+    """Reads the cases of an artifact; `trusted_key`: see `OpenArtifact`.
 
     Raises:
         ManifestError: not an artifact.

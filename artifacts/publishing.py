@@ -4,10 +4,10 @@ An artifact is made in a workspace, a hidden folder beside the output, owned by 
 """
 
 import errno
+import fcntl
 import os
 import re
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,9 +17,20 @@ from ettin.artifacts.errors import OutputError
 from ettin.artifacts.manifest import MANIFEST_NAME
 from ettin.artifacts.writing import exchange, sync, sync_tree
 
+NEW = "new"  # what is being made, in a workspace
+OLD = "old"  # what it displaces, where the two can't be exchanged in one step
+
+_LOCK = "lock"
+_NO_LOCKS = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
+# A lock proves nothing about a process on another machine: not every network file system shares locks. A workspace that
+# seems to come from one is removed when nothing in it was written for a day; an artifact that it displaced comes back
+# after a minute, which is far more than the time between two renames.
+_ABANDONED_S = 24 * 3600
+_STUCK_S = 60
+
 
 def check_output(output: Path, force: bool) -> None:
-    """Refuses an output that would cost the user something, before any work is done.
+    """Refuses an output where the user would lose something, before any work is done.
 
     Raises:
         OutputError: it exists and `force` is not given, it is no artifact, or it can't be written.
@@ -44,12 +55,12 @@ def check_output(output: Path, force: bool) -> None:
 def staged(output: Path, force: bool = False) -> Iterator[Path]:
     """A temporary folder beside `output` that takes its place when the block ends without an error.
 
-    Whatever ends the block early (an error, Ctrl-C, a full disk), the temporary folder is removed and what was
-    at `output` stays. What a killed process leaves, the next export to the same place removes (see `workspace`).
+    If the block fails (an error, Ctrl-C, a full disk), the temporary folder is removed and what was at `output` stays.
+    If the process is killed, the next export to the same place removes it (see `workspace`).
 
-    An artifact that is replaced is exchanged with the new one in one step, so that there is one at any time. Where the
-    file system can't do that, it is moved aside first: for a moment there is none, and if the process is killed in it,
-    the next export gives it back. The files are on disk before they get their place.
+    The files are on disk before they take the place of an artifact. The two are exchanged in one step, so that there is
+    one at any time. Where the file system can't do that, the old one is moved aside first: for a moment there is none,
+    and if the process is killed in that moment, the next export restores it.
 
     Raises:
         OutputError: see `check_output`; also a disk that is full or read-only, or an output that can't be replaced.
@@ -76,7 +87,7 @@ def _replace(output: Path, stage: Path) -> None:
     if not output.exists():
         stage.rename(output)
     elif not exchange(stage, output):
-        output.rename(stage.with_name(OLD))  # the workspace gives it back if the next step fails
+        output.rename(stage.with_name(OLD))  # the workspace restores it if the next step fails
         stage.rename(output)
     sync(output.absolute().parent)
 
@@ -95,30 +106,13 @@ def _explained(output: Path) -> Iterator[None]:
         raise
 
 
-if sys.platform != "win32":
-    import fcntl
-
-NEW = "new"  # what is being made
-OLD = "old"  # what it displaces, where the two can't be exchanged in one step
-
-_LOCK = "lock"
-_NO_LOCKS = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
-# A lock proves nothing of a process on another machine: not every network file system shares locks. What seems to come
-# from one is removed when nothing in it was written for a day; an artifact that it displaced comes back after a minute,
-# which is far more than the moment between two renames.
-_ABANDONED_S = 24 * 3600
-_STUCK_S = 60
-
-
 @contextmanager
 def workspace(output: Path) -> Iterator[Path]:
     """A folder beside `output`, on the same file system, that is removed when the block ends.
 
-    First it cleans up after processes that were killed while they made `output`: their workspaces are removed, and an
-    artifact that one had displaced comes back. A workspace is left alone while its lock is held, whoever holds it.
-
-    Args:
-        output: what is made. Folders above it are made too, and removed again if they stay empty.
+    Workspaces of processes that were killed while they made `output` are removed first, and an artifact that one had
+    displaced comes back. A workspace whose lock is held is left alone. Folders above `output` are made too, and removed
+    again if they stay empty.
 
     Raises:
         OSError: the folder above `output` can't be written.
@@ -144,10 +138,10 @@ def _owned(output: Path) -> tuple[Path, int]:
     while True:
         output.parent.mkdir(parents=True, exist_ok=True)
         try:
-            folder = Path(tempfile.mkdtemp(prefix=_prefix(output), dir=output.parent))
+            folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
             lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         except FileNotFoundError:
-            continue  # somebody cleaned up: the folder above, or this one while it was empty
+            continue  # another process removed the folder above, or this one while it was empty
         is_held = _hold(lock)
         try:
             is_there = os.path.samestat(os.fstat(lock), (folder / _LOCK).stat())
@@ -160,14 +154,8 @@ def _owned(output: Path) -> tuple[Path, int]:
         os.close(lock)
 
 
-def _prefix(output: Path) -> str:
-    return f".{output.name}.partial-"
-
-
 def _hold(lock: int) -> bool | None:
-    """Takes a lock without waiting. None: there are no locks here."""
-    if sys.platform == "win32":
-        return None
+    """Takes a lock without waiting. None: this file system has no locks."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -180,7 +168,7 @@ def _hold(lock: int) -> bool | None:
 
 
 def _machine() -> bytes:
-    """Names the running kernel, among whose processes a lock is a proof; empty: not known."""
+    """The id of the running kernel, among whose processes a lock is a proof; empty: not known."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_bytes().strip()
     except OSError:
@@ -188,8 +176,8 @@ def _machine() -> bytes:
 
 
 def _clean_up(output: Path, own: Path) -> None:
-    now_s = own.stat().st_mtime  # by the clock of the file system, which may be another machine's
-    pattern = re.compile(re.escape(_prefix(output)) + "[a-z0-9_]{8}")  # as tempfile names folders
+    now_s = own.stat().st_mtime  # the clock of the file system, which may be that of another machine
+    pattern = re.compile(re.escape(f".{output.name}.partial-") + "[a-z0-9_]{8}")  # as tempfile names folders
     for folder in sorted(output.parent.iterdir()):
         if folder != own and pattern.fullmatch(folder.name) and folder.is_dir() and not folder.is_symlink():
             with suppress(OSError):  # another user's, or just being removed
@@ -198,7 +186,7 @@ def _clean_up(output: Path, own: Path) -> None:
 
 def _clean_up_one(folder: Path, output: Path, now_s: float) -> None:
     try:
-        lock = os.open(folder / _LOCK, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
+        lock = os.open(folder / _LOCK, os.O_RDWR | os.O_NOFOLLOW)
     except FileNotFoundError:
         folder.rmdir()  # killed before it had a lock, so it is empty; anything else stays
         return
@@ -212,19 +200,19 @@ def _clean_up_one(folder: Path, output: Path, now_s: float) -> None:
         if is_dead or (is_held and idle_s > _ABANDONED_S):
             _dispose(folder, output)
         elif now_s - folder.stat().st_mtime > _STUCK_S:
-            _give_back(folder, output)
+            _restore(folder, output)
     finally:
         os.close(lock)
 
 
-def _give_back(folder: Path, output: Path) -> None:
+def _restore(folder: Path, output: Path) -> None:
     if (folder / OLD).exists() and not output.exists():
         (folder / OLD).rename(output)
 
 
 def _dispose(folder: Path, output: Path) -> None:
-    """Removes a workspace, its lock last: whoever is killed meanwhile leaves what the next one recognises."""
-    _give_back(folder, output)
+    """Removes a workspace, its lock last: if this process is killed meanwhile, the next one recognises the rest."""
+    _restore(folder, output)
     for path in folder.iterdir():
         if path.name != _LOCK:
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()

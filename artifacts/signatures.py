@@ -10,18 +10,27 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
-
-from pydantic import Base64Bytes, BaseModel, ConfigDict, Field, ValidationError
+from typing import Any
 
 from ettin.artifacts.errors import MissingDependency, SignatureError, UsageError
 from ettin.artifacts.folder import Folder
 from ettin.artifacts.manifest import MANIFEST_NAME, Manifest
 
-_HASHES = {"secp256r1": "SHA256", "secp384r1": "SHA384", "secp521r1": "SHA512"}
+SIGNATURE_NAME = "model.sig"
+
+_MAX_SIGNATURE_BYTES = 4 << 20
 _MAX_KEY_BYTES = 1 << 16
+_HASHES = {"secp256r1": "SHA256", "secp384r1": "SHA384", "secp521r1": "SHA512"}
 _MAKE_KEY = "Make one: openssl ecparam -genkey -name prime256v1 -noout -out key.pem"
 _MAKE_PUBLIC = "Make it: openssl ec -in {} -pubout -out key.pub"
+_SIGN_AGAIN = "Sign again: ettin-verify --sign KEY"
+
+_BUNDLE = "application/vnd.dev.sigstore.bundle.v0.3+json"
+_PAYLOAD = "application/vnd.in-toto+json"
+_STATEMENT = "https://in-toto.io/Statement/v1"
+_PREDICATE = "https://model_signing/signature/v1.0"
+# What reading fields of JSON raises if they are missing or of another kind.
+_MALFORMED = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 
 def read_private_key(path: Path) -> Any:
@@ -31,136 +40,28 @@ def read_private_key(path: Path) -> Any:
         UsageError: no such file, not such a key, or one with a password.
         MissingDependency: `cryptography` is not installed.
     """
-    serialization = _serialization()
-    content = _key_bytes(path)
+    serialization, content = _serialization(), _key_bytes(path)
     try:
         key = serialization.load_pem_private_key(content, None)
     except TypeError:
         raise UsageError(f"{path}: the key has a password. Give one without: openssl ec -in {path}") from None
     except Exception:  # cryptography raises several kinds
         raise UsageError(f"{path}: not a private key in PEM. {_MAKE_KEY}") from None
-    algorithm(key.public_key() if hasattr(key, "public_key") else None, path)
+    _algorithm(key.public_key() if hasattr(key, "public_key") else None, path)
     return key
 
 
 def read_public_key(path: Path) -> Any:
-    """An elliptic-curve public key.
-
-    Raises:
-        UsageError: no such file, or not such a key.
-        MissingDependency: `cryptography` is not installed.
-    """
-    serialization = _serialization()
-    content = _key_bytes(path)
+    """An elliptic-curve public key; raises as `read_private_key` does."""
+    serialization, content = _serialization(), _key_bytes(path)
     if b"PRIVATE KEY" in content:
         raise UsageError(f"{path}: a private key, expected the public one. {_MAKE_PUBLIC.format(path)}")
     try:
         key = serialization.load_pem_public_key(content)
     except Exception:
         raise UsageError(f"{path}: not a public key in PEM. {_MAKE_PUBLIC.format('key.pem')}") from None
-    algorithm(key, path)
+    _algorithm(key, path)
     return key
-
-
-def _serialization() -> Any:
-    try:
-        from cryptography.hazmat.primitives import serialization
-    except ModuleNotFoundError as error:
-        if str(error.name).partition(".")[0] != "cryptography":
-            raise
-        raise MissingDependency("a signature", "cryptography", "trust") from None
-    return serialization
-
-
-def _key_bytes(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            return file.read(_MAX_KEY_BYTES)
-    except OSError as error:
-        raise UsageError(f"{path}: the key can't be read ({error.strerror}). {_MAKE_KEY}") from None
-
-
-def algorithm(key: Any, path: Path | None = None) -> Any:
-    """ECDSA with the hash that belongs to a key's curve.
-
-    Raises:
-        UsageError: another kind of key.
-    """
-    from cryptography.hazmat.primitives import hashes
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    curve = key.curve.name if isinstance(key, ec.EllipticCurvePublicKey) else "another kind"
-    if curve not in _HASHES:
-        raise UsageError(f"{path}: a key of {curve}, expected an elliptic-curve key of P-256. {_MAKE_KEY}")
-    return ec.ECDSA(getattr(hashes, _HASHES[curve])())
-
-
-def hint(key: Any) -> str:
-    """Names a public key, as model-signing does."""
-    serialization = _serialization()
-    public = serialization.PublicFormat.SubjectPublicKeyInfo
-    return hashlib.sha256(key.public_bytes(serialization.Encoding.PEM, public)).hexdigest()
-
-
-SIGNATURE_NAME = "model.sig"
-_MAX_SIGNATURE_BYTES = 4 << 20
-
-_PAYLOAD_TYPE = "application/vnd.in-toto+json"
-_STATEMENT = "https://in-toto.io/Statement/v1"
-_PREDICATE = "https://model_signing/signature/v1.0"
-_BUNDLE = "application/vnd.dev.sigstore.bundle.v0.3+json"
-
-
-class _Read(BaseModel):
-    """Keys that say nothing of what is signed are ignored: other versions of the format have others."""
-
-    model_config = ConfigDict(extra="ignore", populate_by_name=True)
-
-
-class _Signature(_Read):
-    sig: Base64Bytes
-
-
-class _Envelope(_Read):
-    payload: Base64Bytes
-    payload_type: Literal["application/vnd.in-toto+json"] = Field(alias="payloadType")
-    signatures: tuple[_Signature] = Field(strict=False)
-
-
-class _PublicKey(_Read):
-    hint: str | None = None
-
-
-class _Material(_Read):
-    public_key: _PublicKey = Field(alias="publicKey")
-
-
-class _Bundle(_Read):
-    media_type: Literal["application/vnd.dev.sigstore.bundle.v0.3+json"] = Field(alias="mediaType")
-    material: _Material = Field(alias="verificationMaterial")
-    envelope: _Envelope = Field(alias="dsseEnvelope")
-
-
-class _Serialization(_Read):
-    method: Literal["files"]
-    hash_type: Literal["sha256"]
-
-
-class _Resource(_Read):
-    name: str
-    algorithm: Literal["sha256"]
-    digest: str
-
-
-class _Predicate(_Read):
-    serialization: _Serialization
-    resources: tuple[_Resource, ...]
-
-
-class _Statement(_Read):
-    type: Literal["https://in-toto.io/Statement/v1"] = Field(alias="_type")
-    predicate_type: Literal["https://model_signing/signature/v1.0"] = Field(alias="predicateType")
-    predicate: _Predicate
 
 
 def signature(manifest_bytes: bytes, manifest: Manifest, private_key: Path) -> bytes:
@@ -191,41 +92,29 @@ def signature(manifest_bytes: bytes, manifest: Manifest, private_key: Path) -> b
         "predicate": {"serialization": serialization, "resources": resources},
     }
     payload = json.dumps(statement).encode()
-    signed = key.sign(_encoded(payload), algorithm(key.public_key()))
+    signed = key.sign(_encoded(payload), _algorithm(key.public_key()))
     envelope = {
         "payload": _base64(payload),
-        "payloadType": _PAYLOAD_TYPE,
+        "payloadType": _PAYLOAD,
         "signatures": [{"sig": _base64(signed), "keyid": ""}],
     }
-    material = {"publicKey": {"hint": hint(key.public_key())}, "tlogEntries": []}
+    material = {"publicKey": {"hint": _hint(key.public_key())}, "tlogEntries": []}
     bundle = {"mediaType": _BUNDLE, "verificationMaterial": material, "dsseEnvelope": envelope}
     return (json.dumps(bundle, indent=1) + "\n").encode()
 
 
 def read_signature(opened: Folder, folder: Path) -> bytes | None:
-    """Content of `model.sig`, not verified; None: there is none.
-
-    Args:
-        opened: the artifact's folder.
-        folder: its path, for errors.
-
-    Raises:
-        SignatureError: it can't be read, or is larger than a signature can be.
-    """
+    """Content of `model.sig` in an artifact's open folder, not verified; None: there is none."""
     try:
-        with opened.open(SIGNATURE_NAME) as file:
-            content = file.read(_MAX_SIGNATURE_BYTES + 1)
+        return opened.read(SIGNATURE_NAME, _MAX_SIGNATURE_BYTES)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise SignatureError(f"{folder / SIGNATURE_NAME}: not a signature ({error.strerror})") from None
-    if len(content) > _MAX_SIGNATURE_BYTES:
-        raise SignatureError(f"{folder / SIGNATURE_NAME}: not a signature (more than {_MAX_SIGNATURE_BYTES} bytes)")
-    return content
 
 
 def signed_digests(content: bytes | None, manifest_bytes: bytes, public_key: Path, folder: Path) -> dict[str, str]:
-    """What the holder of a key has signed: SHA-256 by file. Nothing of the content is used before it is verified.
+    """SHA-256 by file, as the holder of a key signed it. Nothing of the content is used before it is verified.
 
     Args:
         content: of `model.sig`; None: there is none.
@@ -246,42 +135,27 @@ def signed_digests(content: bytes | None, manifest_bytes: bytes, public_key: Pat
     from cryptography.exceptions import InvalidSignature
 
     try:
-        bundle = _Bundle.model_validate_json(content)
-    except ValidationError as error:
-        raise SignatureError(
-            f"{path}: not a signature ({_first(error)}). Sign again: ettin-verify --sign KEY"
-        ) from None
-    envelope, signer = bundle.envelope, bundle.material.public_key.hint
-    if signer and signer != hint(key):
+        payload, signed, signer = _opened_bundle(content)
+    except _MALFORMED as error:
+        raise SignatureError(f"{path}: not a signature ({_in_short(error)}). {_SIGN_AGAIN}") from None
+    if signer and signer != _hint(key):
         raise SignatureError(f"{path}: signed by another key than {public_key}. Don't use what you don't trust")
     try:
-        key.verify(envelope.signatures[0].sig, _encoded(envelope.payload), algorithm(key))
+        key.verify(signed, _encoded(payload), _algorithm(key))
     except InvalidSignature:
         raise SignatureError(
             f"{path}: not signed by the key {public_key}, or changed since. Don't use what you don't trust"
         ) from None
     try:
-        resources = _Statement.model_validate_json(envelope.payload).predicate.resources
-    except ValidationError as error:
-        raise SignatureError(
-            f"{path}: does not list files by SHA-256 ({_first(error)}). Sign again: ettin-verify --sign KEY"
-        ) from None
-    signed = {resource.name: resource.digest for resource in resources}
-    check_signed(signed, [(MANIFEST_NAME, _sha256(manifest_bytes))], folder)
-    return signed
+        digests = _listed_digests(payload)
+    except _MALFORMED as error:
+        raise SignatureError(f"{path}: does not list files by SHA-256 ({_in_short(error)}). {_SIGN_AGAIN}") from None
+    check_signed(digests, [(MANIFEST_NAME, _sha256(manifest_bytes))], folder)
+    return digests
 
 
 def check_signed(signed: dict[str, str], files: Iterable[tuple[str, str]], folder: Path) -> None:
-    """Compares files with what was signed.
-
-    Args:
-        signed: what `signed_digests` returned.
-        files: names and SHA-256.
-        folder: the artifact, for errors.
-
-    Raises:
-        SignatureError: names the first file that was changed or added after the signing.
-    """
+    """Compares names and SHA-256 of files with the result of `signed_digests`; raises `SignatureError`."""
     for name, sha256 in files:
         if signed.get(name) != sha256:
             what = "was changed after it was signed" if name in signed else "was not signed"
@@ -290,14 +164,72 @@ def check_signed(signed: dict[str, str], files: Iterable[tuple[str, str]], folde
             )
 
 
+def _serialization() -> Any:
+    try:
+        from cryptography.hazmat.primitives import serialization
+    except ModuleNotFoundError as error:
+        if str(error.name).partition(".")[0] != "cryptography":
+            raise
+        raise MissingDependency("a signature", "cryptography", "trust") from None
+    return serialization
+
+
+def _key_bytes(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(_MAX_KEY_BYTES)
+    except OSError as error:
+        raise UsageError(f"{path}: the key can't be read ({error.strerror}). {_MAKE_KEY}") from None
+
+
+def _algorithm(key: Any, path: Path | None = None) -> Any:
+    """ECDSA with the hash that belongs to the key's curve; raises `UsageError` for another kind of key."""
+    from cryptography.hazmat.primitives import hashes
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    curve = key.curve.name if isinstance(key, ec.EllipticCurvePublicKey) else "another kind"
+    if curve not in _HASHES:
+        raise UsageError(f"{path}: a key of {curve}, expected an elliptic-curve key of P-256. {_MAKE_KEY}")
+    return ec.ECDSA(getattr(hashes, _HASHES[curve])())
+
+
+def _hint(key: Any) -> str:
+    """The name of a public key in model-signing."""
+    serialization = _serialization()
+    public = serialization.PublicFormat.SubjectPublicKeyInfo
+    return _sha256(key.public_bytes(serialization.Encoding.PEM, public))
+
+
 def _encoded(payload: bytes) -> bytes:
-    """What is signed: DSSE's pre-authentication encoding."""
-    return f"DSSEv1 {len(_PAYLOAD_TYPE)} {_PAYLOAD_TYPE} {len(payload)} ".encode() + payload
+    """DSSE's pre-authentication encoding, which is what is signed."""
+    return f"DSSEv1 {len(_PAYLOAD)} {_PAYLOAD} {len(payload)} ".encode() + payload
 
 
-def _first(error: ValidationError) -> str:
-    problem = error.errors(include_input=False, include_url=False)[0]
-    return f"{'.'.join(str(part)[:40] for part in problem['loc']) or 'content'}: {problem['msg'][:200]}"
+def _opened_bundle(content: bytes) -> tuple[bytes, bytes, object]:
+    """Payload, its signature, and the name of the public key, if any. Other keys differ between versions."""
+    bundle = json.loads(content)
+    envelope = bundle["dsseEnvelope"]
+    if (bundle["mediaType"], envelope["payloadType"]) != (_BUNDLE, _PAYLOAD):
+        raise ValueError(f"expected {_BUNDLE} around {_PAYLOAD}")
+    (signed,) = envelope["signatures"]
+    signer = bundle["verificationMaterial"]["publicKey"].get("hint")
+    return base64.b64decode(envelope["payload"]), base64.b64decode(signed["sig"]), signer
+
+
+def _listed_digests(payload: bytes) -> dict[str, str]:
+    """SHA-256 by file, from a payload that was verified."""
+    statement = json.loads(payload)
+    predicate = statement["predicate"]
+    kind, resources = predicate["serialization"], predicate["resources"]
+    if (statement["_type"], statement["predicateType"], kind["method"]) != (_STATEMENT, _PREDICATE, "files"):
+        raise ValueError(f"expected {_PREDICATE} of files")
+    if {kind["hash_type"], *(resource["algorithm"] for resource in resources)} != {"sha256"}:
+        raise ValueError("expected sha256")
+    return {resource["name"]: resource["digest"] for resource in resources}
+
+
+def _in_short(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:200]
 
 
 def _sha256(content: bytes) -> str:

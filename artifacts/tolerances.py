@@ -1,4 +1,4 @@
-"""Every tolerance of the project, and the rules that use them."""
+"""All tolerances, and the rules that use them."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -15,22 +15,21 @@ REWRITE_FLOAT64 = 1e-8
 # or weights silently stored as fp16.
 FP32 = 1e-4
 
-# bf16: mean |Δ| against that of PyTorch in bf16 on the same pairs; fp16 must do no worse than bf16 PyTorch.
+# bf16 and fp16: limit of the mean |Δ|, as a multiple of that of PyTorch in bf16 on the same pairs.
 REDUCED_RATIO = {"bf16": 1.5, "fp16": 1.0}
 REDUCED_MIN_PAIRS = 200
 
-# fp16 ends at 65504; an activation of gold over this is too close.
+# The largest fp16 number is 65504; an activation of gold over this is too close to it.
 FP16_MAX_ACTIVATION = 32_000.0
 
 # int8: ranks, not scores. nDCG@10 takes gold's own scores as gains: an export has no relevance labels for the user's
-# model, and over the 44 queries that travel in an artifact one swapped pair would move a labelled nDCG by 0.008, more
-# than the limit. With labels it is measured by `ettin-bench quality`.
+# model, and over the 44 queries of an artifact one swapped pair would change a labelled nDCG by 0.008, more than the
+# limit. `ettin-bench quality` measures it with labels.
 INT8_SPEARMAN = 0.99
 INT8_NDCG_DROP = 0.005
-INT8_MIN_CANDIDATES = 10  # of a query that takes part
+INT8_MIN_CANDIDATES = 10  # of a query that is ranked
 
-# Pairs that travel in an artifact, at least.
-MIN_PAIRS = 64
+MIN_PAIRS = 64  # minimum number of parity pairs in an artifact
 
 
 def fp32_rule(scores: ArrayLike, gold: ArrayLike) -> tuple[bool, str, ScoreError]:
@@ -45,7 +44,7 @@ def fp32_rule(scores: ArrayLike, gold: ArrayLike) -> tuple[bool, str, ScoreError
 def reduced_rule(
     precision: str, scores: ArrayLike, gold: ArrayLike, torch_bf16: ArrayLike
 ) -> tuple[bool, str, ScoreError]:
-    """The same for bf16 and fp16, against what PyTorch in bf16 makes of the same pairs."""
+    """`fp32_rule` for bf16 and fp16, against the scores of PyTorch in bf16 for the same pairs."""
     error, baseline = score_error(scores, gold), score_error(torch_bf16, gold)
     ratio = REDUCED_RATIO[precision]
     rule = f"mean |Δ| ≤ {ratio:g} × that of PyTorch bf16 ({baseline.mean_abs:.3g})"
@@ -55,24 +54,18 @@ def reduced_rule(
 def int8_rule(
     scores: ArrayLike, gold: ArrayLike, queries: Sequence[str]
 ) -> tuple[bool, str, ScoreError, dict[str, float]]:
-    """Whether int8 scores rank as gold does, and the figures.
-
-    Args:
-        scores: found, float [pairs].
-        gold: expected, float [pairs].
-        queries: the query of each pair.
-    """
+    """Whether int8 scores [pairs] rank as gold [pairs] does, and the ranking metrics; queries: of each pair."""
     error = score_error(scores, gold)
-    found, expected = np.asarray(scores, np.float64), np.asarray(gold, np.float64)
+    actual, expected = np.asarray(scores, np.float64), np.asarray(gold, np.float64)
     groups: dict[str, list[int]] = defaultdict(list)
-    for at, query in enumerate(queries):
-        groups[query].append(at)
+    for index, query in enumerate(queries):
+        groups[query].append(index)
     ndcgs, overlaps, ranks = [], [], []
-    for members in (each for each in groups.values() if len(each) >= INT8_MIN_CANDIDATES):
-        own, ideal = found[members], expected[members]
-        order, ideal_order = (np.argsort(-each, kind="stable").tolist() for each in (own, ideal))
-        gains = {str(at): float(gain) for at, gain in enumerate(ideal - ideal.min())}
-        ndcgs.append(ndcg([str(at) for at in order], gains))
+    for members in (group for group in groups.values() if len(group) >= INT8_MIN_CANDIDATES):
+        own, ideal = actual[members], expected[members]
+        order, ideal_order = (np.argsort(-values, kind="stable").tolist() for values in (own, ideal))
+        gains = {str(index): float(gain) for index, gain in enumerate(ideal - ideal.min())}
+        ndcgs.append(ndcg([str(index) for index in order], gains))
         overlaps.append(len(set(order[:10]) & set(ideal_order[:10])) / 10)
         ranks.append(spearman(own, ideal) or 0.0)
     if not ndcgs:
@@ -88,4 +81,4 @@ def int8_rule(
         f"Spearman ≥ {INT8_SPEARMAN:g} over all pairs, nDCG@10 drop ≤ {INT8_NDCG_DROP:g} over {len(ndcgs)} queries "
         "with gold's scores as gains"
     )
-    return bool(ok and np.isfinite(found).all()), rule, error, figures
+    return bool(ok and np.isfinite(actual).all()), rule, error, figures

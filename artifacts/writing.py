@@ -7,15 +7,17 @@ import secrets
 import sys
 from pathlib import Path
 
+from ettin.artifacts import folder as folders
+from ettin.artifacts.folder import Folder
+
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 # What a kernel, a file system such as NFS, or a container's filter of system calls answers to an exchange.
 _NO_EXCHANGE = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
-_NO_SYNC = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Writes a file in one step: whoever reads `path` gets the old content or all of the new.
+    """Writes a file in one step: a reader of `path` gets the old content or all of the new.
 
     Args:
         path: the file. A device or a pipe is written as it is.
@@ -27,28 +29,19 @@ def write_file(path: Path, content: bytes) -> None:
     if path.exists() and not path.is_file():
         path.write_bytes(content)
         return
-    part = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
-    try:
-        part.write_bytes(content)
-        replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with Folder(path.parent) as folder:
+        folder.replace(path.name, content, part=f".{path.name}.partial-{secrets.token_hex(4)}")
 
 
 def replace(part: Path, path: Path) -> None:
-    """Gives a finished file its place: `path` is the old file or, when this returns, on disk the new one.
-
-    Args:
-        part: the file, on the file system of `path`.
-        path: its place.
-    """
+    """Moves a finished file to `path`, on the same file system; it is on disk when this returns."""
     sync(part)
     part.replace(path)
     sync(path.absolute().parent)
 
 
 def sync_tree(folder: Path) -> None:
-    """Returns when all files and folders below `folder`, and `folder` itself, are on disk."""
+    """Waits until all files and folders below `folder`, and `folder` itself, are on disk."""
     for above, _, names in os.walk(folder, topdown=False):
         for name in names:
             sync(Path(above) / name)
@@ -56,15 +49,10 @@ def sync_tree(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Returns when a file's content, or the names in a folder, are on disk, where the file system can tell."""
-    if os.name == "nt":  # Windows opens no folder, and synchronises no file that is open for reading
-        return
+    """Waits until a file's content, or the names in a folder, are on disk, if the file system can tell."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in _NO_SYNC:
-            raise
+        folders.sync(descriptor)
     finally:
         os.close(descriptor)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ettin.artifacts.errors import shown
 from ettin.artifacts.files import file_sha256, list_files
-from ettin.artifacts.manifest import MANIFEST_NAME, Calibration, Manifest, Parity, Source, TensorSpec, Tokenizer
+from ettin.artifacts.manifest import MANIFEST_NAME, Calibration, Graph, Manifest, Parity, Source, TensorSpec, Tokenizer
 from ettin.artifacts.targets import target_named
 from ettin.export.source.checkpoint import Checkpoint
 from ettin.export.writer import Lowered
@@ -104,7 +104,7 @@ def write_manifest(
             weights_sha256=about.weights_sha256,
             shape=checkpoint.shape.to_json(),
         ),
-        graph=lowered.graph,
+        graph=Graph.model_validate(lowered.graph),
         interface=lowered.interface,
         tokenizer=Tokenizer(sha256=file_sha256(tokenizer), pad_token_id=checkpoint.shape.pad_token_id),
         max_length_tokens=about.max_length,

@@ -1,8 +1,7 @@
-"""The inference graph: one description of the scorer, run by torch or written out for an engine.
+"""The inference graph: one description of the scorer, executed by torch or written out for an engine.
 
-`scorer` describes the computation with the primitive operations of `ops.Ops`. An engine that has these
-operations can run or store it: `torch_graph` executes them eagerly, the exporters write them as ONNX or
-OpenVINO nodes. `fold` prepares the weights. Only `fold` and `torch_graph` import torch.
+`scorer` describes the computation with the primitive operations of `ops.Ops`. `torch_ops` executes them; the exporters
+write them as ONNX or OpenVINO nodes. `fold` prepares the weights. Only `fold` and `torch_ops` import torch.
 """
 
 from ettin.graph.ops import Ops

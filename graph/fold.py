@@ -39,7 +39,6 @@ def inference_weights(
         layers.i.down [H, I]; head.dense [H, H]; head.score [1, H] and head.score.bias [1];
         rope.{global,local}.{cos,sin} [rope_rows, d].
     """
-    hidden = shape.hidden_size
     wide = torch.float64
 
     def scaled(weight: Tensor, norm: Tensor | None, factor: float = 1.0) -> Tensor:
@@ -48,7 +47,7 @@ def inference_weights(
 
     table = torch.nn.functional.layer_norm(
         encoder["embeddings.tok_embeddings.weight"].to(wide),
-        (hidden,),
+        (shape.hidden_size,),
         encoder["embeddings.norm.weight"].to(wide),
         eps=shape.norm_eps,
     )

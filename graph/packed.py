@@ -1,16 +1,12 @@
 """The scorer over tokens laid end to end, without padding: two forms with the layers of `scorer` on [1, tokens].
 
-`PackedScorer` is for engines with plain attention (TensorRT, ONNX Runtime on GPUs):
+`PackedScorer` is for engines with plain attention (TensorRT, ONNX Runtime on GPUs). A local layer attends in blocks of
+the packed tokens; a mask keeps sequences apart. A global layer gathers queries, keys and values to [pairs, longest],
+attends, and gathers back. No shape depends on data: the longest length is the shape of an input whose values are not
+read.
 
-- Linear layers see real tokens only.
-- A local layer attends in blocks of the packed tokens; a mask keeps sequences apart.
-- A global layer gathers its queries, keys and values to [pairs, longest], attends, and scatters back.
-
-No shape depends on data: the longest length comes in as the shape of an input whose values are not read.
-
-`RaggedScorer` is for engines whose attention takes the bounds of sequences itself. Attention is one operation, which
-rotates queries and keys, keeps sequences apart and knows the window. The graph has no masks, blocks, tables or
-transposes, no token is padding, and one graph serves every length.
+`RaggedScorer` is for engines whose attention takes the bounds of sequences itself, rotates queries and keys and knows
+the window. The graph has no masks, blocks, tables or transposes, and serves every length.
 """
 
 from dataclasses import dataclass
@@ -24,7 +20,7 @@ from ettin.graph.shape import ModelShape
 
 @dataclass(frozen=True)
 class _Slots(Generic[T]):
-    """Where the first tokens of each sequence lie, as a rectangle."""
+    """Indices of the tokens of each sequence, padded to [pairs, count]."""
 
     index: T  # int64 [pairs · count]: a slot past the end of a sequence repeats its last token
     bias: T  # [pairs, 1, 1, count]
@@ -33,7 +29,7 @@ class _Slots(Generic[T]):
 
 @dataclass(frozen=True)
 class _Packing(Generic[T]):
-    """What depends on the lengths alone."""
+    """Values that depend on the lengths alone."""
 
     pairs: T
     blocks: T
@@ -46,10 +42,7 @@ class _Packing(Generic[T]):
 
 
 class PackedScorer(Scorer[T]):
-    """Describes the packed form of the scorer; arguments as for `Scorer`.
-
-    `form.block_threshold_tokens` has no meaning here: local layers always attend in blocks.
-    """
+    """Describes the packed form; see `Scorer`. Local layers attend in blocks whatever `form.block_threshold_tokens`."""
 
     def packed_logits(self, input_ids: T, cu_seqlens: T, longest: T) -> T:
         """Raw logits.
@@ -101,27 +94,16 @@ class PackedScorer(Scorer[T]):
         last_pair, last_slot = ops.subtract(pairs, one), ops.subtract(longest, one)
         row = ops.multiply(ops.minimum(sequence, last_pair), longest)
         rope = {kind: self._packed_rope(kind, position) for kind in (True, False)}
-        return ids, _Packing(
-            pairs=pairs,
-            blocks=blocks,
-            starts=starts,
-            longest=slots,
-            back=ops.add(row, ops.minimum(position, last_slot)),
-            key_index=key_index,
-            block_bias=ops.minimum(outside, foreign),
-            rope=rope,
-        )
+        back = ops.add(row, ops.minimum(position, last_slot))
+        return ids, _Packing(pairs, blocks, starts, slots, back, key_index, ops.minimum(outside, foreign), rope)
 
     def _slots(self, starts: T, ends: T, count: T) -> _Slots[T]:
         ops = self.ops
         slot = ops.reshape(ops.arange(count), [1, -1])
         first, last = ops.reshape(starts, [-1, 1]), ops.subtract(ops.reshape(ends, [-1, 1]), ops.integer(1))
         bias = ops.bias_where(slot, ops.subtract(last, first), MASK_BIAS)
-        return _Slots(
-            index=ops.reshape(ops.minimum(ops.add(first, slot), last), [-1]),
-            bias=ops.reshape(bias, [-1, 1, 1, count]),
-            count=count,
-        )
+        index = ops.reshape(ops.minimum(ops.add(first, slot), last), [-1])
+        return _Slots(index, ops.reshape(bias, [-1, 1, 1, count]), count)
 
     def _packed_rope(self, is_global: bool, position: T) -> tuple[T, T]:
         ops = self.ops
@@ -140,15 +122,15 @@ class PackedScorer(Scorer[T]):
         ops, shape = self.ops, self.shape
         is_global = shape.global_layers[layer]
         q, k, v = (self._heads(x, f"layers.{layer}.{name}") for name in "qkv")
-        q, k = (ops.rotate(each, *packing.rope[is_global]) for each in (q, k))
+        q, k = (ops.rotate(tensor, *packing.rope[is_global]) for tensor in (q, k))
         reader = f"layers.{layer}.o"
         if is_global:
-            q, k, v = (self._rows(each, packing.longest.index, packing.pairs) for each in (q, k, v))
+            q, k, v = (self._rows(tensor, packing.longest.index, packing.pairs) for tensor in (q, k, v))
             mixed = ops.transpose(ops.attention(q, k, v, packing.longest.bias, reader), [0, 2, 1, 3])
             mixed = ops.gather(ops.reshape(mixed, [-1, shape.hidden_size]), packing.back, 0)
         else:
             q = ops.reshape(q, [packing.blocks, -1, shape.num_heads, shape.head_dim])
-            k, v = (self._rows(each, packing.key_index, packing.blocks) for each in (k, v))
+            k, v = (self._rows(tensor, packing.key_index, packing.blocks) for tensor in (k, v))
             mixed = ops.attention(ops.transpose(q, [0, 2, 1, 3]), k, v, packing.block_bias, reader)
             mixed = ops.transpose(mixed, [0, 2, 1, 3])
         return ops.linear(ops.reshape(mixed, [1, -1, shape.hidden_size]), reader)
@@ -160,7 +142,7 @@ class PackedScorer(Scorer[T]):
         normed = self._attention_input(layer, x)
         k, v = (self._heads(normed, f"layers.{layer}.{name}") for name in "kv")
         k = ops.rotate(k, *packing.rope[is_global])
-        k, v = (self._rows(each, packing.longest.index, packing.pairs) for each in (k, v))
+        k, v = (self._rows(tensor, packing.longest.index, packing.pairs) for tensor in (k, v))
         bias = packing.longest.bias
         if not is_global:  # CLS sees the first tokens only
             seen = ops.minimum(packing.longest.count, ops.integer(shape.window_tokens + 1))
@@ -184,24 +166,16 @@ class RaggedOps(Ops[T], Protocol[T]):
             q: [1, tokens, H], carrying the softmax scale; with `first_only` [1, pairs, H].
             k: [1, tokens, H].
             v: [1, tokens, H].
-            cu_seqlens: int64 [pairs + 1], where each sequence begins and the last ends; tokens after that belong to
-                none, their result is 0.
+            cu_seqlens: int64 [pairs + 1], where each sequence begins and the last ends; later tokens give 0.
             window: tokens that each sees to both sides; −1: all of its sequence.
             theta: base of the rotary frequencies; positions count from each sequence's first token.
-            first_only: whether only the first token of each sequence asks.
+            first_only: whether q holds the first token of each sequence only.
             reader: see `Ops.attention`.
         """
-        ...
 
 
 class RaggedScorer(Scorer[T]):
-    """Describes the ragged form of the scorer.
-
-    Args:
-        ops: the engine's operations, holding the folded weights.
-        shape: the model's shape.
-        form: speed choices; those about blocks have no meaning here.
-    """
+    """Describes the ragged form; see `Scorer`. The choices of `form` about blocks have no effect."""
 
     def __init__(self, ops: RaggedOps[T], shape: ModelShape, form: GraphForm) -> None:
         super().__init__(ops, shape, form)
@@ -231,11 +205,9 @@ class RaggedScorer(Scorer[T]):
 
     def _mixed(self, layer: int, q: T, k: T, v: T, cu_seqlens: T, first_only: bool = False) -> T:
         shape = self.shape
-        window, theta = (
-            (-1, shape.rope_theta_global)
-            if shape.global_layers[layer]
-            else (shape.window_tokens, shape.rope_theta_local)
-        )
+        window, theta = shape.window_tokens, shape.rope_theta_local
+        if shape.global_layers[layer]:
+            window, theta = -1, shape.rope_theta_global
         return self._ragged_ops.ragged_attention(q, k, v, cu_seqlens, window, theta, first_only, f"layers.{layer}.o")
 
     def _ragged_cls_layer(self, layer: int, x: T, cu_seqlens: T, starts: T) -> T:

@@ -1,15 +1,15 @@
-"""The Ettin scorer with less work than the checkpoint's own graph, and the same result.
+"""The Ettin scorer as a cheaper graph that is equivalent to the checkpoint's own.
 
 All rewritings are exact (up to rounding):
 
 - **CLS-only last layer**: only the first token is read out, so the last layer computes keys and values for all
   tokens, but query, attention, output projection and MLP for one.
 - **Folded norms**: the norms here have no weight; `fold` moved it into the projection that follows.
-- **Split projections**: Q, K, V (and, where it pays, the two GeGLU halves) are separate products, so no
-  split or transpose of a joint one. The softmax scale is folded into Q.
-- **Block-local attention**: a local layer attends from blocks of queries to the keys that they can see, so its
-  cost grows with tokens, not tokens². Up to `block_threshold_tokens` the whole input is one block: the same
-  nodes then compute the dense form, and one graph serves every length.
+- **Split projections**: Q, K, V (and, where it pays, the two GeGLU halves) are separate products, so that no joint
+  product is split or transposed. The softmax scale is folded into Q.
+- **Block-local attention**: a local layer attends from blocks of queries to the keys that they can see, so its cost
+  grows with tokens, not tokens². Up to `block_threshold_tokens` the whole input is one block, so one graph serves
+  every length.
 - **Global attention by blocks**: over the same threshold, an engine that stores scores holds those of one block of
   queries at a time (`Ops.global_attention`), so its memory grows with tokens, too.
 """
@@ -22,23 +22,23 @@ from typing import Generic
 from ettin.graph.ops import Ops, T
 from ettin.graph.shape import ModelShape
 
-# Added to masked scores. Finite, so a row that sees nothing stays free of NaN, and within the fp16 range
-# together with any score that an fp16 graph may hold (activations are refused from 32,000 on).
+# Added to masked scores. It is finite, so that a row that sees nothing gives no NaN, and within the fp16 range together
+# with any score of an fp16 graph (whose activations are refused from 32,000 on).
 MASK_BIAS = -3.0e4
 
 
 @dataclass(frozen=True)
 class GraphForm:
-    """Choices that change the speed of a graph and not its result.
+    """Choices that change the speed of a graph and not its scores.
 
     Args:
         block_threshold_tokens: longest input whose local layers are computed densely. Measured with the 17m shape in
             ONNX Runtime on two cores, SciFact pairs: 256 gives 13 % more pairs/s than 512; 192 less.
-        block_tokens: queries in a block of the block-local form; divides 256 (`ModelShape.rope_rows`).
+        block_tokens: queries in a block of a local layer; divides 256 (`ModelShape.rope_rows`).
         split_geglu: two products for the GeGLU halves instead of one.
         rotate_blocks: local layers cut their blocks before rotary embedding, which then rotates each key once for every
-            block that sees it. OpenVINO fuses that order into one node. Without it, 17m in ONNX Runtime is 1.2 times as
-            fast at 350 tokens.
+            block that sees it. OpenVINO fuses that order into one node; 17m in ONNX Runtime is 1.2 times as fast
+            without it at 350 tokens.
     """
 
     block_threshold_tokens: int = 256
@@ -62,7 +62,7 @@ class _View(Generic[T]):
 
 @dataclass(frozen=True)
 class _Layout(Generic[T]):
-    """What depends on lengths and mask alone."""
+    """Values that depend on lengths and mask alone."""
 
     rows: T
     tokens: T
@@ -94,7 +94,7 @@ class Scorer(Generic[T]):
         return self._scored(input_ids, partial(self._attention, layout=layout), partial(self._cls_layer, layout=layout))
 
     def _scored(self, input_ids: T, attention: Callable[[int, T], T], cls_layer: Callable[[int, T], T]) -> T:
-        """Embedding, layers and head, whatever the tokens' layout: attention and last layer know it."""
+        """Embedding, layers and head; the functions for attention and the last layer know the layout of the tokens."""
         ops = self.ops
         x = ops.embedding(input_ids, "embedding")
         last = self.shape.num_layers - 1
@@ -166,10 +166,9 @@ class Scorer(Generic[T]):
         )
 
     def _block_keys(self, block_start: T, keys: T, tokens: T) -> T:
-        """Which keys each block sees: int64 [blocks, keys].
+        """The keys that each block sees, from `window` before its first query on: int64 [blocks, keys].
 
-        They start `window` before its queries; at both ends the span is shifted inwards, so it never leaves the input
-        and a test of the distance stays right.
+        At both ends of the input the span is shifted inwards; the distance between query and key is tested elsewhere.
         """
         ops = self.ops
         key_start = ops.maximum(ops.subtract(block_start, ops.integer(self.shape.window_tokens)), ops.integer(0))
@@ -200,8 +199,8 @@ class Scorer(Generic[T]):
             in_blocks: list[int | T] = [layout.block_rows, -1, shape.num_heads, shape.head_dim]
             same = ops.same_when_short
             q = same(ops.reshape(q, in_blocks))
-            k, v = (same(ops.reshape(same(ops.gather(each, view.key_index, 1)), in_blocks)) for each in (k, v))
-        q, k, v = (ops.transpose(each, [0, 2, 1, 3]) for each in (q, k, v))
+            k, v = (same(ops.reshape(same(ops.gather(tensor, view.key_index, 1)), in_blocks)) for tensor in (k, v))
+        q, k, v = (ops.transpose(tensor, [0, 2, 1, 3]) for tensor in (q, k, v))
         q, k = ops.rotate(q, *view.query_rope), ops.rotate(k, *view.key_rope)
         if view.key_index is None:
             mixed = ops.global_attention(q, k, v, view.bias, layout.blocks, reader)
@@ -235,7 +234,7 @@ class Scorer(Generic[T]):
         normed, cls = self._attention_input(layer, x), ops.first(x, one, 1)
         q = self._heads(ops.first(normed, one, 1), f"layers.{layer}.q")
         k, v = (self._heads(normed, f"layers.{layer}.{name}") for name in "kv")
-        q, k, v = (ops.transpose(each, [0, 2, 1, 3]) for each in (q, k, v))
+        q, k, v = (ops.transpose(tensor, [0, 2, 1, 3]) for tensor in (q, k, v))
         # Position 0 is rotated by the angle 0, so the query needs no rotation.
         mixed = ops.attention(q, ops.rotate(k, cos, sin), v, bias, f"layers.{layer}.o")
         mixed = ops.reshape(mixed, [layout.rows, 1, shape.hidden_size])

@@ -14,8 +14,7 @@ class ModelShape:
         intermediate_size: width of each GeGLU half.
         num_heads: attention heads; the head dimension is H / num_heads.
         global_layers: for each layer, whether it attends to all tokens.
-        window_tokens: a local layer's query i sees keys j with |i − j| ≤ window_tokens
-            (half of `local_attention`, both ends included).
+        window_tokens: in a local layer query i sees keys j with |i − j| ≤ window_tokens (half of `local_attention`).
         rope_theta_global: base of the rotary frequencies in global layers.
         rope_theta_local: the same in local layers. ModernBERT-base has 10000 here, Ettin 160000.
         norm_eps: epsilon of the encoder's norms.

@@ -1,4 +1,4 @@
-"""The inference graph executed by torch: the rewriting in a form that can be compared to gold."""
+"""The inference graph executed by torch, to compare it with the checkpoint's own model."""
 
 from collections.abc import Mapping, Sequence
 
@@ -14,6 +14,11 @@ from ettin.graph.shape import ModelShape
 
 class TorchOps:
     """The primitive operations, executed at once. Dimensions are scalar tensors on the CPU."""
+
+    add, subtract, multiply = staticmethod(torch.add), staticmethod(torch.sub), staticmethod(torch.mul)
+    floor_divide, absolute = staticmethod(torch.floor_divide), staticmethod(torch.abs)
+    minimum, maximum = staticmethod(torch.minimum), staticmethod(torch.maximum)
+    gelu = staticmethod(F.gelu)
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         self.weights = weights
@@ -37,27 +42,6 @@ class TorchOps:
         wide = torch.promote_types(self._types["compute"], torch.float32)
         return x.to(wide if kind == "float32" else self._types[kind])
 
-    def add(self, a: Tensor, b: Tensor) -> Tensor:
-        return a + b
-
-    def subtract(self, a: Tensor, b: Tensor) -> Tensor:
-        return a - b
-
-    def multiply(self, a: Tensor, b: Tensor) -> Tensor:
-        return a * b
-
-    def floor_divide(self, a: Tensor, b: Tensor) -> Tensor:
-        return a // b
-
-    def minimum(self, a: Tensor, b: Tensor) -> Tensor:
-        return torch.minimum(a, b)
-
-    def maximum(self, a: Tensor, b: Tensor) -> Tensor:
-        return torch.maximum(a, b)
-
-    def absolute(self, x: Tensor) -> Tensor:
-        return x.abs()
-
     def bias_where(self, a: Tensor, b: Tensor, bias: float) -> Tensor:
         return (a > b).to(self._types["compute"]) * bias
 
@@ -65,7 +49,7 @@ class TorchOps:
         return torch.searchsorted(boundaries, values, right=True)
 
     def reshape(self, x: Tensor, dims: Sequence[int | Tensor]) -> Tensor:
-        return x.reshape([x.shape[at] if size == 0 else size for at, size in enumerate(int(d) for d in dims)])
+        return x.reshape([x.shape[axis] if size == 0 else size for axis, size in enumerate(int(d) for d in dims)])
 
     def transpose(self, x: Tensor, axes: Sequence[int]) -> Tensor:
         return x.permute(*axes)
@@ -94,9 +78,6 @@ class TorchOps:
     def normalise(self, x: Tensor, eps: float) -> Tensor:
         return F.layer_norm(self.cast(x, "float32"), (x.shape[-1],), eps=eps).to(x.dtype)
 
-    def gelu(self, x: Tensor) -> Tensor:
-        return F.gelu(x)
-
     def expand(self, x: Tensor, dims: Sequence[int | Tensor]) -> Tensor:
         return x.expand([int(size) for size in dims])
 
@@ -107,35 +88,28 @@ class TorchOps:
     def attention(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, reader: str) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
 
-    def local_attention(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, reader: str) -> Tensor:
-        return self.attention(q, k, v, bias, reader)
+    local_attention = attention
 
     def global_attention(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, blocks: Tensor, reader: str) -> Tensor:
         return self.attention(q, k, v, bias, reader)
 
 
 class _Graph(nn.Module):
-    """Holds the weights of a rewritten scorer.
-
-    Args:
-        weights: what `fold.inference_weights` returns; their dtype is the compute type.
-        shape: the model's shape.
-        form: speed choices.
-    """
+    """A torch module of the scorer. The dtype of `weights` (see `fold.inference_weights`) is the compute type."""
 
     def __init__(self, weights: Mapping[str, Tensor], shape: ModelShape, form: GraphForm | None = None) -> None:
         super().__init__()
         for name, tensor in weights.items():
-            self.register_buffer(_buffer(name), tensor)
-        self._names = list(weights)
+            self.register_buffer(name.replace(".", "__"), tensor)  # the name of a buffer may hold no dot
         self.shape, self.form = shape, form or GraphForm()
 
     def _ops(self) -> TorchOps:
-        return TorchOps({name: self.get_buffer(_buffer(name)) for name in self._names})
+        buffers = self.named_buffers(remove_duplicate=False)
+        return TorchOps({name.replace("__", "."): tensor for name, tensor in buffers})
 
 
 class InferenceGraph(_Graph):
-    """The rewritten scorer as a torch module; see `_Graph` for its arguments."""
+    """The scorer on padded rows."""
 
     @torch.inference_mode()
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -149,13 +123,9 @@ class InferenceGraph(_Graph):
 
 
 class PackedGraph(_Graph):
-    """The same scorer over sequences laid end to end; see `_Graph` for its arguments."""
+    """The scorer on sequences laid end to end."""
 
     @torch.inference_mode()
     def forward(self, input_ids: Tensor, cu_seqlens: Tensor, longest: Tensor) -> Tensor:
         """Raw logits [pairs, 1]; see `PackedScorer.packed_logits` for the arguments, all int64."""
         return PackedScorer(self._ops(), self.shape, self.form).packed_logits(input_ids, cu_seqlens, longest)
-
-
-def _buffer(name: str) -> str:
-    return name.replace(".", "__")  # a buffer's name may hold no dot

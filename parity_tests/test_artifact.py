@@ -3,6 +3,7 @@
 import importlib
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from ettin.artifacts.errors import (
     UnverifiedArtifact,
 )
 from ettin.artifacts.files import list_files
-from ettin.artifacts.manifest import Manifest
+from ettin.artifacts.manifest import Arithmetic, Graph, Manifest
 from ettin.artifacts.parity import read_parity
 from ettin.artifacts.targets import Target
 from ettin.export import pipeline
@@ -29,6 +30,7 @@ from ettin.export.options import Job, Options
 from ettin.export.pipeline import Export
 from ettin.export.reference import natural_pairs
 from ettin.export.source.checkpoint import Checkpoint
+from ettin.graph import GraphForm
 from ettin.runtimes import load
 from ettin.runtimes.verify import record_verified, verify, verify_in_child
 
@@ -47,6 +49,44 @@ def test_manifest_survives_a_round_trip(artifact: Path) -> None:
     assert manifest.files == list_files(artifact)
     assert (manifest.target, manifest.precision, manifest.max_length_tokens) == ("openvino", "fp32", 7999)
     assert len(read_parity(artifact)) == manifest.parity.pairs >= 64
+
+
+@pytest.mark.parametrize(
+    "graph",
+    [
+        {
+            "block_threshold_tokens": 512,
+            "block_tokens": 64,
+            "split_geglu": False,
+            "rotate_blocks": True,
+            "ragged": True,
+        },
+        {"block_threshold_tokens": 256, "block_tokens": 64, "split_geglu": True, "rotate_blocks": False},
+        {"block_threshold_tokens": 256, "block_tokens": 64, "split_geglu": True, "rotate_blocks": False}
+        | {"batch_tokens": 65536, "batch_pairs": 1024},
+        {},
+    ],
+    ids=["openvino", "onnx", "trt", "transformers"],
+)
+def test_a_manifest_of_the_first_version_is_read_unchanged(tmp_path: Path, graph: dict[str, Any]) -> None:
+    """The stored file was written when `graph` was any object and `arithmetic` held texts for users."""
+    stored = (Path(__file__).parent / "manifest_v1.json").read_bytes()
+    (tmp_path / "manifest.json").write_bytes(stored)
+    manifest = Manifest.read(tmp_path)
+    assert manifest.parity.arithmetic == (Arithmetic.BF16_OWN_ATTENTION, Arithmetic.BF16, Arithmetic.F32)
+    assert manifest.graph.ragged and manifest.graph.block_threshold_tokens == 512
+    rewrite(tmp_path, lambda content: content.update(graph=graph))
+    manifest = Manifest.read(tmp_path)
+    again, content = json.loads(manifest.to_bytes()), json.loads((tmp_path / "manifest.json").read_text())
+    assert again["parity"].pop("arithmetic") == ["bf16-own-attention", "bf16", "f32"]
+    assert content["parity"].pop("arithmetic") == ["bf16 (own attention kernel)", "bf16", "f32"]
+    assert again.pop("manifest_sha256") != content.pop("manifest_sha256")
+    assert again == content
+
+
+def test_graph_defaults_are_those_of_the_scorer() -> None:
+    assert Graph().model_dump(include=asdict(GraphForm()).keys()) == asdict(GraphForm())
+    assert Graph.model_validate(asdict(GraphForm(rotate_blocks=True))).rotate_blocks
 
 
 def test_format_page_names_every_key() -> None:

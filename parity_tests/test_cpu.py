@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from ettin.artifacts.errors import OutputError, UsageError
+from ettin.artifacts.manifest import Arithmetic, Manifest
 from ettin.runtimes import load
 from ettin.runtimes.batch import Batch
+from ettin.runtimes.engines import on_openvino
 from ettin.runtimes.engines.on_openvino import OpenVinoRuntime
 from ettin.runtimes.engines.openvino_kernels import SWITCH
 from ettin.runtimes.machine import CpuPlan, available_cpus, is_hybrid
@@ -144,7 +146,7 @@ def test_short_form_scores_as_the_whole_graph(
 ) -> None:
     monkeypatch.setenv(SWITCH, "off")  # our kernel has one graph for every length
     with load(demo_artifacts["openvino", precision]) as runtime:
-        assert isinstance(runtime, OpenVinoRuntime) and runtime.manifest.graph["block_threshold_tokens"] == 512
+        assert isinstance(runtime, OpenVinoRuntime) and runtime.manifest.graph.block_threshold_tokens == 512
         short = [runtime.score(batch) for batch in map(one_batch, SHORT)]
         assert len(runtime._forms) == 1  # nothing long yet: nothing compiled for it
         monkeypatch.setattr(runtime, "_threshold_tokens", 0)
@@ -152,6 +154,31 @@ def test_short_form_scores_as_the_whole_graph(
         assert len(runtime._forms) == 2
         for ours, expected in zip(short, whole, strict=True):
             np.testing.assert_allclose(ours, expected, atol=1e-5 if precision == "fp32" else 2e-2)
+
+
+@pytest.mark.parametrize(
+    ("proven", "allow_unverified", "expected"),
+    [
+        (["bf16-own-attention", "bf16", "f32"], False, ("library", "bf16-own-attention", None)),
+        (["bf16", "f32"], False, (None, "bf16", "bf16-own-attention")),
+        (["f32"], False, (None, "f32", "bf16-own-attention")),
+        ([], False, (None, "f32", "bf16-own-attention")),
+        ([], True, ("library", "bf16-own-attention", None)),
+    ],
+)
+def test_the_fastest_proven_arithmetic_is_chosen(
+    demo_artifacts: dict[tuple[str, str], Path], proven: list[str], allow_unverified: bool,
+    expected: tuple[str | None, str, str | None], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(on_openvino, "has_bf16", lambda: True)
+    monkeypatch.setattr(on_openvino, "kernels", lambda: "library")
+    manifest = Manifest.read(demo_artifacts["openvino", "bf16"])
+    graph = manifest.graph.model_copy(update={"ragged": True})
+    parity = manifest.parity.model_copy(update={"arithmetic": tuple(map(Arithmetic, proven))})
+    manifest = manifest.model_copy(update={"graph": graph, "parity": parity})
+    assert on_openvino._chosen(manifest, allow_unverified) == expected
+    monkeypatch.setattr(on_openvino, "has_bf16", lambda: False)
+    assert on_openvino._chosen(manifest, allow_unverified) == (None, "f32", None)
 
 
 def test_short_form_has_less_to_do(demo_artifacts: dict[tuple[str, str], Path]) -> None:

@@ -17,7 +17,7 @@ from support import rewrite, run
 from torch import Tensor
 
 from ettin.artifacts.files import list_files
-from ettin.artifacts.manifest import Manifest
+from ettin.artifacts.manifest import Arithmetic, Manifest
 from ettin.export.targets.openvino_ops import OpenVinoOps
 from ettin.export.targets.to_openvino import share_weights
 from ettin.graph.fold import rope_tables
@@ -164,7 +164,7 @@ def test_from_the_cache(artifact: Path, batch: Batch, tmp_path: Path) -> None:
 
 
 def test_weights_are_stored_once(artifact: Path) -> None:
-    assert Manifest.read(artifact).graph["ragged"]
+    assert Manifest.read(artifact).graph.ragged
     folder = artifact / "openvino"
     assert [each.name for each in folder.glob("*.bin")] == ["openvino_model.bin"] and (folder / RAGGED_NAME).exists()
     size_bytes = (folder / "openvino_model.bin").stat().st_size
@@ -210,18 +210,20 @@ def test_exported_elsewhere_proven_here(usable: Path, tmp_path: Path) -> None:
     options = ("--size", "demo", "--target", "openvino", "--precision", "bf16", "--output", folder)
     said("ettin-export", *options, cwd=tmp_path, ONEDNN_MAX_CPU_ISA="AVX2_VNNI")
     before = Manifest.read(folder)
-    assert before.graph["ragged"] and before.parity.arithmetic == ("f32",)
+    assert before.graph.ragged and before.parity.arithmetic == ("f32",)
     with load(folder) as runtime:
-        assert runtime.arithmetic == "f32" and runtime.unproven_arithmetic == "bf16 (own attention kernel)"
+        assert runtime.arithmetic == "f32" and runtime.unproven_arithmetic is Arithmetic.BF16_OWN_ATTENTION
         scores = runtime.predict([("red planet", "Mars is the red planet.")])
     (folder / "manifest.json.new").mkdir()  # in the way of a new manifest
     assert "not recorded" in said("ettin-verify", folder, cwd=tmp_path) and Manifest.read(folder) == before
     (folder / "manifest.json.new").rmdir()
     assert "used here from now on" in said("ettin-verify", folder, cwd=tmp_path)
     after = Manifest.read(folder)
-    assert after.parity == before.parity.model_copy(update={"arithmetic": ("f32", "bf16 (own attention kernel)")})
+    assert after.parity == before.parity.model_copy(
+        update={"arithmetic": (Arithmetic.F32, Arithmetic.BF16_OWN_ATTENTION)}
+    )
     with load(folder) as runtime:
-        assert runtime.arithmetic == "bf16 (own attention kernel)" and not runtime.unproven_arithmetic
+        assert runtime.arithmetic is Arithmetic.BF16_OWN_ATTENTION and not runtime.unproven_arithmetic
         assert runtime.predict([("red planet", "Mars is the red planet.")]) == pytest.approx(scores, abs=0.1)
     assert "used here from now on" not in said("ettin-verify", folder, cwd=tmp_path)
     assert Manifest.read(folder) == after

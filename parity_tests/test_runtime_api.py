@@ -109,7 +109,7 @@ def test_batch_size_bounds_batches(
     with load(demo_artifacts["onnx", "fp32"]) as runtime:
         sizes: list[int] = []
         original = runtime.score
-        monkeypatch.setattr(runtime, "score", lambda batch: (sizes.append(len(batch)), original(batch))[1])
+        monkeypatch.setattr(runtime.scheduler, "_score", lambda batch: (sizes.append(len(batch)), original(batch))[1])
         runtime.predict(PAIRS, batch_size=2)
     assert max(sizes) <= 2 and sum(sizes) == len(PAIRS)
 
@@ -314,7 +314,7 @@ def test_an_error_in_a_batch_reaches_the_caller(
         def fail(batch: Batch) -> Any:
             raise HardwareError("the engine is gone")
 
-        monkeypatch.setattr(runtime, "score", fail)
+        monkeypatch.setattr(runtime.scheduler, "_score", fail)
         with pytest.raises(HardwareError, match="the engine is gone"):
             runtime.predict(PAIRS * 10)
 

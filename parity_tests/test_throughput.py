@@ -116,7 +116,7 @@ def test_token_budget_is_the_users(demo_artifacts: Artifacts) -> None:
     with load(demo_artifacts["openvino", "fp32"], batch_tokens=64, threads=1) as runtime:
         sizes: list[int] = []
         score: Callable[..., Any] = runtime.score
-        runtime.score = lambda batch: sizes.append(len(batch)) or score(batch)  # type: ignore[method-assign, func-returns-value]
+        runtime.scheduler._score = lambda batch: sizes.append(len(batch)) or score(batch)  # type: ignore[func-returns-value]
         runtime.predict([("a", "b")] * 40)
     assert runtime.limits.batch_tokens == 64 and sizes == [4] * 10
     with pytest.raises(UsageError, match="batch_tokens is 0, expected 1 or more"):

@@ -422,7 +422,7 @@ def test_packed_engine(demo: Checkpoint, demo_artifacts: Artifacts, tmp_path: Pa
     plan = manifest.model_copy(
         update={
             "target": "trt", "precision": "bf16", "entry": "engine/model.engine", "interface": PACKED,
-            "graph": manifest.graph | {"batch_tokens": 512, "batch_pairs": 8},
+            "graph": manifest.graph.model_copy(update={"batch_tokens": 512, "batch_pairs": 8}),
             "engine": Engine(arch="sm_90", profiles=profiles, fused_attentions=None),
         }
     )  # fmt: skip

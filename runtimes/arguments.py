@@ -1,4 +1,4 @@
-"""What users pass to `predict` and `rank`: pairs, documents and activations, checked."""
+"""Checks of the arguments of `predict` and `rank`: pairs, documents and activations."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -12,15 +12,9 @@ Pair = tuple[str, str]
 
 
 def pairs_from_inputs(inputs: Any) -> tuple[list[Pair], bool]:
-    """Checked pairs, and whether `inputs` was one pair rather than many.
+    """The pairs of a pair or an iterable of pairs, and whether it was one pair; raises `InputError`.
 
-    Like CrossEncoder, a list or tuple whose first element is not itself a list, tuple or array is one pair.
-
-    Args:
-        inputs: a pair, or an iterable of pairs: lists, tuples, arrays, generators.
-
-    Raises:
-        InputError: names the pair, what was found and what was expected.
+    As in CrossEncoder, a list or tuple whose first element is not itself a list, tuple or array is one pair.
     """
     if isinstance(inputs, str) or not isinstance(inputs, Iterable):
         raise InputError(
@@ -33,7 +27,7 @@ def pairs_from_inputs(inputs: Any) -> tuple[list[Pair], bool]:
     single = bool(items) and not isinstance(items[0], (list, tuple, np.ndarray))
     if single and isinstance(inputs, (list, tuple, np.ndarray)):
         return [_pair(items, "the pair")], True
-    return [_pair(item, f"pair {at}") for at, item in enumerate(items)], False
+    return [_pair(item, f"pair {index}") for index, item in enumerate(items)], False
 
 
 def _pair(item: Any, name: str) -> Pair:
@@ -45,25 +39,17 @@ def _pair(item: Any, name: str) -> Pair:
 
 
 def text(value: Any, name: str) -> str:
-    """`value` if it is a string.
-
-    Raises:
-        InputError: it is something else.
-    """
+    """Raises `InputError` unless `value` is a string."""
     if not isinstance(value, str):
         raise InputError(f"{name}: expected a string, found {_kind(value)}")
     return value
 
 
 def documents_from_input(documents: Any) -> list[str]:
-    """Checked documents of one query.
-
-    Raises:
-        InputError: not an iterable of strings.
-    """
+    """The documents of one query; raises `InputError` unless they are an iterable of strings."""
     if isinstance(documents, (str, bytes, dict)) or not isinstance(documents, Iterable):
         raise InputError(f"documents: expected a list of strings, found {_kind(documents)}")
-    return [text(value, f"document {at}") for at, value in enumerate(documents)]
+    return [text(document, f"document {index}") for index, document in enumerate(documents)]
 
 
 def _kind(value: Any) -> str:
@@ -88,15 +74,12 @@ _BY_NAME: dict[str, Activation] = {"identity": identity, "sigmoid": sigmoid}
 
 
 def resolved(activation: Any, default: str) -> Activation:
-    """The function that an `activation_fn` argument means.
+    """The function for an `activation_fn` argument; raises `UsageError`.
 
     Args:
         activation: None (the artifact's own), a name, a function of an array, or, so that CrossEncoder's
             callers need no change, `torch.nn.Identity()` or `torch.nn.Sigmoid()` (known by their class names).
         default: name of the artifact's own.
-
-    Raises:
-        UsageError: something else.
     """
     if activation is None:
         return _BY_NAME[default]

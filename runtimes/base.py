@@ -1,16 +1,16 @@
-"""What every runtime shares: CrossEncoder's interface over an engine that scores batches."""
+"""The base of all runtimes: CrossEncoder's interface over an engine that scores batches."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ettin.artifacts.errors import DamagedArtifact, UsageError
+from ettin.artifacts.manifest import Arithmetic
 from ettin.artifacts.opened import OpenArtifact
 from ettin.runtimes import processes
 from ettin.runtimes.arguments import documents_from_input, pairs_from_inputs, resolved, text
@@ -20,11 +20,7 @@ from ettin.runtimes.tokenizer import artifact_tokenizer
 
 
 def _loaded_again(folder: str, settings: "Settings", digest: str) -> "Runtime":
-    """What unpickling calls.
-
-    Raises:
-        DamagedArtifact: another artifact is at that path.
-    """
+    """Loads a runtime that is unpickled."""
     from ettin.runtimes.loading import load
 
     runtime = load(folder, **vars(settings))
@@ -36,18 +32,7 @@ def _loaded_again(folder: str, settings: "Settings", digest: str) -> "Runtime":
 
 @dataclass(frozen=True)
 class Settings:
-    """What a user chooses at load.
-
-    Args:
-        device: "cpu" or "cuda".
-        threads: CPU threads; None: `cpu.available_cpus`.
-        streams: batches scored at the same time, among which threads are divided; None: the backend's best for many
-            pairs.
-        cache_dir: where the engine may keep its compiled form; None: nowhere.
-        max_length: tokens that pairs are truncated to; None: the artifact's.
-        batch_tokens: token budget of a batch, padding included; None: the backend's, chosen by measurement.
-        allow_unverified: compute in whatever the machine has, proven for this artifact or not.
-    """
+    """The user's choices; see `load`."""
 
     device: str = "cpu"
     threads: int | None = None
@@ -58,11 +43,7 @@ class Settings:
     allow_unverified: bool = False
 
     def refuse(self, target: str, *names: str) -> None:
-        """For a backend that has no use for some settings.
-
-        Raises:
-            UsageError: one of `names` was set.
-        """
+        """Raises `UsageError` if a setting is given that the engine does not have."""
         for name in names:
             if getattr(self, name) is not None:
                 where = f"target '{target}' on device '{self.device}'"
@@ -70,13 +51,13 @@ class Settings:
 
 
 class Evaluations:
-    """Results of sentence-transformers' evaluators: by evaluator's name, metric → value."""
+    """Results of sentence-transformers' evaluators, by the evaluator's name: metric → value."""
 
     def __init__(self) -> None:
         self.metrics: dict[str, dict[str, Any]] = {}
 
     def set_evaluation_metrics(self, evaluator: Any, metrics: dict[str, Any], epoch: int = 0, step: int = 0) -> None:
-        """Called by an evaluator at its end."""
+        """Called by an evaluator with its results."""
         self.metrics[evaluator.name] = dict(metrics)
 
 
@@ -85,8 +66,8 @@ class Runtime(ABC):
 
     Args:
         artifact: open; nothing is read from it afterwards.
-        settings: the user's.
-        limits: the batches that the backend takes.
+        settings: the user's choices.
+        limits: the batches that the engine takes.
 
     Raises:
         DamagedArtifact: the tokenizer is damaged, or is not the model's.
@@ -100,16 +81,14 @@ class Runtime(ABC):
         self.settings, self.limits = settings, limits
         self.tokenizer = artifact_tokenizer(artifact)
         self.max_length = self._checked_length(settings.max_length)
-        # `score` is looked up at each call, so a method that is replaced (to count or trace batches) sees every batch.
-        pad = self.manifest.tokenizer.pad_token_id
-        self.scheduler = Scheduler(self.tokenizer, lambda batch: self.score(batch), limits, pad)  # noqa: PLW0108
+        self.scheduler = Scheduler(self.tokenizer, self.score, limits, self.manifest.tokenizer.pad_token_id)
         self._is_released = False
         self.evaluations = Evaluations()
         processes.keep_in_children(self)
 
     @abstractmethod
     def score(self, batch: Batch) -> NDArray[np.float32]:
-        """Score tokenised query–document pairs. Re-entrant.
+        """Scores tokenised pairs. Re-entrant.
 
         Args:
             batch: ids int32 [tokens], cu_seqlens int32 [pairs + 1]; batch.padded(multiple)
@@ -125,17 +104,17 @@ class Runtime(ABC):
     @property
     @abstractmethod
     def description(self) -> str:
-        """Engine, device and precision that really run, in a few words."""
+        """Engine, device and precision that run, in a few words."""
 
     @property
     @abstractmethod
-    def arithmetic(self) -> str:
-        """Type that the engine computes in: "f32", "bf16", "f16"."""
+    def arithmetic(self) -> Arithmetic:
+        """What the engine computes in."""
 
     @property
-    def unproven_arithmetic(self) -> str:
-        """What would be faster on this machine, but was not proven for this artifact; "" for nothing."""
-        return ""
+    def unproven_arithmetic(self) -> Arithmetic | None:
+        """What would be faster on this machine, but was not proven for this artifact; None: nothing."""
+        return None
 
     def predict(
         self,
@@ -155,13 +134,13 @@ class Runtime(ABC):
 
         Args:
             inputs: (query, document) pairs in any iterable, or one pair.
-            batch_size: pairs in a batch, at most; batches are cut by token budget first. None: budget alone.
-            show_progress_bar: a bar on stderr.
+            batch_size: maximum number of pairs in a batch; None: the token budget alone limits it.
+            show_progress_bar: show a progress bar on stderr.
             activation_fn: None (the artifact's own: raw logits), "identity", "sigmoid", or a function of a
                 float32 array.
-            apply_softmax: accepted for CrossEncoder's callers; without effect on a single logit, as there.
-            convert_to_numpy: accepted likewise; scores are NumPy either way.
-            convert_to_tensor: must be False: no torch here. Use `torch.from_numpy`.
+            apply_softmax: accepted for CrossEncoder's callers; no effect on a single logit, as there.
+            convert_to_numpy: accepted for CrossEncoder's callers; scores are NumPy arrays either way.
+            convert_to_tensor: must be False, since this package does not import torch. Use `torch.from_numpy`.
             max_length: tokens that pairs are truncated to (`longest_first`); None: as loaded.
             prompt_name: must be None: these models have no prompts.
             prompt: must be None.
@@ -205,7 +184,7 @@ class Runtime(ABC):
         Args:
             query: the query.
             documents: the documents, in any iterable.
-            top_k: results returned, at most; None: all.
+            top_k: maximum number of results; None: all.
             return_documents: also return each document, as "text".
             batch_size: see `predict`.
             show_progress_bar: see `predict`.
@@ -230,8 +209,8 @@ class Runtime(ABC):
             activation_fn=activation_fn,
             max_length=max_length,
         ).tolist()
-        order = sorted(range(len(scores)), key=lambda at: scores[at], reverse=True)[:top_k]
-        hits: list[dict[str, Any]] = [{"corpus_id": at, "score": scores[at]} for at in order]
+        order = sorted(range(len(scores)), key=scores.__getitem__, reverse=True)[:top_k]
+        hits: list[dict[str, Any]] = [{"corpus_id": index, "score": scores[index]} for index in order]
         if return_documents:
             for hit in hits:
                 hit["text"] = candidates[hit["corpus_id"]]
@@ -239,25 +218,23 @@ class Runtime(ABC):
 
     @property
     def model_card_data(self) -> "Evaluations":
-        """Where sentence-transformers' evaluators leave what they found."""
+        """The object that sentence-transformers' evaluators give their results to."""
         return self.evaluations
 
     def close(self) -> None:
-        """Frees the engine; scores that other threads still wait for fail with `Closed`. May be called again."""
+        """Releases the engine; requests of other threads fail with `Closed`. Closing twice is no error."""
         is_idle = self.scheduler.close(f"{self.folder}: this runtime is closed. Load it again")
         if is_idle and not self._is_released:
             self._is_released = True
             self._release()
 
     def _release(self) -> None:  # noqa: B027 (nothing to free is fine)
-        """Frees what the backend holds; called once, when no batch is being scored."""
+        """Releases the engine; called once, when no batch is being scored."""
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -265,8 +242,7 @@ class Runtime(ABC):
         return _loaded_again, (str(self.folder.absolute()), self.settings, self.manifest.digest)
 
     def __repr__(self) -> str:
-        made = self.manifest
-        return f"<{type(self).__name__} {made.name}/{made.target}-{made.precision}: {self.description}>"
+        return f"<{type(self).__name__} {self.manifest.full_name}: {self.description}>"
 
     def _checked_length(self, max_length: int | None) -> int:
         most = self.manifest.max_length_tokens

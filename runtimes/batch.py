@@ -1,4 +1,4 @@
-"""Ragged batches: what every backend scores, and how they are cut."""
+"""Batches without padding, which all engines score, and how they are cut."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ class Batch:
     Args:
         ids: int32 [tokens], the pairs one after the other.
         cu_seqlens: int32 [pairs + 1], where each begins and the last ends.
-        pad_token_id: what `padded` fills with.
+        pad_token_id: the id of padding.
     """
 
     ids: Ids
@@ -26,7 +26,7 @@ class Batch:
     @classmethod
     def of(cls, sequences: Sequence[Ids], pad_token_id: int) -> "Batch":
         """Joins sequences, each int32 [its tokens]."""
-        lengths = [0, *(len(each) for each in sequences)]
+        lengths = [0, *map(len, sequences)]
         ids = np.concatenate(sequences) if sequences else np.empty(0, np.int32)
         return cls(ids, np.cumsum(lengths, dtype=np.int32), pad_token_id)
 
@@ -39,10 +39,7 @@ class Batch:
         return int(np.diff(self.cu_seqlens).max(initial=0))
 
     def padded(self, multiple: int = 1) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The batch as a rectangle, for engines that want one.
-
-        Args:
-            multiple: the width is rounded up to a multiple of this.
+        """The batch with padding; the width is rounded up to a multiple of `multiple`.
 
         Returns:
             input_ids and attention_mask, int64 [pairs, width]; the mask is 1 for real tokens.
@@ -55,10 +52,7 @@ class Batch:
         return input_ids, mask.astype(np.int64)
 
     def laid_out(self, multiple: int = 1) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The batch as it is, for engines that take bounds.
-
-        Args:
-            multiple: padding is added at the end, to a multiple of this many tokens.
+        """The batch laid end to end, with padding at the end up to a multiple of `multiple` tokens.
 
         Returns:
             input_ids int64 [tokens], cu_seqlens int64 [pairs + 1].
@@ -68,29 +62,21 @@ class Batch:
         return input_ids, self.cu_seqlens.astype(np.int64)
 
     def packed(self) -> dict[str, NDArray[np.int64]]:
-        """The batch as the packed graph takes it.
-
-        Returns:
-            input_ids int64 [tokens], cu_seqlens int64 [pairs + 1], longest int64 [longest], whose values mean nothing.
-        """
-        longest = np.zeros(self.longest, np.int64)
-        return {
-            "input_ids": self.ids.astype(np.int64),
-            "cu_seqlens": self.cu_seqlens.astype(np.int64),
-            "longest": longest,
-        }
+        """The inputs of a packed graph, int64: input_ids [tokens], cu_seqlens [pairs + 1], longest [longest]."""
+        input_ids, cu_seqlens = self.laid_out()
+        return {"input_ids": input_ids, "cu_seqlens": cu_seqlens, "longest": np.zeros(self.longest, np.int64)}
 
 
 @dataclass(frozen=True)
 class BatchLimits:
-    """The batches that a backend takes.
+    """The batches that an engine takes.
 
     Args:
-        concurrency: calls of `score` that make progress at the same time.
+        concurrency: number of calls of `score` that make progress at the same time.
         batch_tokens: token budget of a batch, padding included.
         length_multiple: lengths are rounded up to this.
-        batch_pairs: maximum number of pairs in a batch; None: the budget alone.
-        in_parallel: whether concurrent calls compute at the same time, so that little work is divided among them;
+        batch_pairs: maximum number of pairs in a batch; None: no limit.
+        in_parallel: whether concurrent calls compute at the same time, so that a little work is divided among them;
             False: they take turns on one device.
     """
 
@@ -109,13 +95,13 @@ def round_up(value: int, multiple: int) -> int:
 def cut(
     lengths: Sequence[int], max_tokens: int, multiple: int = 1, max_pairs: int | None = None
 ) -> Iterator[list[int]]:
-    """Cuts pairs into batches of like lengths by token budget, longest first.
+    """Cuts pairs into batches of similar lengths by token budget, longest first.
 
     Args:
         lengths: tokens of each pair.
-        max_tokens: budget of a batch, padding included; a pair over it goes alone.
+        max_tokens: budget of a batch, padding included; a longer pair has a batch of its own.
         multiple: the widths of batches are rounded up to this.
-        max_pairs: pairs in a batch, at most.
+        max_pairs: maximum number of pairs in a batch.
 
     Yields:
         Indices into `lengths`, a batch at a time; every index once.

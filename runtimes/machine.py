@@ -1,5 +1,6 @@
 """What this machine has: its processor, its GPUs as the NVIDIA driver lists them, and its installed packages."""
 
+import contextlib
 import functools
 import importlib.metadata
 import json
@@ -22,46 +23,34 @@ def installed_version(package: str) -> str:
 
 def installed_versions(packages: Iterable[str]) -> dict[str, str]:
     """Version by distribution name, of those that are installed."""
-    found = {}
+    versions = {}
     for package in packages:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU.
+    """One GPU."""
 
-    Args:
-        name: such as "NVIDIA GeForce RTX 3090".
-        arch: compute capability, such as "sm_86".
-        driver: version of the driver.
-    """
-
-    name: str
-    arch: str
-    driver: str
+    name: str  # such as "NVIDIA GeForce RTX 3090"
+    arch: str  # its compute capability, such as "sm_86"
+    driver: str  # version of the driver
 
 
 @functools.cache
 def gpus() -> list[Gpu]:
-    """All GPUs, in the driver's order; none without a driver. Asked once in a process.
-
-    Raises:
-        HardwareError: there is a driver, and it fails.
-    """
+    """All GPUs, in the driver's order; none without a driver. Raises `HardwareError` if the driver fails."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return []
     query = [program, "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"]
-    found = subprocess.run(query, capture_output=True, text=True, check=False, timeout=20)
-    if found.returncode:
-        reason = (found.stderr or found.stdout).strip().partition("\n")[0][:120]
+    answer = subprocess.run(query, capture_output=True, text=True, check=False, timeout=20)
+    if answer.returncode:
+        reason = (answer.stderr or answer.stdout).strip().partition("\n")[0][:120]
         raise HardwareError(f"the NVIDIA driver does not answer: nvidia-smi says '{reason}'. Reinstall the driver")
-    rows = (line.split(", ") for line in found.stdout.splitlines() if line.strip())
+    rows = (line.split(", ") for line in answer.stdout.splitlines() if line.strip())
     return [Gpu(name, "sm_" + capability.replace(".", ""), driver) for name, capability, driver in rows]
 
 
@@ -80,23 +69,24 @@ INTERESTING = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx
 
 
 @functools.cache
-def flags() -> frozenset[str]:
-    """Feature flags of the first processor, as Linux names them; empty where there is no /proc/cpuinfo."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return frozenset()
-    return frozenset(next((line.split(":")[1].split() for line in lines if line.startswith("flags")), []))
+def _cpu_info(key: str) -> str:
+    """A value of the first processor in /proc/cpuinfo; "" where there is none."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith(key):
+                return line.split(":")[1].strip()
+    return ""
 
 
 @functools.cache
+def flags() -> frozenset[str]:
+    """Feature flags of the first processor, as Linux names them; empty where there is no /proc/cpuinfo."""
+    return frozenset(_cpu_info("flags").split())
+
+
 def model_name() -> str:
-    """The processor's own name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return "unknown processor"
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown processor")
+    """The name of the processor."""
+    return _cpu_info("model name") or "unknown processor"
 
 
 def isa_limit() -> str | None:
@@ -108,7 +98,7 @@ def isa_limit() -> str | None:
 def has_bf16() -> bool:
     """Whether bf16 arithmetic is there and not switched off by `ONEDNN_MAX_CPU_ISA`.
 
-    OpenVINO's own capability list ignores that limit: a bf16 graph then fails to compile.
+    OpenVINO's own list of capabilities ignores that limit: a bf16 graph then fails to compile.
     """
     return _limit_reaches(_FIRST_BF16) and bool(flags() & {"avx512_bf16", "amx_bf16"})
 
@@ -119,9 +109,9 @@ def has_amx_bf16() -> bool:
 
 
 def lacks_vnni() -> bool:
-    """Whether this is known to be a processor without integer dot products, or one where they are switched off.
+    """Whether this processor is known to have no integer dot products, or they are switched off.
 
-    Without them, sums of 8-bit products saturate at 16 bits: int8 scores would be wrong without a word.
+    Without them, sums of 8-bit products saturate at 16 bits, so int8 scores would be silently wrong.
     """
     return bool(flags()) and not (_limit_reaches(_FIRST_VNNI) and flags() & {"avx_vnni", "avx512_vnni", "amx_int8"})
 
@@ -132,13 +122,10 @@ def _limit_reaches(first: int) -> bool:
 
 
 def available_cpus(system: Path = Path("/sys")) -> int:
-    """Threads that pay: one for each core that this process may use, within a container's CPU limit.
+    """Number of cores that this process may use, within a container's CPU limit.
 
-    On a hybrid processor these are its performance cores. A second thread on a core (hyperthreading) is not
-    counted: both would share the units that matrix products wait for.
-
-    Args:
-        system: where sysfs is mounted.
+    On a hybrid processor only performance cores count. A second thread on a core (hyperthreading) does not count: both
+    would share the units that matrix products wait for.
     """
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
     allowed = allowed & _cpu_list(system / "devices/cpu_core/cpus") or allowed
@@ -158,49 +145,29 @@ def _cpu_list(path: Path) -> set[int]:
         ranges = [part.split("-") for part in path.read_text(encoding="ascii").strip().split(",") if part]
     except OSError:
         return set()
-    return {cpu for each in ranges for cpu in range(int(each[0]), int(each[-1]) + 1)}
+    return {cpu for part in ranges for cpu in range(int(part[0]), int(part[-1]) + 1)}
 
 
 def _quota(system: Path) -> int | None:
     """Processors that a cgroup (v2 or v1) allows, rounded up; None: no limit."""
-    group = system / "fs/cgroup"
-    try:
-        quota, period = (group / "cpu.max").read_text(encoding="ascii").split()
-    except (OSError, ValueError):
-        try:
-            quota, period = (
-                (group / "cpu" / name).read_text(encoding="ascii").strip()
-                for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us")
-            )
-        except OSError:
-            return None
-    return math.ceil(int(quota) / int(period)) if quota.isdigit() and int(quota) > 0 else None
+    for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):
+        with contextlib.suppress(OSError, ValueError):
+            text = " ".join((system / "fs/cgroup" / name).read_text(encoding="ascii") for name in names)
+            quota, period = text.split()
+            return math.ceil(int(quota) / int(period)) if quota.isdigit() and int(quota) > 0 else None
+    return None
 
 
 @dataclass(frozen=True)
 class CpuPlan:
-    """How CPU threads are divided.
-
-    Args:
-        streams: batches that are scored at the same time.
-        threads_per_stream: threads that share one batch.
-    """
+    """How CPU threads are divided among the batches that are scored at the same time."""
 
     streams: int
     threads_per_stream: int
 
     @classmethod
     def of(cls, threads: int | None, streams: int | None) -> "CpuPlan":
-        """A plan for this machine.
-
-        Args:
-            threads: None: `available_cpus`.
-            streams: None: one for each thread, which gives the most pairs a second. One stream gives a single
-                pair its score soonest.
-
-        Raises:
-            UsageError: more streams than threads.
-        """
+        """A plan for this machine; see `load`. Raises `UsageError` for more streams than threads."""
         threads = threads or available_cpus()
         streams = streams or threads
         if streams > threads:

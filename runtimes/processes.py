@@ -1,12 +1,11 @@
-"""Threads that no error ends, and what an engine needs from its process: its forks, its end, its memory.
+"""Worker threads, and how engines survive forks and the end of their process.
 
 An engine's threads do not survive a fork. A forked process can't use the engine, and can't free it either: OpenVINO's
-destructors wait for its threads for ever (seen with 2026.4.1). The scheduler refuses to score there; here, engines are
-kept until the forked process ends.
+destructors wait for its threads for ever (seen with 2026.4.1). So the scheduler refuses to score in a forked process,
+and this module keeps engines until it ends.
 
-ONNX Runtime 1.32 starts a telemetry thread when it is imported, and a process that was forked after that never ends:
-it waits for this thread at exit. The thread is not started if ORT_DISABLE_TELEMETRY is set. This module sets it unless
-the user did.
+ONNX Runtime 1.32 starts a telemetry thread when it is imported, for which a process that was forked later waits at its
+end, for ever. This module sets ORT_DISABLE_TELEMETRY, unless the user did, so that the thread is not started.
 """
 
 import atexit
@@ -23,9 +22,11 @@ from ettin.artifacts.errors import Closed, HardwareError
 
 PAUSE_S = 0.01  # after an error that belongs to no request
 
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
 
 class Threads:
-    """Named daemon threads that repeat a piece of work. Its owner's lock guards it."""
+    """Named daemon threads that repeat a piece of work, whatever it raises. The owner's lock guards this object."""
 
     def __init__(self) -> None:
         self._alive: set[threading.Thread] = set()
@@ -36,15 +37,9 @@ class Threads:
         return {thread.name for thread in self._alive}
 
     def start(self, name: str, count: int, turn: Callable[[], bool]) -> None:
-        """Starts those of `count` threads that are missing.
+        """Starts those of `count` threads that are missing; a thread ends when `turn` returns False.
 
-        Args:
-            name: what their names begin with.
-            count: how many there should be.
-            turn: one piece of work; False ends the thread.
-
-        Raises:
-            HardwareError: the system starts no thread, and there is none of that name.
+        Raises `HardwareError` if the system starts no thread, and there is none of that name.
         """
         for number in range(count):
             full_name = f"{name}-{number}"
@@ -60,7 +55,7 @@ class Threads:
             self._alive.add(thread)
 
     def leave(self) -> None:
-        """The calling thread is about to end: it is not counted any more, so that another is started in its place."""
+        """Stops counting the calling thread, which is about to end, so that another is started in its place."""
         self._alive.discard(threading.current_thread())
 
     def others(self) -> set[threading.Thread]:
@@ -69,7 +64,7 @@ class Threads:
 
 
 def join(threads: Iterable[threading.Thread], timeout_s: float) -> bool:
-    """Waits for threads to end; whether all did."""
+    """Waits for threads to end, and returns whether all did."""
     deadline_s = time.monotonic() + timeout_s
     for thread in threads:
         thread.join(max(0.0, deadline_s - time.monotonic()))
@@ -85,9 +80,6 @@ def _repeat(turn: Callable[[], bool]) -> None:
         time.sleep(PAUSE_S)
 
 
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-
-
 class _Closable(Protocol):
     def close(self, reason: str) -> bool: ...
 
@@ -97,7 +89,7 @@ _open: "weakref.WeakSet[_Closable]" = weakref.WeakSet()
 
 
 def keep_in_children(holder: Any) -> None:
-    """What `holder` refers to is never freed in a process that is forked from this one."""
+    """Never frees what `holder` refers to in a process that is forked from this one."""
     _holders.add(holder)
 
 
@@ -107,14 +99,7 @@ def _keep_all() -> None:
 
 
 def refuse_child(process: int) -> None:
-    """Refuses to score in a process that was forked from the one that loaded the engine.
-
-    Args:
-        process: the one that loaded it.
-
-    Raises:
-        Closed: this is another process.
-    """
+    """Raises `Closed` in a process other than `process`, which loaded the engine."""
     if os.getpid() != process:
         raise Closed(
             f"this runtime was loaded in process {process}, from which process {os.getpid()} was forked; engines do "
@@ -126,15 +111,15 @@ def refuse_child(process: int) -> None:
 def give_memory_back() -> None:
     """Returns free memory to the system; takes milliseconds.
 
-    glibc keeps what it once needed: after large requests were abandoned, a server of 160 MiB stayed at 420 to 590.
+    glibc keeps it otherwise: after large requests were abandoned, a server of 160 MiB stayed at 420 to 590.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None  # glibc alone has it
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # only glibc has it
     if trim is not None:
         trim(0)
 
 
 def close_at_exit(scheduler: _Closable) -> None:
-    """Batches of `scheduler` end before the interpreter does: engines do not survive its end."""
+    """Closes `scheduler` before the interpreter ends, which engines do not survive."""
     _open.add(scheduler)
 
 
@@ -144,5 +129,4 @@ def _close_all() -> None:
         scheduler.close("the process is ending")
 
 
-if hasattr(os, "register_at_fork"):  # Windows has no fork
-    os.register_at_fork(after_in_child=_keep_all)
+os.register_at_fork(after_in_child=_keep_all)

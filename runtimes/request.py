@@ -1,12 +1,11 @@
-"""One caller's pairs on their way through the scheduler."""
+"""A caller's pairs on their way through the scheduler, and how batches are chosen from all requests."""
 
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,35 +17,33 @@ from ettin.runtimes.processes import PAUSE_S
 from ettin.runtimes.tokenizer import CHARACTERS_PER_TOKEN, Encoded
 
 _PATIENCE = 64
-_ENGLISH_CHARACTERS_PER_TOKEN = 4  # only decides who is next
-_AHEAD_PAIRS = 2048  # of one request, tokenised and waiting: enough for batches of like lengths
+_ENGLISH_CHARACTERS_PER_TOKEN = 4  # estimates the work of a request
+# Tokenised pairs of one request that may wait: enough for batches of similar lengths.
+_AHEAD_PAIRS = 2048
 _AHEAD_TOKENS = 1 << 20
-_SLICE_PAIRS = 128  # tokenised at a time, so that a large request does not keep others waiting
-_SLICE_CHARACTERS = 1 << 20  # … which takes about 80 MiB while it lasts
-_SHOWN_EVERY_S = 0.1
+# Pairs and characters that are tokenised at a time, so that a large request does not keep others waiting. A million
+# characters take about 80 MiB meanwhile.
+_SLICE_PAIRS = 128
+_SLICE_CHARACTERS = 1 << 20
+_CHOICE = 4  # batches' worth of pairs to choose from: as little padding as with 32, and requests end in order
 
 
 @dataclass(frozen=True)
 class Scored:
-    """The result of a request.
+    """The result of a request, in the order of its pairs."""
 
-    Args:
-        logits: raw, float32 [pairs], in the order of the pairs.
-        tokens: number of tokens of each pair, as scored, int32 [pairs].
-    """
-
-    logits: NDArray[np.float32]
-    tokens: NDArray[np.int32]
+    logits: NDArray[np.float32]  # raw, [pairs]
+    tokens: NDArray[np.int32]  # number of tokens of each pair, as scored
 
 
 class Request:
-    """Pairs, which of them wait and the scores so far. The scheduler's lock guards everything that changes.
+    """Pairs, and their scores so far. The scheduler's lock guards everything that changes.
 
     Args:
         pairs: (query, document).
         max_length: tokens that pairs are truncated to.
-        is_cancelled: whether the caller does not want the result any more.
-        timeout_s: time until the request expires; None: never.
+        is_cancelled: says whether the caller does not want the result any more.
+        timeout_s: seconds until the request expires; None: never.
         batch_pairs: maximum number of pairs in a batch; None: no limit.
         refuse_truncated: fail if a pair would be truncated, before any is scored.
         caller_tokenises: the caller's own thread tokenises.
@@ -74,25 +71,25 @@ class Request:
         )
         self.logits = np.empty(len(pairs), np.float32)
         self.tokens = np.empty(len(pairs), np.int32)
-        self._taken = self._tokenised = 0  # pairs that a tokeniser took, and gave back
-        # Tokenised pairs that wait, shortest first: lengths, and beside them ids and places.
+        self._taken = self._tokenised = 0  # pairs that a thread took to tokenise them, and gave back
+        # Tokenised pairs that wait for the engine, shortest first: their lengths, and their ids and places.
         self.lengths: list[int] = []
         self._waiting: list[tuple[Ids, int]] = []
         self.waiting_tokens = 0
         self.done = 0
 
     def is_unwanted(self) -> bool:
-        """Whether nobody waits for it any more. Not asked under a lock: the answer may come from another process."""
+        """Whether nobody waits for the result. Do not call it under a lock: another process may have to answer."""
         return self.future.cancelled() or self._is_cancelled()
 
     def due_s(self, tokens_per_s: float) -> float:
-        """When the request should be done, see the scheduler; monotonic time."""
+        """Monotonic time at which the request should be done, see `scheduler`."""
         left = self._work_tokens * (1 - self.done / len(self.pairs))
         return self.arrival_s + _PATIENCE * left / tokens_per_s
 
     @property
     def has_untokenised(self) -> bool:
-        """Whether pairs are left that no tokeniser took."""
+        """Whether pairs are left to tokenise."""
         return self._taken < len(self.pairs)
 
     @property
@@ -112,7 +109,7 @@ class Request:
         return self.done == len(self.pairs)
 
     def take_slice(self) -> range | None:
-        """Indices of the pairs that are tokenised next; None: there are no more."""
+        """Takes the indices of the pairs that are tokenised next; None: there are no more."""
         start, characters = self._taken, 0
         while self._taken < min(start + _SLICE_PAIRS, len(self.pairs)) and characters < _SLICE_CHARACTERS:
             characters += sum(
@@ -122,11 +119,7 @@ class Request:
         return range(start, self._taken) if self._taken > start else None
 
     def check(self, encoded: Sequence[Encoded], part: range) -> None:
-        """Refuses a request that must not be truncated.
-
-        Raises:
-            InputError: a pair of `part` does not fit; names it.
-        """
+        """Raises `InputError` if a pair of `part` is truncated and must not be."""
         for (_, is_truncated), index in zip(encoded, part, strict=True):
             if self._refuse_truncated and is_truncated:
                 raise InputError(
@@ -144,7 +137,7 @@ class Request:
         self._tokenised += len(part)
 
     def take(self, index: int) -> "tuple[Request, Ids, int]":
-        """Removes a pair that waits: this request, the pair's ids and its place in the request."""
+        """Takes a pair that waits: this request, the pair's ids and its place in the request."""
         self.waiting_tokens -= self.lengths.pop(index)
         return self, *self._waiting.pop(index)
 
@@ -153,58 +146,24 @@ class Request:
         self.future.set_result(Scored(self.logits, self.tokens))
 
     def expired(self) -> Expired:
-        """The error of a request whose time is over."""
+        """The error of a request that has expired."""
         done = f"{self.done} of {len(self.pairs)} pairs were scored"
         return Expired(f"the request was not done after {self._timeout_s:g} s: {done}")
 
 
-class Progress:
-    """A progress bar that follows a request.
-
-    Args:
-        request: what is followed.
-        bar: a `tqdm` bar.
-    """
-
-    def __init__(self, request: Request, bar: Any) -> None:
-        self._request, self._bar = request, bar
-
-    def update(self) -> None:
-        """Shows the pairs that are scored now."""
-        self._bar.update(self._request.done - self._bar.n)
-
-    def result(self) -> Scored:
-        """Waits for the result."""
-        if self._bar.disable:
-            return self._request.future.result()
-        while True:
-            with suppress(TimeoutError):
-                result = self._request.future.result(_SHOWN_EVERY_S)
-                self.update()
-                return result
-            self.update()
-
-
 @contextmanager
 def failing(end: Callable[[Request, EttinError], None], requests: Callable[[], Sequence[Request]]) -> Iterator[None]:
-    """Fails requests with whatever is raised, `MemoryError`, a panic of a Rust library and `SystemExit` included.
-
-    Args:
-        end: ends a request with an error.
-        requests: those that are affected, asked when something was raised.
-    """
+    """Fails `requests` with whatever the block raises, `MemoryError`, a panic in Rust and `SystemExit` included."""
     try:
         yield
     except BaseException as error:
-        named = error if isinstance(error, EttinError) else ScoringError.caused_by(error)
+        failure = error if isinstance(error, EttinError) else ScoringError.caused_by(error)
         affected = requests()
         for request in affected:
-            end(request, named)
+            end(request, failure)
         if not affected:
             time.sleep(PAUSE_S)
 
-
-_CHOICE = 4  # batches' worth of pairs to choose from: as little padding as with 32, and requests end in order
 
 Chosen = list[tuple[Request, Ids, int]]
 
@@ -213,12 +172,9 @@ def next_batch(first: Request, requests: Sequence[Request], limits: BatchLimits)
     """Takes the longest pair of `first`, and the longest pairs of all requests that fit beside it.
 
     Args:
-        first: the request that is next; pairs of it wait.
+        first: the request that is next; it has waiting pairs.
         requests: all requests, in the order in which they should be done.
         limits: the batches that the engine takes.
-
-    Returns:
-        Request, ids and place of each pair; the pairs do not wait any more.
     """
     width = round_up(first.lengths[-1], limits.length_multiple)
     sizes = (max(1, _budget_tokens(requests, limits) // width), limits.batch_pairs, first.batch_pairs)
@@ -233,12 +189,12 @@ def next_batch(first: Request, requests: Sequence[Request], limits: BatchLimits)
         end = bisect_right(request.lengths, width)
         offers += [(request.lengths[index], index, request) for index in range(max(0, end - count + 1), end)]
     best = sorted(offers, key=lambda offer: -offer[0])[: count - 1]
-    # From the end of each request, so that the other indices stay what they are.
+    # From the end of each request, so that the other indices stay valid.
     return chosen + [request.take(index) for _, index, request in sorted(best, key=lambda offer: -offer[1])]
 
 
 def _budget_tokens(requests: Sequence[Request], limits: BatchLimits) -> int:
-    """Token budget of a batch: little work is divided among the streams."""
+    """Token budget of a batch; if little work waits, it is divided among the streams."""
     if not limits.in_parallel or limits.concurrency == 1:
         return limits.batch_tokens
     pairs = sum(len(request.lengths) for request in requests)

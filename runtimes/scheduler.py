@@ -1,19 +1,19 @@
-"""Pairs of all callers → shared batches → to each caller its own scores. One for `predict` and for every server.
+"""Scores the pairs of all callers in shared batches, for `predict` and for all servers.
 
-Whenever the engine has room, a batch is cut from all pairs that wait at that moment, whoever sent them. The request
-with the smallest `arrival + 64 × remaining work` is next. So a request that is nearly done is finished first, equal
-requests are served in order, small requests overtake large ones, and a large request is overtaken for at most 64 times
-as long as it takes alone (as long as it would take if 64 clients shared the engine).
+Whenever the engine has room, a batch is cut from all pairs that wait at that moment. The request with the smallest
+`arrival + 64 × remaining work` is next. So a request that is nearly done is finished first, equal requests are served
+in order, small requests overtake large ones, and a large request is overtaken for at most 64 times as long as it takes
+alone (as long as it would take if 64 clients shared the engine).
 
-Threads start with the first work and end when there was none for a while, so a runtime that nobody refers to any more
-is freed, closed or not.
+Threads start with the first work and end after a while without work, so a runtime that is not referred to any more is
+freed even if it was not closed.
 """
 
 import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import Future, InvalidStateError, wait
 from contextlib import suppress
 
 import numpy as np
@@ -25,13 +25,14 @@ from ettin.runtimes import processes
 from ettin.runtimes.arguments import Pair
 from ettin.runtimes.batch import Batch, BatchLimits
 from ettin.runtimes.processes import Threads, join
-from ettin.runtimes.request import Chosen, Progress, Request, Scored, failing, next_batch, requests_of
+from ettin.runtimes.request import Chosen, Request, Scored, failing, next_batch, requests_of
 from ettin.runtimes.tokenizer import PairTokenizer
 
 _FIRST_SPEED = 20_000.0  # tokens/s, until measured
-_TOKENISERS = 2  # threads that tokenise for callers that don't wait; each call uses all cores for many texts
-_IDLE_S = 10.0  # a thread without work for this long ends
+_TOKENISERS = 2  # threads that tokenise for callers that don't wait; for many texts each call uses all cores
+_IDLE_S = 10.0  # time without work after which a thread ends
 _JOIN_S = 30.0  # how long `close` waits for batches that the engine has begun
+_SHOWN_EVERY_S = 0.1  # between two updates of a progress bar
 
 
 class Scheduler:
@@ -54,13 +55,13 @@ class Scheduler:
         self._tokenizer, self._score, self._limits, self._pad_token_id = tokenizer, score, limits, pad_token_id
         self._process = os.getpid()
         self._lock = threading.Lock()
-        self._has_texts = threading.Condition(self._lock)  # tokenisers wait for it
-        self._has_pairs = threading.Condition(self._lock)  # workers wait for it
+        self._has_texts = threading.Condition(self._lock)  # tokenising threads wait for it
+        self._has_pairs = threading.Condition(self._lock)  # scoring threads wait for it
         self._changed = threading.Condition(self._lock)  # callers wait for it: room, or the end of a request
         self._threads = Threads()
         self._requests: dict[Request, None] = {}  # in order of their arrival
         self._waiting_pairs = 0  # not scored yet
-        self._closing = ""  # why nothing more is accepted
+        self._closing = ""  # the reason why nothing more is accepted
         self._tokens_per_s = _FIRST_SPEED
         self.batches = self.pairs = self.tokens = 0  # scored so far
         processes.close_at_exit(self)
@@ -72,7 +73,7 @@ class Scheduler:
 
     @property
     def queue_s(self) -> float:
-        """Seconds that the waiting pairs will take, at the measured speed."""
+        """Seconds that the waiting pairs will take at the measured speed."""
         mean = self.tokens / self.pairs if self.pairs else 128
         return self._waiting_pairs * mean / self._tokens_per_s
 
@@ -119,27 +120,31 @@ class Scheduler:
         self._accept(request, None, wait=False)
         try:
             with tqdm(total=len(pairs), desc="Scoring pairs", unit="pairs", disable=not progress) as bar:
-                shown = Progress(request, bar)
                 while (part := self._next_slice(request)) is not None:
-                    self._tokenise(request, part)  # not in `failing`: what is raised here is the caller's own
-                    shown.update()
-                return shown.result().logits
+                    self._tokenise(request, part)  # not in `failing`: the caller gets what is raised here
+                    bar.update(request.done - bar.n)
+                while progress and not request.future.done():
+                    wait([request.future], _SHOWN_EVERY_S)
+                    bar.update(request.done - bar.n)
+                logits = request.future.result().logits
+                bar.update(len(pairs) - bar.n)
+                return logits
         finally:
-            self._end(request)  # an interrupted caller, such as by Ctrl-C, does not want the rest
+            self._end(request)  # after Ctrl-C, the caller does not want the rest
 
     def close(self, reason: str = "this scheduler is closed", drain_s: float = 0.0) -> bool:
-        """Accepts nothing more, drains pending requests for at most `drain_s`, then fails the rest with `Closed`.
+        """Accepts nothing more, drains pending requests, then fails the rest with `Closed`.
 
         Args:
             reason: the text of the error.
-            drain_s: seconds that pending requests are given.
+            drain_s: time limit for pending requests.
 
         Returns:
-            Whether the engine is idle, so that it can be freed. A batch that it has begun is waited for, but not
-            for ever.
+            Whether the engine is idle, so that it can be released. A batch that it has begun is waited for, up to a
+            limit.
         """
         if os.getpid() != self._process:
-            return False  # its engine belongs to the parent process
+            return False  # the engine belongs to the parent process
         deadline_s = time.monotonic() + drain_s
         with self._lock:
             self._closing = self._closing or reason
@@ -185,10 +190,9 @@ class Scheduler:
             condition.notify_all()
 
     def _next(self, condition: threading.Condition, has_work: Callable[[Request], object]) -> Request | None:
-        """Waits for the next request that has such work, or is expired. Called with the lock held.
+        """Waits for the next request that has such work, or has expired; called with the lock held.
 
-        Returns:
-            None: there was no work for a while, and the thread must end: it is not counted any more.
+        Returns None if there was no work for a while; the thread is not counted any more and must end.
         """
         idle_until_s = time.monotonic() + _IDLE_S
         while True:
@@ -208,7 +212,7 @@ class Scheduler:
         return request.due_s(self._tokens_per_s)
 
     def _next_slice(self, request: Request) -> range | None:
-        """The pairs that a waiting caller tokenises next, when there is room for them; None: no more."""
+        """The pairs that a waiting caller tokenises next, as soon as there is room for them; None: no more."""
         with self._lock:
             while request in self._requests and request.has_untokenised and not request.has_room:
                 self._changed.wait()
@@ -218,7 +222,7 @@ class Scheduler:
         request: Request | None = None
         with failing(self._end, lambda: [request] if request else []):
             with self._lock:
-                request = self._next(self._has_texts, lambda each: each.has_room and not each.caller_tokenises)
+                request = self._next(self._has_texts, lambda other: other.has_room and not other.caller_tokenises)
                 if request is None:
                     return False
                 part = request.take_slice()
@@ -241,19 +245,16 @@ class Scheduler:
                 first = self._next(self._has_pairs, lambda request: request.has_pairs)
                 if first is None:
                     return False
-                chosen = (
-                    next_batch(first, sorted(self._requests, key=self._due_s), self._limits) if first.has_pairs else []
-                )
-            ended = {
-                request for request in {first: None} | dict.fromkeys(requests_of(chosen)) if self._ended_early(request)
-            }
+                if first.has_pairs:
+                    chosen = next_batch(first, sorted(self._requests, key=self._due_s), self._limits)
+            ended = {request for request in {first, *requests_of(chosen)} if self._ended_early(request)}
             chosen = [pair for pair in chosen if pair[0] not in ended]
             if chosen:
                 self._score_chosen(chosen)
         return True
 
     def _ended_early(self, request: Request) -> bool:
-        """Ends a request that nobody waits for any more, or whose time is over; whether it was one."""
+        """Ends a request that has expired or that nobody waits for, and returns whether the request is over."""
         if request.deadline_s <= time.monotonic():
             self._end(request, request.expired())
             return True
@@ -273,7 +274,7 @@ class Scheduler:
             requests = requests_of(chosen)
             if len(requests) == 1:
                 raise
-            for request in requests:  # who sent the pair that the engine can't score is found by scoring each alone
+            for request in requests:  # each alone, to find the one that the engine can't score
                 with failing(self._end, lambda request=request: [request]):  # type: ignore[misc]
                     self._score_chosen([pair for pair in chosen if pair[0] is request])
             return
@@ -295,10 +296,13 @@ class Scheduler:
                 self._end(request)
 
     def _end(self, request: Request, error: EttinError | None = None) -> None:
-        """The request is done, failed or unwanted. Its caller is told without the lock held."""
+        """Ends a request that is done, failed or unwanted; tells its caller without the lock held."""
         with self._lock:
-            if not self._remove(request):
+            if request not in self._requests:
                 return
+            del self._requests[request]
+            self._waiting_pairs -= len(request.pairs) - request.done
+            self._wake_all()
         with suppress(InvalidStateError):  # cancelled
             if error is not None:
                 request.future.set_exception(error)
@@ -306,11 +310,3 @@ class Scheduler:
                 request.succeed()
             else:
                 request.future.cancel()
-
-    def _remove(self, request: Request) -> bool:
-        if request not in self._requests:
-            return False
-        del self._requests[request]
-        self._waiting_pairs -= len(request.pairs) - request.done
-        self._wake_all()
-        return True

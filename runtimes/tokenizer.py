@@ -16,31 +16,26 @@ if TYPE_CHECKING:  # needs pydantic, which `bench/gpu.py` does without
 
 SPECIAL_TOKENS = 3  # [CLS] query [SEP] document [SEP]
 
-# A text is tokenised in pieces of this many characters for each token that is wanted, until there are enough tokens.
+# A text is tokenised in parts of this many characters for each token that is wanted, until there are enough tokens.
 CHARACTERS_PER_TOKEN = 8
 _LEAST_PIECE_CHARACTERS = 2048
-# Longest piece without a place where it may be cut. It bounds the memory and the time that one text can take.
+# Maximum length of a part that can't be cut. It bounds the memory and the time that one text can take.
 _MOST_PIECE_CHARACTERS = 1_000_000
-_COUNTED_TOKENS = 8192  # at a time, where a whole text is counted
-# Where a text may be cut so that the ids of the pieces are those of the text: before a space or line break that
-# follows something else, and between punctuation and a letter of a script that is written without spaces. The
-# pre-tokenizer (GPT-2's regular expression) begins a new word there, and NFC joins nothing across it. U+180E is a
-# space in some versions of Unicode.
+_COUNTED_TOKENS = 8192  # at a time, when a whole text is counted
+# Where a text may be cut so that the ids of the parts are those of the text: before a space or line break that follows
+# something else, and between punctuation and a letter of a script that is written without spaces. The pre-tokenizer
+# (GPT-2's regular expression) begins a new word there, and NFC joins nothing across it. U+180E is a space in some
+# versions of Unicode.
 _CUT = re.compile(
     "(?<=[^\\s\u180e])(?=[ \n])|(?<=[、。，！？；：])(?=[\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fff\uac00-\ud7a3])"
 )
 
 
 def kept_tokens(query: int, document: int, room: int) -> tuple[int, int]:
-    """How many tokens of each side `longest_first` truncation keeps.
+    """How many tokens of each side `longest_first` truncation keeps, of `room` tokens for both.
 
-    Source: `truncate_encodings` of the tokenizers library (its rule is not "cut the longer by one until it
-    fits": a side shorter than half the room is kept whole, else both get half, the longer one the odd token).
-
-    Args:
-        query: tokens of the query.
-        document: tokens of the document.
-        room: tokens that both may have together.
+    Source: `truncate_encodings` of the tokenizers library. A side shorter than half the room is kept whole, else both
+    get half, the longer one the odd token.
     """
     if query + document <= room:
         return query, document
@@ -52,23 +47,14 @@ def kept_tokens(query: int, document: int, room: int) -> tuple[int, int]:
 
 
 class Encoded(NamedTuple):
-    """A tokenised pair.
+    """A tokenised pair."""
 
-    Args:
-        ids: special tokens included, int32 [at most the length that was asked for].
-        is_truncated: whether tokens of the pair were left out.
-    """
-
-    ids: Ids
+    ids: Ids  # with special tokens
     is_truncated: bool
 
 
 def artifact_tokenizer(artifact: "OpenArtifact") -> "PairTokenizer":
-    """The tokenizer of an artifact.
-
-    Raises:
-        DamagedArtifact: it is damaged, or its token ids are not the model's.
-    """
+    """The tokenizer of an artifact; raises `DamagedArtifact`, also if it has token ids that the model lacks."""
     from ettin.artifacts.opened import TOKENIZER_NAME
 
     manifest = artifact.manifest
@@ -87,7 +73,7 @@ class PairTokenizer:
 
     Args:
         path: a `tokenizer.json`.
-        content: what was read from it and checked; None: it is read now.
+        content: the checked content of the file; None: read it.
 
     Raises:
         DamagedArtifact: not a tokenizer, or one that joins pairs in another way than [CLS] q [SEP] d [SEP].
@@ -114,13 +100,11 @@ class PairTokenizer:
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     def texts(self, texts: Sequence[str], enough: int | None = None) -> dict[str, Ids]:
-        """Ids of each distinct text, without special tokens.
-
-        A long text is tokenised piece by piece, and no further than needed.
+        """Ids of each distinct text, without special tokens. A long text is tokenised in parts, no further than needed.
 
         Args:
-            texts: what is tokenised.
-            enough: ids of a text that are wanted; None: all.
+            texts: the texts.
+            enough: number of ids that are needed of each text; None: all.
 
         Returns:
             By text, int32 [its tokens, or more than `enough` of them].
@@ -203,7 +187,7 @@ class PairTokenizer:
         return encoded
 
     def _count(self, text: str) -> int:
-        """Tokens of a whole text, which is tokenised piece by piece."""
+        """Number of tokens of a whole text, which is tokenised in parts."""
         start = count = 0
         while start < len(text):
             end = self._piece_end(text, start, _COUNTED_TOKENS)
@@ -213,7 +197,7 @@ class PairTokenizer:
 
 
 def _may_cut(tokenizer: tokenizers.Tokenizer) -> bool:
-    """Whether `_CUT` holds for this tokenizer: that of ModernBERT and of Ettin, in all parts that matter for it."""
+    """Whether `_CUT` is right for this tokenizer: it must be that of ModernBERT and Ettin in all that matters."""
     normalizer, splitter = tokenizer.normalizer, tokenizer.pre_tokenizer
     added = tokenizer.get_added_tokens_decoder().values()
     return (

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
 from ettin.artifacts.errors import ArtifactError, EttinError, ParityError
-from ettin.artifacts.manifest import Manifest, Parity
+from ettin.artifacts.manifest import Arithmetic, Manifest, Parity
 from ettin.artifacts.metrics import ScoreError, score_error
 from ettin.artifacts.opened import OpenArtifact
 from ettin.artifacts.parity import ParityCase, read_parity
@@ -47,7 +47,7 @@ class Verification:
     parity: Parity
     worst_pair: str
     runtime: str
-    unproven: str
+    unproven: Arithmetic | None
     artifact: str
 
     @property

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from ettin.artifacts.errors import OutputError, ParityError
-from ettin.artifacts.manifest import Manifest
+from ettin.artifacts.manifest import Arithmetic, Manifest
 from ettin.artifacts.opened import OpenArtifact
 from ettin.artifacts.signatures import SIGNATURE_NAME, read_private_key
 from ettin.runtimes.commands import console
@@ -55,18 +55,18 @@ def command(artifact: Path, trusted_key: Path | None, sign: Path | None, **setti
     click.echo(f"ok ({verification.parity.rule})")
     if verification.unproven and keeps_signature:
         reason = "recording it would invalidate the signature. Add --sign KEY to verify and sign it"
-        click.echo(f"{verification.unproven} is not verified: {reason}")
+        click.echo(f"{verification.unproven.description} is not verified: {reason}")
     elif verification.unproven:
-        _verify_unproven(artifact, verification, trusted_key=trusted_key, **settings)
+        _verify_unproven(artifact, verification, verification.unproven, trusted_key=trusted_key, **settings)
     if sign is not None:
         with OpenArtifact(artifact) as opened:
             opened.sign(sign)
         click.echo(f"signed: {SIGNATURE_NAME}")
 
 
-def _verify_unproven(artifact: Path, proven: Verification, **settings: Any) -> None:
+def _verify_unproven(artifact: Path, proven: Verification, unproven: Arithmetic, **settings: Any) -> None:
     """Verifies the faster arithmetic of this machine, and records it if it passes."""
-    faster = _verified(f"verify {proven.unproven}", artifact, unproven=True, **settings)
+    faster = _verified(f"verify {unproven.description}", artifact, unproven=True, **settings)
     if not faster.ok:
         click.echo(f"not within {faster.parity.rule}: not used, {proven.runtime.split(';')[0]} is used instead")
         return

@@ -21,7 +21,7 @@ class Stream:
 
     @property
     def handle(self) -> int:
-        """What engines call a stream."""
+        """The stream's address, as engines take it."""
         return int(self._stream)
 
     def device_bytes(self, size_bytes: int) -> int:
@@ -50,11 +50,11 @@ class Stream:
         _checked(cudart.cudaMemcpyAsync(host.ctypes.data, address, host.nbytes, kind, self._stream))
 
     def wait(self) -> None:
-        """Until all that was queued is done."""
+        """Waits until everything that was queued is done."""
         _checked(cudart.cudaStreamSynchronize(self._stream))
 
-    def recorded(self, work: Callable[[], None]) -> "Graph":
-        """What `work` queues, as one CUDA graph; it is not run yet."""
+    def recorded(self, work: Callable[[], None]) -> "CudaGraph":
+        """Records what `work` queues as one CUDA graph, without running it."""
         mode = cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         _checked(cudart.cudaStreamBeginCapture(self._stream, mode))
         try:
@@ -63,7 +63,7 @@ class Stream:
             graph = _checked(cudart.cudaStreamEndCapture(self._stream))
         ready = _checked(cudart.cudaGraphInstantiate(graph, 0))
         _checked(cudart.cudaGraphDestroy(graph))
-        return Graph(ready, self._stream)
+        return CudaGraph(ready, self._stream)
 
     def close(self) -> None:
         """Frees everything; arrays from `pinned` must not be used any more."""
@@ -75,7 +75,7 @@ class Stream:
         _checked(cudart.cudaStreamDestroy(self._stream))
 
 
-class Graph:
+class CudaGraph:
     """A recorded sequence of copies and kernels."""
 
     def __init__(self, ready: Any, stream: Any) -> None:
@@ -91,11 +91,7 @@ class Graph:
 
 
 def _checked(result: tuple[Any, ...]) -> Any:
-    """The value of a CUDA call.
-
-    Raises:
-        HardwareError: the call failed.
-    """
+    """The value of a CUDA call; raises `HardwareError` if it failed."""
     code, *values = result
     if int(code) != 0:
         _, text = cudart.cudaGetErrorString(code)

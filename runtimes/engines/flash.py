@@ -1,10 +1,9 @@
 """ModernBERT without padding on PyTorch's own FlashAttention-2 kernel.
 
 The kernel is `torch.nn.attention.varlen.varlen_attn` (torch 2.11 or later), so nothing is downloaded or compiled.
-`use_flash` puts it into transformers' stock model, which is the reference and the peer on GPUs. `FlashGraph` is our own
-graph on the same kernel: attention takes window and sequence bounds itself, so local layers need neither blocks nor
-masks; queries, keys and values come from one product, and so do the two halves of the MLP; the last layer computes one
-token of each sequence.
+`use_flash` puts it into transformers' stock model, which benchmarks compare with. `FlashGraph` is our own graph on the
+same kernel, which takes window and sequence bounds itself: local layers need neither blocks nor masks. Queries, keys
+and values come from one product, and so do the two halves of the MLP; the last layer computes one token of a sequence.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,21 +22,16 @@ from ettin.runtimes.batch import Batch
 
 Kernel = Callable[..., Tensor]
 
-_AMPERE = (8, 0)  # the first that the kernel is compiled for
-
 
 def flash_kernel() -> Kernel:
-    """PyTorch's kernel.
-
-    Raises:
-        HardwareError: no CUDA device that it runs on, or a torch without it.
-    """
+    """PyTorch's kernel; raises `HardwareError` if it does not run here, or this torch has none."""
     if not torch.cuda.is_available():
         raise HardwareError("FlashAttention-2 runs on CUDA devices, torch finds none. Run: ettin-export --doctor")
-    capability = torch.cuda.get_device_capability()
-    if capability < _AMPERE:
-        found = f"sm_{capability[0]}{capability[1]}"
-        raise HardwareError(f"FlashAttention-2 needs sm_80 or later, {torch.cuda.get_device_name()} is {found}")
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        raise HardwareError(
+            f"FlashAttention-2 needs sm_80 or later, {torch.cuda.get_device_name()} is sm_{major}{minor}"
+        )
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -46,7 +40,7 @@ def flash_kernel() -> Kernel:
 
 
 def use_flash(model: Any, kernel: Kernel) -> None:
-    """Makes a transformers model attend with `kernel`; it then takes what `flash_logits` gives it, and nothing else.
+    """Makes a transformers model attend with `kernel`; it is then called by `flash_logits` only.
 
     Args:
         model: a ModernBERT model of transformers 5, in bf16 for the real kernel.
@@ -58,7 +52,7 @@ def use_flash(model: Any, kernel: Kernel) -> None:
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, *, scaling: float,
         sliding_window: int | None, cu_seq_lens_q: Tensor, max_length_q: int, **_: Any,
     ) -> tuple[Tensor, None]:  # fmt: skip
-        q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))
+        q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
         mixed = kernel(
             q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling,
             window_size=window_size(sliding_window),
@@ -69,7 +63,7 @@ def use_flash(model: Any, kernel: Kernel) -> None:
 
 
 def window_size(sliding_window: int | None) -> tuple[int, int]:
-    """A layer's window as kernels take it: transformers counts the token itself, 65 is 64 to both sides."""
+    """A layer's window as kernels take it: 65 of transformers, which counts the token itself, is 64 to both sides."""
     side = -1 if sliding_window is None else sliding_window - 1
     return side, side
 
@@ -93,21 +87,12 @@ def packed_inputs(batch: Batch, device: str | torch.device) -> tuple[Tensor, Ten
     lengths = np.diff(batch.cu_seqlens)
     positions = np.arange(len(batch.ids)) - np.repeat(batch.cu_seqlens[:-1], lengths)
     arrays = (batch.ids.astype(np.int64), positions, batch.cu_seqlens)
-    ids, places, bounds = (torch.from_numpy(each).to(device, non_blocking=True) for each in arrays)
+    ids, places, bounds = (torch.from_numpy(array).to(device, non_blocking=True) for array in arrays)
     return ids, places, bounds
 
 
 def flash_logits(model: Any, batch: Batch, device: str | torch.device) -> Tensor:
-    """Raw logits of the stock model.
-
-    Args:
-        model: a ModernBertForSequenceClassification after `use_flash`.
-        batch: what is scored.
-        device: where the model is.
-
-    Returns:
-        [pairs], of the model's type.
-    """
+    """Raw logits [pairs], in the model's type, of a ModernBertForSequenceClassification after `use_flash`."""
     ids, positions, bounds = packed_inputs(batch, device)
     hidden = model.model(
         input_ids=ids[None],
@@ -127,7 +112,7 @@ class FlashGraph(nn.Module):
     Args:
         weights: what `fold.inference_weights` returns, float32.
         shape: the model's shape.
-        kernel: see `flash.use_flash`.
+        kernel: see `use_flash`.
         dtype: of linear layers, attention and residual stream; norms add up, and the head and RoPE compute, in float32.
     """
 
@@ -140,20 +125,14 @@ class FlashGraph(nn.Module):
         last = shape.num_layers - 1
         self._keep("embedding", weights["embedding"])
         for layer in range(shape.num_layers):
-            q, k, v, o, up, gate, down = (
-                weights[f"layers.{layer}.{name}"] for name in ("q", "k", "v", "o", "up", "gate", "down")
-            )
-            if layer == last:
-                self._keep(f"{layer}_q", q)
-                self._keep(f"{layer}_kv", torch.cat([k, v]))
-            else:
-                self._keep(f"{layer}_qkv", torch.cat([q, k, v]))
-            self._keep(f"{layer}_o", o)
-            self._keep(f"{layer}_up_gate", torch.cat([up, gate]))
-            self._keep(f"{layer}_down", down)
-        for kind in ("global", "local"):
-            for part in ("cos", "sin"):
-                self.register_buffer(f"{kind}_{part}", weights[f"rope.{kind}.{part}"].to(self._wide))
+            for joint in ("q", "kv") if layer == last else ("qkv",):
+                self._keep(f"{layer}_{joint}", torch.cat([weights[f"layers.{layer}.{name}"] for name in joint]))
+            up_gate = [weights[f"layers.{layer}.{name}"] for name in ("up", "gate")]
+            self._keep(f"{layer}_up_gate", torch.cat(up_gate))
+            for name in ("o", "down"):
+                self._keep(f"{layer}_{name}", weights[f"layers.{layer}.{name}"])
+        for name in ("global.cos", "global.sin", "local.cos", "local.sin"):
+            self.register_buffer(name.replace(".", "_"), weights[f"rope.{name}"].to(self._wide))
         for name in ("dense", "score", "score.bias"):
             self.register_buffer(f"head_{name.replace('.', '_')}", weights[f"head.{name}"].to(self._wide))
 
@@ -174,11 +153,8 @@ class FlashGraph(nn.Module):
         """
         shape = self.shape
         rope = {
-            is_global: tuple(
-                self.get_buffer(f"{'global' if is_global else 'local'}_{part}")[positions, None]
-                for part in ("cos", "sin")
-            )
-            for is_global in set(shape.global_layers)
+            is_global: tuple(self.get_buffer(f"{kind}_{part}")[positions, None] for part in ("cos", "sin"))
+            for is_global, kind in ((True, "global"), (False, "local"))
         }
         x = F.embedding(input_ids, self.get_buffer("embedding"))
         last = shape.num_layers - 1
@@ -243,11 +219,7 @@ def _rotated(x: Tensor, rope: tuple[Tensor, ...]) -> Tensor:
 
 
 def modular_tensors(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Encoder and head of a ModernBertForSequenceClassification, by the names that `fold.inference_weights` takes.
-
-    Args:
-        state: its state dict.
-    """
+    """Encoder and head from the state dict of transformers' model, as `fold.inference_weights` takes them."""
     encoder = {name.removeprefix("model."): tensor for name, tensor in state.items() if name.startswith("model.")}
     norm = state["head.norm.weight"]
     return encoder, {

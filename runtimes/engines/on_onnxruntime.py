@@ -8,6 +8,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ettin.artifacts.errors import DamagedArtifact, HardwareError
+from ettin.artifacts.manifest import Arithmetic
 from ettin.artifacts.opened import OpenArtifact
 from ettin.runtimes.base import Runtime, Settings
 from ettin.runtimes.batch import Batch, BatchLimits
@@ -25,7 +26,7 @@ class OnnxRuntime(Runtime):
 
     Args:
         artifact: open.
-        settings: no cache; streams on the CPU only. A session that lacks the device's provider is not made.
+        settings: no cache; streams on the CPU only.
 
     Raises:
         HardwareError: the provider is not in this build of ONNX Runtime, or found no device.
@@ -53,12 +54,12 @@ class OnnxRuntime(Runtime):
             )
         self._session: ort.InferenceSession | None = session
         self._device, self._provider = device, provider
-        # ONNX Runtime's arena loses less to fragmentation than malloc: one int8 pair of 7999 tokens (17m) takes 109 MiB
-        # against 299. It would keep what the largest batch took, so each run gives unused memory back.
+        # With its arena, one int8 pair of 7999 tokens (17m) takes 109 MiB, with malloc 299. The arena would keep the
+        # memory of the largest batch, so each run gives unused memory back.
         self._run_options = ort.RunOptions()
         if device == "cpu":
             self._run_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-        self._packed = any(each.name == "cu_seqlens" for each in manifest.interface.inputs)
+        self._packed = any(tensor.name == "cu_seqlens" for tensor in manifest.interface.inputs)
         tokens = _CPU_TOKENS_PER_THREAD * plan.threads_per_stream if device == "cpu" else 65536
         super().__init__(artifact, settings, BatchLimits(concurrency=plan.streams, batch_tokens=tokens))
 
@@ -67,8 +68,8 @@ class OnnxRuntime(Runtime):
         return f"ONNX Runtime {ort.__version__}, {self._provider}, {self.manifest.precision}"
 
     @property
-    def arithmetic(self) -> str:
-        return {"fp32": "f32", "fp16": "f16", "int8": "f32"}[self.manifest.precision]
+    def arithmetic(self) -> Arithmetic:
+        return Arithmetic.F16 if self.manifest.precision == "fp16" else Arithmetic.F32
 
     def score(self, batch: Batch) -> NDArray[np.float32]:
         assert self._session is not None  # noqa: S101 (predict refuses a closed runtime)
@@ -92,8 +93,8 @@ class OnnxRuntime(Runtime):
 def _session(artifact: OpenArtifact, options: ort.SessionOptions, provider: str) -> ort.InferenceSession:
     """A session made of checked bytes: ONNX Runtime opens no file."""
     manifest = artifact.manifest
-    # A graph may name a file for its weights. Those that the manifest lists are handed over as bytes; any other is
-    # looked for in a folder that can't exist, else ONNX Runtime would look in the current one.
+    # A graph may name a file of weights. The one that the manifest lists is handed over as bytes; any other would be
+    # looked for in the current folder, unless another folder is named: one that can't exist.
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
     data_name = f"{manifest.entry}_data"
     if any(file.path == data_name for file in manifest.files):
@@ -101,8 +102,8 @@ def _session(artifact: OpenArtifact, options: ort.SessionOptions, provider: str)
         options.add_external_initializers_from_files_in_memory([PurePosixPath(data_name).name], [data], [len(data)])
     session = ort.InferenceSession(artifact.read(manifest.entry), options, providers=[provider])
     session._model_bytes = None  # kept for ONNX Runtime's own fallback to another provider, which is not wanted
-    names = [each.name for each in (*session.get_inputs(), *session.get_outputs())]
-    if names != [each.name for each in (*manifest.interface.inputs, *manifest.interface.outputs)]:
+    names = [tensor.name for tensor in (*session.get_inputs(), *session.get_outputs())]
+    if names != [tensor.name for tensor in (*manifest.interface.inputs, *manifest.interface.outputs)]:
         raise DamagedArtifact(
             f"{artifact.path / manifest.entry}: inputs and outputs are {', '.join(names)}, not those of its manifest. "
             f"Export again: {manifest.command}"

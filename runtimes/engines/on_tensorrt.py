@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ettin.artifacts.errors import DamagedArtifact, HardwareError, ShapeError, UsageError
-from ettin.artifacts.manifest import Engine
+from ettin.artifacts.manifest import Arithmetic, Engine
 from ettin.artifacts.opened import OpenArtifact
 from ettin.runtimes.base import Runtime, Settings
 from ettin.runtimes.batch import Batch, BatchLimits, round_up
@@ -17,17 +17,17 @@ from ettin.runtimes.loading import engine_module
 from ettin.runtimes.machine import gpus
 
 if TYPE_CHECKING:  # imports cuda.bindings
-    from ettin.runtimes.engines.cuda import Graph
+    from ettin.runtimes.engines.cuda import CudaGraph
 
 # One batch computes while the next is copied and queued.
 _SLOTS = 2
 
-# Shapes are rounded up, so that they recur: a shape seen before runs as one CUDA graph, and kernels that are compiled
-# for a shape are compiled less often. What is added are pad tokens and pairs of one of them.
+# Shapes are rounded up so that they recur: a known shape runs as one CUDA graph, and kernels are compiled for fewer
+# shapes. Batches are filled up with pad tokens, and with pairs of one pad token.
 _TOKENS_MULTIPLE = 256
 _LONGEST_MULTIPLE = 64
 _PAIRS_MULTIPLE = 8
-_GRAPHS = 32  # kept by a slot
+_GRAPHS = 32  # maximum number of CUDA graphs of a slot
 
 
 class TensorRtRuntime(Runtime):
@@ -57,15 +57,14 @@ class TensorRtRuntime(Runtime):
                 f"{folder}: compiled by {manifest.needs.package} {manifest.needs.version}, installed is "
                 f"{self._module.__version__}, which can't run it. Export again: {manifest.command}"
             )
-        graph = manifest.graph
-        most = int(graph["batch_tokens"])
+        most, most_pairs = manifest.batch_limits
         if settings.batch_tokens is not None and settings.batch_tokens > most:
             raise UsageError(f"batch_tokens is {settings.batch_tokens}, the engine was compiled for at most {most}")
         limits = BatchLimits(
             concurrency=_SLOTS,
             batch_tokens=most,
             length_multiple=_LONGEST_MULTIPLE,
-            batch_pairs=int(graph["batch_pairs"]),
+            batch_pairs=most_pairs,
             in_parallel=False,
         )
         super().__init__(artifact, settings, limits)
@@ -81,18 +80,14 @@ class TensorRtRuntime(Runtime):
 
     @staticmethod
     def check_machine(target: str, arch: str | None) -> None:
-        """Whether this machine has the GPU.
-
-        Raises:
-            HardwareError: it has none, or others.
-        """
-        found = gpus()
-        if not found:
+        """Raises `HardwareError` unless this machine has a GPU, and of architecture `arch`."""
+        gpu = next(iter(gpus()), None)
+        if gpu is None:
             raise HardwareError(f"target '{target}' runs on a GPU, none is here")
-        if arch is not None and found[0].arch != arch:
+        if arch not in (None, gpu.arch):
             raise HardwareError(
-                f"the engine is for {arch}, the GPU here ({found[0].name}) is {found[0].arch}. Export for it: "
-                f"--target {target} --arch {found[0].arch}"
+                f"the engine is for {arch}, the GPU here ({gpu.name}) is {gpu.arch}. Export for it: "
+                f"--target {target} --arch {gpu.arch}"
             )
 
     @property
@@ -102,8 +97,8 @@ class TensorRtRuntime(Runtime):
         return f"{product} {self._module.__version__}, {engine.arch if engine else ''}, {self.manifest.precision}"
 
     @property
-    def arithmetic(self) -> str:
-        return "bf16"
+    def arithmetic(self) -> Arithmetic:
+        return Arithmetic.BF16
 
     def score(self, batch: Batch) -> NDArray[np.float32]:
         slot = self._slots.get()
@@ -120,7 +115,7 @@ class TensorRtRuntime(Runtime):
 
 @dataclass(frozen=True)
 class Shape:
-    """What one inference computes, rounded."""
+    """The rounded lengths of one inference, and the optimisation profile that it runs in."""
 
     profile: int
     tokens: int
@@ -134,21 +129,17 @@ class Shape:
 
 
 class Profiles:
-    """Which of the engine's profiles a batch runs in."""
+    """The optimisation profiles of an engine."""
 
     def __init__(self, engine: Engine, pad_token_id: int) -> None:
         self.engine, self.pad_token_id = engine, pad_token_id
 
     def most(self, name: str) -> int:
-        """The longest that an input gets."""
+        """Maximum length of an input in any profile."""
         return max(profile[name].max[0] for profile in self.engine.profiles)
 
     def shape(self, batch: Batch) -> Shape:
-        """The first profile that holds the batch, rounded up as far as that profile goes.
-
-        Raises:
-            ShapeError: none does.
-        """
+        """The batch, rounded up within the first profile that holds it; raises `ShapeError` if none does."""
         pairs, tokens, longest = len(batch), len(batch.ids), batch.longest
         for number, profile in enumerate(self.engine.profiles):
             limits = [profile[name].max[0] for name in ("input_ids", "cu_seqlens", "longest")]
@@ -187,13 +178,13 @@ class _Slot:
         self._logits = self._stream.pinned(sizes["cu_seqlens"] - 1, np.float32)
         self._addresses = {name: self._stream.device_bytes(8 * sizes[name]) for name in names}
         self._addresses["logits"] = self._stream.device_bytes(4 * len(self._logits))
-        # The contexts take turns, so they share their scratch memory.
+        # Only one context runs at a time, so they share their scratch memory.
         self._strategy = module.ExecutionContextAllocationStrategy.USER_MANAGED
         numbers = range(len(profiles.engine.profiles))
-        self._scratch_bytes = max(1, *(engine.get_device_memory_size_for_profile_v2(at) for at in numbers))
+        self._scratch_bytes = max(1, *(engine.get_device_memory_size_for_profile_v2(number) for number in numbers))
         self._scratch = self._stream.device_bytes(self._scratch_bytes)
         self._contexts: dict[int, Any] = {}
-        self._graphs: OrderedDict[Shape, Graph | None] = OrderedDict()  # None: seen once
+        self._graphs: OrderedDict[Shape, CudaGraph | None] = OrderedDict()  # None: seen once
 
     def score(self, batch: Batch) -> NDArray[np.float32]:
         shape = self._profiles.shape(batch)
@@ -208,19 +199,19 @@ class _Slot:
 
         TensorRT must have run a shape once before it can be recorded (its documentation, "CUDA Graphs").
         """
-        if shape not in self._graphs:
-            self._graphs[shape] = None
-            if len(self._graphs) > _GRAPHS:
-                _, oldest = self._graphs.popitem(last=False)
-                if oldest is not None:
-                    oldest.close()
-            self._queue(shape)
-            return
+        is_new = shape not in self._graphs
+        graph = self._graphs.setdefault(shape)
         self._graphs.move_to_end(shape)
-        graph = self._graphs[shape]
-        if graph is None:
-            graph = self._graphs[shape] = self._stream.recorded(lambda: self._queue(shape))
-        graph.launch()
+        if is_new:
+            self._queue(shape)
+        else:
+            if graph is None:
+                graph = self._graphs[shape] = self._stream.recorded(lambda: self._queue(shape))
+            graph.launch()
+        if len(self._graphs) > _GRAPHS:
+            _, oldest = self._graphs.popitem(last=False)
+            if oldest is not None:
+                oldest.close()
 
     def _queue(self, shape: Shape) -> None:
         context = self._context(shape)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from transformers import ModernBertConfig, ModernBertForSequenceClassification
 
 from ettin.artifacts.errors import DamagedArtifact, HardwareError
-from ettin.artifacts.manifest import Manifest
+from ettin.artifacts.manifest import Arithmetic, Manifest
 from ettin.artifacts.opened import OpenArtifact
 from ettin.graph import ModelShape
 from ettin.graph.fold import inference_weights
@@ -28,8 +28,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # 512 tokens a thread, 94 with 4096.
 _CPU_TOKENS_PER_THREAD = 512
 
-
-# What of a config.json describes the model; anything else, such as code to import, is not looked at.
+# The keys of config.json that describe the model; all others, such as code to import, are ignored.
 _CONFIG_KEYS = (
     "attention_bias", "classifier_activation", "classifier_bias", "classifier_pooling", "global_attn_every_n_layers",
     "global_rope_theta", "hidden_activation", "hidden_size", "intermediate_size", "layer_types", "local_attention",
@@ -81,15 +80,15 @@ class TorchRuntime(Runtime):
         return f"torch {torch.__version__}, {self._device}, {attention}, {self.manifest.precision}"
 
     @property
-    def arithmetic(self) -> str:
-        return {"fp32": "f32", "bf16": "bf16"}[self.manifest.precision]
+    def arithmetic(self) -> Arithmetic:
+        return Arithmetic.BF16 if self.manifest.precision == "bf16" else Arithmetic.F32
 
     @torch.inference_mode()
     def score(self, batch: Batch) -> NDArray[np.float32]:
         if self._flash is not None:
             logits = self._flash(*packed_inputs(batch, self._device), batch.longest)
         else:
-            input_ids, attention_mask = (torch.from_numpy(each).to(self._device) for each in batch.padded())
+            input_ids, attention_mask = (torch.from_numpy(array).to(self._device) for array in batch.padded())
             logits = self._model(input_ids=input_ids, attention_mask=attention_mask).logits[:, 0]
         return np.asarray(logits.float().cpu().numpy())
 
@@ -98,7 +97,7 @@ class TorchRuntime(Runtime):
 
 
 def _model(artifact: OpenArtifact) -> Any:
-    """Transformers' class, made of checked bytes: it opens no file and imports nothing that the artifact names."""
+    """The model of transformers, made of checked bytes: no file is opened and no name in the artifact is imported."""
     manifest = artifact.manifest
     config = json.loads(artifact.read("config.json"))
     if not isinstance(config, dict) or config.get("model_type") != ModernBertConfig.model_type:

@@ -1,8 +1,7 @@
 """The project's own attention kernel for OpenVINO: `kernels/`, compiled when the package is installed.
 
-It is used where it is there and can run: Linux on x86-64 with AMX, and the very version of OpenVINO that it was
-compiled against, whose C++ interface it uses. Anywhere else OpenVINO's own attention runs, from the same artifact.
-Writing a graph with it takes the compiled library alone, no AMX.
+It needs Linux on x86-64 with AMX, and the very version of OpenVINO that it was compiled against, whose C++ interface it
+uses. Anywhere else OpenVINO's own attention runs, from the same artifact. An export needs the library, but no AMX.
 """
 
 import ctypes
@@ -14,18 +13,13 @@ from typing import NamedTuple
 from ettin.runtimes.machine import has_amx_bf16
 
 LIBRARY = "ettin.runtimes.engines.openvino_kernels_library"
-RAGGED_NAME = "openvino_ragged.xml"  # the graph that uses them, beside the one that does without
-HEAD_DIM = 64  # the only one that they know; all released sizes have it
-SWITCH = "ETTIN_OPENVINO_KERNELS"  # "off": they are left alone
+RAGGED_NAME = "openvino_ragged.xml"  # the graph that uses the kernels, beside the one that does not
+HEAD_DIM = 64  # the only head dimension that the kernels know; all released sizes have it
+SWITCH = "ETTIN_OPENVINO_KERNELS"  # "off": the kernels are not used
 
 
 class Problem(NamedTuple):
-    """Why the kernels can't be used.
-
-    Args:
-        why: in words.
-        install_again: whether compiling them here would help.
-    """
+    """Why the kernels can't be used, and whether installing the package again would help."""
 
     why: str
     install_again: bool = False
@@ -37,9 +31,9 @@ def kernels() -> Path | None:
 
 
 def compiled() -> Path | None:
-    """The library, to write graphs with; None: not compiled, or for another OpenVINO."""
-    found = _compiled()
-    return None if isinstance(found, Problem) else found
+    """The library, to export graphs with; None: not compiled, or for another OpenVINO."""
+    library = _compiled()
+    return None if isinstance(library, Problem) else library
 
 
 def problem() -> Problem | None:
@@ -48,17 +42,17 @@ def problem() -> Problem | None:
         return Problem(f"switched off by {SWITCH}")
     if not has_amx_bf16():
         return Problem("no AMX, or switched off by ONEDNN_MAX_CPU_ISA")
-    found = _compiled()
-    if isinstance(found, Problem):
-        return found
-    can_run = ctypes.CDLL(str(found)).ettin_has_amx_bf16
+    library = _compiled()
+    if isinstance(library, Problem):
+        return library
+    can_run = ctypes.CDLL(str(library)).ettin_has_amx_bf16
     can_run.restype = ctypes.c_bool
     return None if can_run() else Problem("the system does not let this process use AMX")
 
 
 def _library() -> Path | None:
-    found = importlib.util.find_spec(LIBRARY)
-    return Path(found.origin) if found and found.origin else None
+    spec = importlib.util.find_spec(LIBRARY)
+    return Path(spec.origin) if spec and spec.origin else None
 
 
 def _compiled() -> Path | Problem:

@@ -120,7 +120,7 @@ class NativeModel(_Model):
         self._engine, self._version = parameters["engine"], int(version)
         self._is_packed = manifest.engine is not None
         if self._is_packed:
-            tokens, pairs = int(manifest.graph["batch_tokens"]), int(manifest.graph["batch_pairs"])
+            tokens, pairs = manifest.batch_limits
             limits = BatchLimits(concurrency=2, batch_tokens=tokens, batch_pairs=pairs, in_parallel=False)
         else:
             limits = BatchLimits(concurrency=2, batch_tokens=_PADDED_TOKENS, length_multiple=_PADDED_MULTIPLE)
