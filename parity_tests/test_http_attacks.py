@@ -157,9 +157,7 @@ def test_more_connections_than_open_files(address: Address) -> None:
     hold_idle_connections(address, 400, 0.5)
 
 
-def test_a_flood_does_not_close_a_connection_that_has_sent_its_request(
-    service: Service, address: Address
-) -> None:
+def test_a_flood_does_not_close_a_connection_that_has_sent_its_request(service: Service, address: Address) -> None:
     """All of them wait in the system's queue, so the server accepts them before it reads from any."""
     service.process.send_signal(signal.SIGSTOP)
     with ExitStack() as stack:

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from ettin.artifacts import OpenArtifact
-from ettin.artifacts.manifest import Needs
+from ettin.artifacts.manifest import Arithmetic, Needs
 from ettin.artifacts.targets import Component, Target
 from ettin.export.writer import PADDED, Lowered, Model, Writer
 from ettin.graph import ModelShape
@@ -45,8 +45,8 @@ class ToyRuntime(Runtime):
         return f"torch {torch.__version__} from a toy file"
 
     @property
-    def arithmetic(self) -> str:
-        return "f32"
+    def arithmetic(self) -> Arithmetic:
+        return Arithmetic.F32
 
     def score(self, batch: Batch) -> NDArray[np.float32]:
         input_ids, attention_mask = (torch.from_numpy(array) for array in batch.padded())

@@ -1,7 +1,7 @@
 """The base of all runtimes: CrossEncoder's interface over an engine that scores batches."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -9,7 +9,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from ettin.artifacts.errors import DamagedArtifact, UsageError
+from ettin.artifacts.errors import UsageError
 from ettin.artifacts.manifest import Arithmetic
 from ettin.artifacts.opened import OpenArtifact
 from ettin.runtimes import processes
@@ -17,17 +17,6 @@ from ettin.runtimes.arguments import documents_from_input, pairs_from_inputs, re
 from ettin.runtimes.batch import Batch, BatchLimits
 from ettin.runtimes.scheduler import Scheduler
 from ettin.runtimes.tokenizer import artifact_tokenizer
-
-
-def _loaded_again(folder: str, settings: "Settings", digest: str) -> "Runtime":
-    """Loads a runtime that is unpickled."""
-    from ettin.runtimes.loading import load
-
-    runtime = load(folder, **vars(settings))
-    if runtime.manifest.digest != digest:
-        runtime.close()
-        raise DamagedArtifact(f"{folder}: another artifact than the one whose runtime was pickled. Load it by its path")
-    return runtime
 
 
 @dataclass(frozen=True)
@@ -73,6 +62,8 @@ class Runtime(ABC):
         DamagedArtifact: the tokenizer is damaged, or is not the model's.
         UsageError: max_length is not between the special tokens and what the artifact was made for.
     """
+
+    reload: "Callable[[str, Settings, str], Runtime] | None" = None  # set by what loaded it; makes it picklable
 
     def __init__(self, artifact: OpenArtifact, settings: Settings, limits: BatchLimits) -> None:
         if settings.batch_tokens is not None:
@@ -239,7 +230,9 @@ class Runtime(ABC):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles the path of the artifact and the settings: the runtime is loaded again where it is unpickled."""
-        return _loaded_again, (str(self.folder.absolute()), self.settings, self.manifest.digest)
+        if self.reload is None:
+            raise TypeError(f"{self!r} was not made by `load`, so it can't be pickled")
+        return self.reload, (str(self.folder.absolute()), self.settings, self.manifest.digest)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.manifest.full_name}: {self.description}>"

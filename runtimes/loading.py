@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from ettin.artifacts.errors import (
     ArtifactError,
+    DamagedArtifact,
     EttinError,
     HardwareError,
     ManifestError,
@@ -142,6 +143,20 @@ def _loaded(artifact: OpenArtifact, settings: Settings) -> Runtime:
     except BaseException:
         runtime.close()
         raise
+    runtime.reload = loaded_again
+    return runtime
+
+
+def loaded_again(folder: str, settings: Settings, digest: str) -> Runtime:
+    """Loads a runtime that is unpickled.
+
+    Raises:
+        DamagedArtifact: another artifact is in the folder by now.
+    """
+    runtime = load(folder, **vars(settings))
+    if runtime.manifest.digest != digest:
+        runtime.close()
+        raise DamagedArtifact(f"{folder}: another artifact than the one whose runtime was pickled. Load it by its path")
     return runtime
 
 
