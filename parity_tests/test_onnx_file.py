@@ -12,7 +12,7 @@ import pytest
 
 from ettin.artifacts.targets import target_named
 from ettin.export.source.checkpoint import Checkpoint
-from ettin.export.targets.to_onnx import OnnxWriter
+from ettin.export.targets import to_onnx
 from ettin.export.writer import rewrite
 from ettin.runtimes import load
 
@@ -98,10 +98,11 @@ def test_last_layer_computes_one_query(demo_artifacts: dict[tuple[str, str], Pat
     assert [each.shape for each in session.run(None, feeds())] == [(2, 1), (2, 6, 192), (2, 1, 192)]
 
 
-def test_external_data_moves_with_its_folder(demo: Checkpoint, tmp_path: Path) -> None:
+def test_external_data_moves_with_its_folder(demo: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(to_onnx, "EXTERNAL_FROM_BYTES", 1 << 20)
     first = tmp_path / "first"
     first.mkdir()
-    lowered = OnnxWriter(target_named("onnx"), external_from_bytes=1 << 20).write(rewrite(demo), "fp32", first)
+    lowered = to_onnx.OnnxWriter(target_named("onnx")).write(rewrite(demo), "fp32", first)
     files = {path.name: path.stat().st_size for path in (first / "onnx").iterdir()}
     assert files["model.onnx_data"] > 8e6 and files["model.onnx"] < 1e6
     moved = shutil.move(first, tmp_path / "moved")

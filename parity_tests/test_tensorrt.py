@@ -33,7 +33,7 @@ from ettin.artifacts.manifest import MANIFEST_NAME, Engine, Manifest
 from ettin.artifacts.metrics import score_error
 from ettin.artifacts.parity import read_parity
 from ettin.artifacts.tolerances import REDUCED_RATIO
-from ettin.export import doctor
+from ettin.export import reports
 from ettin.export.pipeline import Export, Job, Options
 from ettin.export.source.checkpoint import Checkpoint, read_checkpoint
 from ettin.export.source.sizes import SIZES
@@ -253,9 +253,9 @@ def test_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_doctor_says_what_can_be_built_and_run(monkeypatch: pytest.MonkeyPatch) -> None:
     def detail(target: str, absent: set[str], found: list[Gpu]) -> str:
-        monkeypatch.setattr(doctor, "_has", lambda module: module not in absent)
-        monkeypatch.setattr(doctor, "gpus", lambda: found)
-        return next(each.detail for each in doctor._targets() if each.what == f"target {target}")
+        monkeypatch.setattr(reports, "_has", lambda module: module not in absent)
+        monkeypatch.setattr(reports, "gpus", lambda: found)
+        return next(finding.detail for finding in reports._targets() if finding.what == f"target {target}")
 
     assert detail("trt", {"tensorrt"}, []).startswith("neither build nor run: no tensorrt; a build kit can be written")
     assert detail("trt", set(), []) == "build kits only (--build-kit); to run, no GPU"

@@ -31,6 +31,15 @@ class Value(NamedTuple):
     dtype: str
 
 
+def _elementwise(kind: str) -> Callable[..., Value]:
+    """A method that adds one node of this kind."""
+
+    def operation(self: "OnnxOps", *inputs: Value) -> Value:
+        return self.node(kind, inputs)
+
+    return operation
+
+
 class OnnxOps:
     """Collects nodes and initializers.
 
@@ -54,16 +63,16 @@ class OnnxOps:
 
     def _nodes(self, kind: str, inputs: Sequence[Value], dtype: str, outputs: int, **attributes: Any) -> list[Value]:
         name = self._new_name(kind)
-        names = [f"{name}:{at}" for at in range(outputs)]
-        self.nodes.append(helper.make_node(kind, [each.name for each in inputs], names, name, **attributes))
-        return [Value(each, dtype) for each in names]
+        names = [f"{name}:{index}" for index in range(outputs)]
+        self.nodes.append(helper.make_node(kind, [value.name for value in inputs], names, name, **attributes))
+        return [Value(output, dtype) for output in names]
 
     def _new_name(self, kind: str) -> str:
         self._names += 1
         return f"{kind}_{self._names}"
 
     def _subgraph(self, write: Callable[..., Sequence[Value]], *inputs: Value) -> onnx.GraphProto:
-        """What `write` makes of scalar `inputs`, as a graph of its own; it may read values and weights of this one."""
+        """A graph of what `write` returns for scalar `inputs`; it may read values and weights of the outer graph."""
         outer, self.nodes = self.nodes, []
         results = write(*inputs)
         nodes, self.nodes = self.nodes, outer
@@ -82,22 +91,21 @@ class OnnxOps:
         return Value(name, str(values.dtype))
 
     def weight(self, name: str) -> Value:
-        return self.constant(self._weights[name].astype(self._stored_as(name), copy=False), name)
+        return self._stored(name, self._weights[name])
 
-    def _stored_as(self, name: str) -> np.dtype[Any]:
+    def _stored(self, name: str, values: NDArray[np.float32]) -> Value:
         is_float32 = name.startswith("head.") or (name.startswith("rope.") and self._is_bfloat16)
-        dtype: np.dtype[Any] = _NUMPY["float32" if is_float32 else self._compute]
-        return dtype
+        return self.constant(values.astype(_NUMPY["float32" if is_float32 else self._compute], copy=False), name)
 
     def integer(self, value: int) -> Value:
         return self.constant(np.array(value, np.int64))
 
-    def _integers(self, values: Sequence[int]) -> Value:
+    def _integers(self, *values: int) -> Value:
         return self.constant(np.array(values, np.int64))
 
     def dim(self, x: Value, axis: int) -> Value:
         length = self.node("Shape", [x], "int64", start=axis, end=axis + 1)
-        return self.node("Squeeze", [length, self._integers([0])])
+        return self.node("Squeeze", [length, self._integers(0)])
 
     def arange(self, count: Value) -> Value:
         return self.node("Range", [self.integer(0), count, self.integer(1)])
@@ -106,26 +114,8 @@ class OnnxOps:
         dtype = {"int": "int64", "compute": self._compute, "float32": "float32"}[kind]
         return x if x.dtype == dtype else self.node("Cast", [x], dtype, to=_ELEMENT[dtype])
 
-    def add(self, a: Value, b: Value) -> Value:
-        return self.node("Add", [a, b])
-
-    def subtract(self, a: Value, b: Value) -> Value:
-        return self.node("Sub", [a, b])
-
-    def multiply(self, a: Value, b: Value) -> Value:
-        return self.node("Mul", [a, b])
-
-    def floor_divide(self, a: Value, b: Value) -> Value:
-        return self.node("Div", [a, b])
-
-    def minimum(self, a: Value, b: Value) -> Value:
-        return self.node("Min", [a, b])
-
-    def maximum(self, a: Value, b: Value) -> Value:
-        return self.node("Max", [a, b])
-
-    def absolute(self, x: Value) -> Value:
-        return self.node("Abs", [x])
+    add, subtract, multiply, floor_divide = map(_elementwise, ("Add", "Sub", "Mul", "Div"))
+    minimum, maximum, absolute = map(_elementwise, ("Min", "Max", "Abs"))
 
     def bias_where(self, a: Value, b: Value, bias: float) -> Value:
         dtype = "float32" if self._is_bfloat16 else self._compute
@@ -134,17 +124,18 @@ class OnnxOps:
 
     def count_at_most(self, boundaries: Value, values: Value) -> Value:
         columns, rows = self.reshape(boundaries, [1, -1]), self.reshape(values, [-1, 1])
-        found = self.node("Cast", [self.node("LessOrEqual", [columns, rows], "bool")], "int64", to=_ELEMENT["int64"])
-        return self.node("ReduceSum", [found, self._integers([1])], keepdims=0)
+        is_at_most = self.cast(self.node("LessOrEqual", [columns, rows], "bool"), "int")
+        return self.node("ReduceSum", [is_at_most, self._integers(1)], keepdims=0)
 
     def _dims(self, dims: Sequence[int | Value]) -> Value:
-        if all(isinstance(size, int) for size in dims):
-            return self._integers([size for size in dims if isinstance(size, int)])
-        parts = [
-            self._integers([size]) if isinstance(size, int) else self.node("Unsqueeze", [size, self._integers([0])])
-            for size in dims
-        ]
+        sizes = [size for size in dims if isinstance(size, int)]
+        if len(sizes) == len(dims):
+            return self._integers(*sizes)
+        parts = [self._integers(size) if isinstance(size, int) else self._one_long(size) for size in dims]
         return self.node("Concat", parts, axis=0)
+
+    def _one_long(self, scalar: Value) -> Value:
+        return self.node("Unsqueeze", [scalar, self._integers(0)])
 
     def reshape(self, x: Value, dims: Sequence[int | Value]) -> Value:
         return self.node("Reshape", [x, self._dims(dims)])
@@ -162,23 +153,19 @@ class OnnxOps:
         return x
 
     def first(self, x: Value, count: Value, axis: int) -> Value:
-        end = self.node("Unsqueeze", [count, self._integers([0])])
-        return self.node("Slice", [x, self._integers([0]), end, self._integers([axis])])
+        end = self._one_long(count)
+        return self.node("Slice", [x, self._integers(0), end, self._integers(axis)])
 
     def pad_end(self, x: Value, count: Value, value: int) -> Value:
-        pads = self.node("Concat", [self._integers([0, 0, 0]), self._dims([count])], axis=0)
+        pads = self.node("Concat", [self._integers(0, 0, 0), self._dims([count])], axis=0)
         return self.node("Pad", [x, pads, self.integer(value)], mode="constant")
 
     def embedding(self, ids: Value, name: str) -> Value:
         return self.node("Gather", [self.weight(name), ids], axis=0)
 
-    def _matrix(self, name: str) -> Value:
-        """A weight [out, in] stored as the [in, out] that MatMul takes."""
-        return self.constant(self._weights[name].T.astype(self._stored_as(name), copy=False), name)
-
     def linear(self, x: Value, name: str, bias: str | None = None) -> Value:
-        product = self.node("MatMul", [x, self._matrix(name)])
-        return product if bias is None else self.node("Add", [product, self.weight(bias)])
+        product = self.node("MatMul", [x, self._stored(name, self._weights[name].T)])  # MatMul takes [in, out]
+        return product if bias is None else self.add(product, self.weight(bias))
 
     def linears(self, x: Value, names: Sequence[str], joint: bool) -> list[Value]:
         if joint:
@@ -188,8 +175,7 @@ class OnnxOps:
     def normalise(self, x: Value, eps: float) -> Value:
         wide = self.cast(x, "float32")
         ones = self.constant(np.ones(self._weights["embedding"].shape[1], np.float32), "norm.ones")
-        normed = self.node("LayerNormalization", [wide, ones], axis=-1, epsilon=eps)
-        return normed if x.dtype == "float32" else self.cast(normed, "compute")
+        return self._back(self.node("LayerNormalization", [wide, ones], axis=-1, epsilon=eps), x)
 
     def gelu(self, x: Value) -> Value:
         return self._back(self.node("Gelu", [self._widened(x)], approximate="none"), x)
@@ -198,7 +184,7 @@ class OnnxOps:
         return self.cast(x, "float32") if self._is_bfloat16 else x
 
     def _back(self, result: Value, x: Value) -> Value:
-        """`result` in the type that `x` has."""
+        """`result` in the type of `x`."""
         return result if result.dtype == x.dtype else self.cast(result, "compute")
 
     def rotate(self, x: Value, cos: Value, sin: Value) -> Value:
@@ -246,16 +232,13 @@ class OnnxOps:
         )
 
 
-_ZERO = 128  # uint8 activations around 128 are int8 ones shifted: what ONNX Runtime's kernels prefer
+_ZERO = 128  # activations are int8 values shifted by 128, in uint8, which ONNX Runtime's kernels prefer
 
 
 class Int8OnnxOps(OnnxOps):
-    """Writes QuantizeLinear / DequantizeLinear around the linear layers that `quantised` names.
+    """Writes QuantizeLinear and DequantizeLinear before the inputs and weights of the linear layers in `quantised`.
 
-    ONNX Runtime fuses each pair with its MatMul into an integer product.
-
-    Args:
-        quantised: smoothed weights and input ranges.
+    ONNX Runtime fuses them with the MatMul between into an integer product.
     """
 
     def __init__(self, quantised: Quantised) -> None:
@@ -270,9 +253,6 @@ class Int8OnnxOps(OnnxOps):
             x = self._rounded(x, self._quantised.input_max[name])
         return self.node("MatMul", [x, self._int8(name)])
 
-    def linears(self, x: Value, names: Sequence[str], joint: bool) -> list[Value]:
-        return [self.linear(x, name) for name in names]
-
     def _rounded(self, x: Value, largest: float) -> Value:
         key = (x.name, largest)
         if key not in self._inputs:
@@ -282,7 +262,7 @@ class Int8OnnxOps(OnnxOps):
         return self._inputs[key]
 
     def _int8(self, name: str) -> Value:
-        """[in, out] as MatMul takes it, one scale for each output channel."""
+        """A weight [in, out], as MatMul takes it, with one scale for each output channel."""
         rows, scales = int8_rows(torch.from_numpy(self._weights[name]))
         stored = self.constant(rows.T.contiguous().numpy(), name)
         scale = self.constant(scales[:, 0].numpy(), f"{name}.scale")
