@@ -40,17 +40,11 @@ _GROUPS = (("q", "k", "v"), ("o",), ("up", "gate"), ("down",))
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """Real query–document pairs, from short to long, none padded.
-
-    Args:
-        pairs: the pairs.
-        name: where they come from.
-        sha256: of the file.
-    """
+    """Real query–document pairs, from short to long."""
 
     pairs: list[tuple[str, str]]
-    name: str
-    sha256: str
+    name: str  # of the file
+    sha256: str  # of the file
 
     def sequences(self, tokenizer: PairTokenizer, max_length: int) -> list[Ids]:
         """Token ids of the pairs, int32 [its tokens] each."""
@@ -61,13 +55,10 @@ def calibration_text(file: Path | None = None) -> CalibrationText:
     """The project's own calibration text, or the user's.
 
     The project's 24 passages are not those of the proof pairs. They are paired with questions one by one (96 pairs)
-    and, for long inputs, joined in fours and eights (9 pairs).
-
-    Args:
-        file: JSON lines with "query" and "document".
+    and, for long inputs, joined in fours and eights (9 pairs). The user's are JSON lines, see `read_pairs`.
 
     Raises:
-        InputError: the file is not in this form, or too short to calibrate on.
+        InputError: the user's file is not in this form, or too short to calibrate on.
     """
     if file is not None:
         pairs = [(pair.query, pair.document) for pair in read_pairs(file)]
@@ -86,22 +77,16 @@ def calibration_text(file: Path | None = None) -> CalibrationText:
 
 @dataclass(frozen=True)
 class Scheme:
-    """What is quantised. The settings that an export tries, strongest first, are in `LADDER`.
+    """What is quantised."""
 
-    Args:
-        name: for the manifest.
-        float_share: share of the groups of linear layers that stay in floating point: those that change the scores
-            most when they alone are quantised (`group_errors`).
-        activations: False: weights only.
-        scores: whether queries and keys are rounded, too, so that attention scores can be int8 products.
-    """
-
-    name: str
+    name: str  # in the manifest
+    # Share of the groups of linear layers that stay in floating point: those with the largest `group_errors`.
     float_share: float = 0.0
-    activations: bool = True
-    scores: bool = False
+    activations: bool = True  # False: weights only
+    scores: bool = False  # whether queries and keys are rounded, too, so that attention scores can be int8 products
 
 
+# What an export tries until the scores are good enough, strongest first.
 LADDER = (
     Scheme("all linear layers, and attention scores where the engine gains by it", scores=True),
     Scheme("all linear layers but the most sensitive eighth", 1 / 8),
@@ -112,30 +97,16 @@ LADDER = (
 
 @dataclass(frozen=True)
 class Quantised:
-    """Weights and what is known of their inputs.
+    """Smoothed weights and the ranges of what is rounded. What has no range stays in floating point."""
 
-    Args:
-        weights: folded weights, float32, smoothed.
-        input_max: by linear layer, the largest |input|; layers that are not in it stay in floating point.
-        attention_max: by the linear layer that reads an attention's result, the largest |query| and |key|; attention
-            that is not in it stays in floating point.
-        scheme: what is quantised.
-    """
-
-    weights: dict[str, Tensor]
-    input_max: dict[str, float]
-    attention_max: dict[str, tuple[float, float]]
+    weights: dict[str, Tensor]  # folded, float32
+    input_max: dict[str, float]  # by linear layer: the largest |input|
+    attention_max: dict[str, tuple[float, float]]  # by the layer that reads an attention: the largest |query|, |key|
     scheme: Scheme
 
 
 class Quantiser:
-    """Calibrates a model once, and quantises it by any scheme.
-
-    Args:
-        weights: what `fold.inference_weights` returns, float32.
-        shape: the model's shape.
-        sequences: token ids of the calibration pairs, int32 [its tokens] each.
-    """
+    """Calibrates a model on the token ids of pairs, once, and quantises it by any scheme."""
 
     def __init__(self, weights: Mapping[str, Tensor], shape: ModelShape, sequences: Sequence[Ids]) -> None:
         by_length = sorted(sequences, key=len)
@@ -232,17 +203,7 @@ def _groups(shape: ModelShape) -> list[tuple[str, ...]]:
 def group_errors(
     weights: Mapping[str, Tensor], input_max: Mapping[str, float], shape: ModelShape, sequences: Sequence[Ids]
 ) -> dict[tuple[str, ...], float]:
-    """What quantising one group of linear layers alone does to the scores.
-
-    Args:
-        weights: smoothed weights, float32.
-        input_max: by linear layer, the largest |input|.
-        shape: the model's shape.
-        sequences: token ids of pairs.
-
-    Returns:
-        Root mean square change of the logits by group.
-    """
+    """Root mean square change of the logits by group of linear layers, when only that group is quantised."""
     before = _logits(TorchOps(weights), shape, sequences)
     errors = {}
     for group in _groups(shape):

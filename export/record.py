@@ -22,21 +22,13 @@ _PACKAGES = (
 
 @dataclass(frozen=True)
 class About:
-    """What the manifest says that neither checkpoint nor lowering know.
-
-    Args:
-        target: name of a registered target.
-        precision: one of the target's.
-        max_length: tokens that the artifact truncates to.
-        command: what the user typed.
-        weights_sha256: of the checkpoint.
-    """
+    """What the manifest says that is in neither the checkpoint nor the lowered model."""
 
     target: str
     precision: str
-    max_length: int
-    command: str
-    weights_sha256: str
+    max_length: int  # tokens that pairs are truncated to
+    command: str  # what the user typed
+    weights_sha256: str  # of the checkpoint
 
 
 def write_manifest(

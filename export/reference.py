@@ -59,14 +59,9 @@ def natural_pairs(ranking: bool = False) -> list[ProofPair]:
 
 
 def proof_pairs(extra: Path | None = None, ranking: bool = False) -> list[ProofPair]:
-    """The project's own texts: pairs at their natural lengths, edge cases, and a grid of exact lengths.
+    """The pairs that an export is verified on.
 
-    Args:
-        extra: JSON lines with "query" and "document", added to them.
-        ranking: twenty candidates a question instead of five.
-
-    Raises:
-        InputError: a line of `extra` is something else.
+    They are `natural_pairs`, edge cases, a grid of exact lengths, and those in the file `extra` (see `read_pairs`).
     """
     edges = [
         ProofPair("", "an empty query"),
@@ -109,15 +104,10 @@ def read_pairs(path: Path) -> list[ProofPair]:
 
 @dataclass(frozen=True)
 class Gold:
-    """What the reference makes of the proof pairs.
-
-    Args:
-        cases: pairs, ids and scores.
-        max_activation: largest |activation| seen in fp32, for what fp16 can hold; None: not looked for.
-    """
+    """What the reference computes for the proof pairs."""
 
     cases: list[ParityCase]
-    max_activation: float | None
+    max_activation: float | None  # largest |activation| in fp32, which fp16 must be able to hold; None: not measured
 
 
 def load_gold(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> CrossEncoder:
@@ -132,11 +122,11 @@ def load_gold(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Cro
             f"transformers {transformers.__version__} reads Ettin configs with a wrong RoPE base, expected 5 or later. "
             'Run: pip install -U "ettin-export[export]"'
         )
+    transformers.utils.logging.disable_progress_bar()  # the exporter shows its own steps
     # transformers 5 keeps the stored dtype unless told otherwise.
     arguments = {"dtype": dtype, "attn_implementation": "sdpa"}
     try:
-        with _without_progress_bar():
-            model = CrossEncoder(str(checkpoint.folder), device="cpu", local_files_only=True, model_kwargs=arguments)
+        model = CrossEncoder(str(checkpoint.folder), device="cpu", local_files_only=True, model_kwargs=arguments)
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{checkpoint.folder}: sentence-transformers can't load it ({error})") from None
     config, shape = model[0].model.config, checkpoint.shape
@@ -157,16 +147,15 @@ def score_gold(
 ) -> Gold:
     """Tokenises and scores the proof pairs with the reference, then frees it.
 
-    Args:
-        checkpoint: what is exported.
-        pairs: what it is verified on.
-        max_length: tokens that the artifact truncates to; longer grid cases are left out.
-        with_bf16: also score in bf16, which reduced precisions are judged against.
-        with_activations: also find the largest activation, which costs time.
+    Pairs of the grid that are longer than `max_length` tokens are left out. Reduced precisions are judged against
+    scores in bf16; fp16 needs the largest activation, which costs time.
     """
     chosen = [pair for pair in pairs if pair.max_length is None or pair.max_length <= max_length]
     model = load_gold(checkpoint)
-    ids = [_ids(model, pair, pair.max_length or max_length) for pair in chosen]
+    ids = []
+    for pair in chosen:
+        model.max_seq_length = pair.max_length or max_length
+        ids.append(model.preprocess([[pair.query, pair.document]])["input_ids"][0].tolist())
     with _largest_activation(model) if with_activations else nullcontext() as largest:
         gold = _scores(model, ids)
     del model
@@ -181,12 +170,6 @@ def score_gold(
         for pair, tokens, score, bf16_score in zip(chosen, ids, gold, bf16, strict=True)
     ]  # fmt: skip
     return Gold(cases, largest[0] if largest else None)
-
-
-def _ids(model: CrossEncoder, pair: ProofPair, max_length: int) -> list[int]:
-    model.max_seq_length = max_length
-    ids: list[int] = model.preprocess([[pair.query, pair.document]])["input_ids"][0].tolist()
-    return ids
 
 
 @torch.inference_mode()
@@ -224,15 +207,3 @@ def _largest_activation(model: CrossEncoder) -> Iterator[list[float]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _without_progress_bar() -> Iterator[None]:
-    """Hides the bar of transformers: the exporter shows its own steps."""
-    was_on = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_on:
-            transformers.utils.logging.enable_progress_bar()

@@ -38,17 +38,11 @@ _SERVERS = (
 
 @dataclass(frozen=True)
 class Row:
-    """One export of a run with `--all`.
-
-    Args:
-        job: what was to be made.
-        verification: what was proven; None if it failed or could not be run here.
-        problem: why it failed.
-    """
+    """One export of a run with `--all`."""
 
     job: "Job"
-    verification: "Verification | None"
-    problem: str | None
+    verification: "Verification | None"  # None: it failed, or the artifact can't be run here
+    problem: str | None  # why it failed
 
 
 def show_list() -> None:
@@ -91,19 +85,12 @@ def show_all(rows: list[Row]) -> None:
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the doctor's report.
-
-    Args:
-        what: what was looked at.
-        ok: whether it works; None for a plain fact.
-        detail: what was found.
-        fix: the command that mends it.
-    """
+    """One line of the doctor's report."""
 
     what: str
-    ok: bool | None
+    ok: bool | None  # None: a plain fact
     detail: str
-    fix: str = ""
+    fix: str = ""  # the command that repairs it
 
 
 def show_doctor() -> None:

@@ -45,27 +45,16 @@ _ACTIVATIONS: dict[str | None, Literal["identity", "sigmoid"]] = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checked checkpoint; its weights are read later.
-
-    Args:
-        folder: where it is.
-        id: hub id, or the folder's name.
-        revision: hub commit; None for a folder.
-        is_random: made by `--random-weights`.
-        shape: read from its configs.
-        head_folders: folders of the three head modules, in order.
-        activation: what CrossEncoder applies to the logit.
-        max_length_tokens: what CrossEncoder truncates to.
-    """
+    """A checked checkpoint; its weights are read later."""
 
     folder: Path
-    id: str
-    revision: str | None
-    is_random: bool
+    id: str  # hub id, or the folder's name
+    revision: str | None  # hub commit; None for a folder
+    is_random: bool  # made by `--random-weights`
     shape: ModelShape
-    head_folders: tuple[str, str, str]
-    activation: Literal["identity", "sigmoid"]
-    max_length_tokens: int
+    head_folders: tuple[str, str, str]  # of the three head modules, in order
+    activation: Literal["identity", "sigmoid"]  # what CrossEncoder applies to the logit
+    max_length_tokens: int  # what CrossEncoder truncates to
 
     @property
     def name(self) -> str:
@@ -256,15 +245,12 @@ def _check_weight_files(folder: Path) -> None:
 
 
 def _max_length(folder: Path, shape: ModelShape) -> int:
-    tokenizer = folder / "tokenizer.json"
-    if not tokenizer.is_file():
-        raise CheckpointError(f"{tokenizer}: missing, so this is not a whole checkpoint")
-    vocabulary = PairTokenizer(tokenizer).vocab_size
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing, so this is not a whole checkpoint")
+    vocabulary = PairTokenizer(path).vocab_size
     if vocabulary > shape.vocab_size:
-        _refuse(tokenizer, "the vocabulary", vocabulary, f"at most {shape.vocab_size} (vocab_size of the encoder)")
-    limits = [
-        shape.max_tokens,
-        _json(folder / "tokenizer_config.json").get("model_max_length"),
-        _json(folder / "sentence_bert_config.json").get("max_seq_length"),
-    ]
+        _refuse(path, "the vocabulary", vocabulary, f"at most {shape.vocab_size} (vocab_size of the encoder)")
+    files = {"tokenizer_config.json": "model_max_length", "sentence_bert_config.json": "max_seq_length"}
+    limits = [shape.max_tokens, *(_json(folder / name).get(key) for name, key in files.items())]
     return int(min(limit for limit in limits if limit is not None))

@@ -39,17 +39,7 @@ def reached(what: str, otherwise: str) -> Iterator[None]:
 
 
 def download(hub_id: str, revision: str | None) -> Checkpoint:
-    """Fetches a checkpoint into the hub's cache and reads it. Once it is there, no network is needed.
-
-    Args:
-        hub_id: "organisation/name".
-        revision: commit, branch or tag; None: main.
-
-    Raises:
-        DownloadError: no network, no such repository or revision, or no access.
-        MissingDependency: huggingface_hub is not installed.
-        CheckpointError: it is not an Ettin reranker.
-    """
+    """Fetches a checkpoint into the hub's cache and reads it. Once it is there, no network is needed."""
     try:
         import huggingface_hub
         from huggingface_hub import errors
@@ -84,19 +74,11 @@ def opened(
     seed: int = 0,
     tokenizer: Path | None = None,
 ) -> Iterator[Checkpoint]:
-    """The checkpoint that is exported; a random one lives as long as the block.
-
-    Args:
-        size: "demo" or a released size.
-        checkpoint: hub id or folder, instead of a size.
-        revision: hub commit, branch or tag of `checkpoint`; sizes are pinned.
-        random_weights: the size's shape with random weights.
-        seed: of the random weights.
-        tokenizer: for random weights, a folder with another tokenizer than the embedded one.
+    """The checkpoint that the options of the same names choose. One with random weights exists during the block.
 
     Raises:
-        UsageError: arguments that contradict each other.
-        CheckpointError: it can't be had, or is not an Ettin reranker.
+        UsageError: options that contradict each other.
+        CheckpointError: the checkpoint can't be read or downloaded, or is not an Ettin reranker.
     """
     if (size is None) == (checkpoint is None):
         raise UsageError("name one checkpoint: --size demo|17m|…|1b, or --checkpoint FOLDER|HUB_ID")

@@ -8,20 +8,11 @@ from ettin.graph import ModelShape
 
 @dataclass(frozen=True)
 class Size:
-    """A released checkpoint.
+    """A released checkpoint. Source of parameters and revisions: MTEB's model registry."""
 
-    Args:
-        name: what `--size` takes.
-        parameters: of encoder and head. Source: MTEB's model registry.
-        revision: the hub commit that is exported. Source: the same.
-        hidden_size: see ModelShape.
-        num_layers: encoder layers.
-        intermediate_size: see ModelShape.
-    """
-
-    name: str
-    parameters: int
-    revision: str
+    name: str  # what `--size` takes
+    parameters: int  # of encoder and head
+    revision: str  # the hub commit that is exported
     hidden_size: int
     num_layers: int
     intermediate_size: int

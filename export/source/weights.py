@@ -20,15 +20,10 @@ from ettin.graph.fold import HEAD_DENSE, HEAD_NORM, HEAD_SCORE
 
 @dataclass(frozen=True)
 class Weights:
-    """The tensors of a checkpoint.
+    """The tensors of a checkpoint."""
 
-    Args:
-        encoder: by their names in `model.safetensors`.
-        head: by `<module>/<tensor>`, with the module names of `fold`.
-    """
-
-    encoder: dict[str, Tensor]
-    head: dict[str, Tensor]
+    encoder: dict[str, Tensor]  # by their names in `model.safetensors`
+    head: dict[str, Tensor]  # by `<module>/<tensor>`, with the module names of `fold`
 
 
 def read_weights(checkpoint: Checkpoint) -> Weights:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import ml_dtypes
+import ml_dtypes  # noqa: F401 (registers numpy's bfloat16)
 import numpy as np
 import onnx
 import torch
@@ -14,14 +14,6 @@ from ettin.export.quantise import Quantised, int8_rows
 from ettin.graph.ops import Kind
 
 OPSET = 20  # the first with Gelu; ONNX Runtime reads it from 1.17 on
-_ELEMENT = {
-    "bool": TensorProto.BOOL,
-    "int64": TensorProto.INT64,
-    "bfloat16": TensorProto.BFLOAT16,
-    "float16": TensorProto.FLOAT16,
-    "float32": TensorProto.FLOAT,
-}
-_NUMPY = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16), "float32": np.dtype(np.float32)}
 
 
 class Value(NamedTuple):
@@ -29,6 +21,10 @@ class Value(NamedTuple):
 
     name: str
     dtype: str
+
+
+def _element(dtype: str) -> int:
+    return int(helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
 
 
 def _elementwise(kind: str) -> Callable[..., Value]:
@@ -43,11 +39,9 @@ def _elementwise(kind: str) -> Callable[..., Value]:
 class OnnxOps:
     """Collects nodes and initializers.
 
-    Args:
-        weights: folded weights, float32, by name.
-        compute: element type of the linear layers and attention: "float32", "float16" or "bfloat16". Norms and the
-            head are float32 either way; with "bfloat16", so are rotation, softmax and GELU, between casts: that type
-            keeps 8 bits, and a compiler fuses the casts away (TensorRT-RTX 1.7 does, seen in its layer listing).
+    Linear layers and attention are computed in "float32", "float16" or "bfloat16", norms and the head in float32. With
+    "bfloat16", which keeps 8 bits, rotation, softmax and GELU are float32 as well, between casts: a compiler fuses
+    these away (TensorRT-RTX 1.7 does, seen in its layer listing).
     """
 
     def __init__(self, weights: Mapping[str, NDArray[np.float32]], compute: str) -> None:
@@ -79,8 +73,8 @@ class OnnxOps:
         return helper.make_graph(
             nodes,
             self._new_name("subgraph"),
-            [helper.make_tensor_value_info(value.name, _ELEMENT[value.dtype], []) for value in inputs],
-            [helper.make_tensor_value_info(value.name, _ELEMENT[value.dtype], None) for value in results],
+            [helper.make_tensor_value_info(value.name, _element(value.dtype), []) for value in inputs],
+            [helper.make_tensor_value_info(value.name, _element(value.dtype), None) for value in results],
         )
 
     def constant(self, values: NDArray[Any], name: str | None = None) -> Value:
@@ -95,7 +89,7 @@ class OnnxOps:
 
     def _stored(self, name: str, values: NDArray[np.float32]) -> Value:
         is_float32 = name.startswith("head.") or (name.startswith("rope.") and self._is_bfloat16)
-        return self.constant(values.astype(_NUMPY["float32" if is_float32 else self._compute], copy=False), name)
+        return self.constant(values.astype(np.dtype("float32" if is_float32 else self._compute), copy=False), name)
 
     def integer(self, value: int) -> Value:
         return self.constant(np.array(value, np.int64))
@@ -112,14 +106,14 @@ class OnnxOps:
 
     def cast(self, x: Value, kind: Kind) -> Value:
         dtype = {"int": "int64", "compute": self._compute, "float32": "float32"}[kind]
-        return x if x.dtype == dtype else self.node("Cast", [x], dtype, to=_ELEMENT[dtype])
+        return x if x.dtype == dtype else self.node("Cast", [x], dtype, to=_element(dtype))
 
     add, subtract, multiply, floor_divide = map(_elementwise, ("Add", "Sub", "Mul", "Div"))
     minimum, maximum, absolute = map(_elementwise, ("Min", "Max", "Abs"))
 
     def bias_where(self, a: Value, b: Value, bias: float) -> Value:
         dtype = "float32" if self._is_bfloat16 else self._compute
-        chosen, zero = (self.constant(np.array(value, _NUMPY[dtype])) for value in (bias, 0.0))
+        chosen, zero = (self.constant(np.array(value, dtype)) for value in (bias, 0.0))
         return self.node("Where", [self.node("Greater", [a, b], "bool"), chosen, zero], dtype)
 
     def count_at_most(self, boundaries: Value, values: Value) -> Value:

@@ -29,9 +29,7 @@ def _float(value: float) -> ov.Node:
 class OpenVinoOps:
     """Writes float32 nodes; the precision that they run in is the runtime's hint.
 
-    Args:
-        weights: folded weights, float32, by name.
-        store: writes the constant of a weight; decides the type that it is stored in.
+    `store` writes the constant of a weight, and so decides the type that it is stored in.
     """
 
     def __init__(self, weights: Weights, store: StoreWeight) -> None:

@@ -23,39 +23,24 @@ _PRODUCTS = {"trt": "TensorRT", "trt-rtx": "TensorRT-RTX"}
 
 @dataclass(frozen=True)
 class Built:
-    """A compiled engine.
-
-    Args:
-        engine: serialised.
-        fused_attentions: attentions in one kernel, by the builder's own listing of the layers of a profile.
-    """
+    """A compiled engine."""
 
     engine: bytes
-    fused_attentions: int
+    fused_attentions: int  # attentions in one kernel, as the builder lists the layers of one profile
 
 
 def builder_module(target: str) -> Any:
-    """The module that builds `target`.
-
-    Raises:
-        MissingDependency: it is not installed, or (TensorRT) only its shell is, without NVIDIA's libraries.
-    """
+    """The module that builds `target`."""
     runtime = target_named(target).runtime
     module = runtime.packages[0]
     try:
         return importlib.import_module(module)
-    except ImportError:  # the shell on PyPI fails on libnvinfer
+    except ImportError:  # absent, or TensorRT's shell on PyPI without NVIDIA's libnvinfer
         raise MissingDependency(f"target '{target}'", module.replace("_", "-"), runtime.extra) from None
 
 
 def check_options(target: str, options: BuildOptions) -> None:
-    """Refuses options with which this machine can't build `target`.
-
-    Raises:
-        UsageError: a kit of another target, or for no GPU in particular; a timing cache for TensorRT-RTX.
-        MissingDependency: the builder is not installed.
-        HardwareError: see `checked_arch`.
-    """
+    """Refuses options with which this machine can't build `target`."""
     if options.timing_cache is not None and target == "trt-rtx":
         raise UsageError("--timing-cache: TensorRT-RTX times no kernels when it builds. Leave it out")
     if not options.kit:
@@ -75,16 +60,11 @@ def _check_name(arch: str) -> None:
 
 
 def checked_arch(target: str, arch: str | None, present: Sequence[Gpu]) -> str:
-    """The GPU architecture to build for.
-
-    Args:
-        target: "trt" or "trt-rtx".
-        arch: what was asked for; None or "native": this machine's.
-        present: this machine's GPUs.
+    """The GPU architecture to build for: `arch`, or for None and "native" that of the GPUs that are present.
 
     Raises:
         UsageError: not an architecture.
-        HardwareError: none was named and there is no GPU, or this builder, on this machine, can't build for it.
+        HardwareError: none was named and there is no GPU, or this machine can't build for the one that was named.
     """
     native = present[0].arch if present else None
     if arch is None or arch == "native":
@@ -114,16 +94,8 @@ def checked_arch(target: str, arch: str | None, present: Sequence[Gpu]) -> str:
 def build(target: str, onnx: Path, profiles: Sequence[Profile], arch: str, options: BuildOptions) -> Built:
     """Compiles a strongly typed ONNX file: its types are the engine's types. A terminal shows a progress bar.
 
-    Args:
-        target: "trt" or "trt-rtx".
-        onnx: the file.
-        profiles: shapes that the engine takes; the runtime chooses one for each batch.
-        arch: as `checked_arch` returned it.
-        options: see `BuildOptions`.
-
     Raises:
         BuildError: the builder refused the graph or the settings; its last error is in the message.
-        MissingDependency: the builder is not installed.
     """
     module = builder_module(target)
     product, logger = f"{_PRODUCTS[target]} {module.__version__}", _logger(module)

@@ -48,13 +48,7 @@ class PackedOnnxWriter(Writer):
 
 
 def packed_onnx(model: Model, compute: str, path: Path) -> None:
-    """Writes the packed graph. The file states all element types, so a strongly typed engine can be built from it.
-
-    Args:
-        model: what is lowered.
-        compute: "float32" or "bfloat16", see `OnnxOps`.
-        path: the file; its folder is made.
-    """
+    """Writes the packed graph. The file states all element types, so a strongly typed engine can be built from it."""
     ops = OnnxOps(model.arrays(), compute)
     scorer = PackedScorer(ops, model.checkpoint.shape, FORM)
     _save(ops, scorer.packed_logits(*_inputs(PACKED)), PACKED, path)

@@ -86,12 +86,7 @@ def _write(logits: Callable[..., ov.Node], interface: Interface, path: Path) -> 
 
 
 def share_weights(path: Path, with_path: Path) -> None:
-    """Makes an IR read its constants from another's `.bin`, and removes its own.
-
-    Args:
-        path: the IR; constants that the other lacks are added to the other's `.bin`.
-        with_path: the other.
-    """
+    """Makes one IR read its constants from another's `.bin`, which gets those that it lacks, and removes its own."""
     own, shared = path.with_suffix(".bin"), with_path.with_suffix(".bin")
     offsets = {
         hashlib.sha256(values).digest(): int(data.attrib["offset"])

@@ -30,11 +30,7 @@ _SCRIPT = "engine/build.sh"
 
 
 def profiles(max_length: int) -> list[Profile]:
-    """Optimisation profiles, smallest first: the runtime takes the first that a batch fits.
-
-    Args:
-        max_length: tokens of the longest pair.
-    """
+    """Optimisation profiles, smallest first: the runtime takes the first that a batch fits."""
     classes = [*(longest for longest in _LONGEST if longest < max_length), max_length]
     pairs, tokens = _SMALL
     return [_profile(pairs, tokens, min(tokens, max_length))] + [
