@@ -7,8 +7,8 @@ layer, weights one per output channel.
 Outlier channels are smoothed (SmoothQuant, Xiao et al. 2023) only where the factors fold into existing weights, so that
 the graph gets no extra node. Attention mixes values channel by channel: the factors of `o` go into the rows of `v`. The
 gated product is linear in its gate: those of `down` go into the rows of `gate`. The other linear layers read a norm,
-which bounds their inputs. In the same way queries and keys are brought to one size, for each two channels that RoPE
-rotates together: their product does not change, and both round well.
+which bounds their inputs. In the same way queries and keys are brought to one size, with one factor for two channels
+that RoPE rotates together: their product does not change, and both round well.
 """
 
 import hashlib

@@ -125,10 +125,10 @@ class OnnxOps:
         sizes = [size for size in dims if isinstance(size, int)]
         if len(sizes) == len(dims):
             return self._integers(*sizes)
-        parts = [self._integers(size) if isinstance(size, int) else self._one_long(size) for size in dims]
+        parts = [self._integers(size) if isinstance(size, int) else self._unsqueezed(size) for size in dims]
         return self.node("Concat", parts, axis=0)
 
-    def _one_long(self, scalar: Value) -> Value:
+    def _unsqueezed(self, scalar: Value) -> Value:
         return self.node("Unsqueeze", [scalar, self._integers(0)])
 
     def reshape(self, x: Value, dims: Sequence[int | Value]) -> Value:
@@ -147,7 +147,7 @@ class OnnxOps:
         return x
 
     def first(self, x: Value, count: Value, axis: int) -> Value:
-        end = self._one_long(count)
+        end = self._unsqueezed(count)
         return self.node("Slice", [x, self._integers(0), end, self._integers(axis)])
 
     def pad_end(self, x: Value, count: Value, value: int) -> Value:
@@ -194,7 +194,7 @@ class OnnxOps:
         return self._mixed(q, self.transpose(k, [0, 1, 2, 4, 3]), v, bias)
 
     def _mixed(self, q: Value, keys: Value, v: Value, bias: Value) -> Value:
-        """Attention, with `keys` [..., d, keys]."""
+        """Attention whose keys are transposed: [..., d, tokens]."""
         scores = self._widened(self.node("MatMul", [q, keys]))
         shares = self.node("Softmax", [self.add(scores, bias)], axis=-1)
         return self.node("MatMul", [self._back(shares, q), v])
