@@ -158,8 +158,12 @@ class OnnxOps:
         return self.node("Gather", [self.weight(name), ids], axis=0)
 
     def linear(self, x: Value, name: str, bias: str | None = None) -> Value:
-        product = self.node("MatMul", [x, self._stored(name, self._weights[name].T)])  # MatMul takes [in, out]
+        product = self.node("MatMul", [x, self._matrix(name)])
         return product if bias is None else self.add(product, self.weight(bias))
+
+    def _matrix(self, name: str) -> Value:
+        """A weight as MatMul takes it: [in, out]."""
+        return self._stored(name, self._weights[name].T)
 
     def linears(self, x: Value, names: Sequence[str], joint: bool) -> list[Value]:
         if joint:
@@ -241,11 +245,9 @@ class Int8OnnxOps(OnnxOps):
         self._inputs: dict[tuple[str, float], Value] = {}
 
     def linear(self, x: Value, name: str, bias: str | None = None) -> Value:
-        if name not in self._quantised.input_max:
-            return super().linear(x, name, bias)
-        if self._quantised.scheme.activations:
+        if name in self._quantised.input_max and self._quantised.scheme.activations:
             x = self._rounded(x, self._quantised.input_max[name])
-        return self.node("MatMul", [x, self._int8(name)])
+        return super().linear(x, name, bias)
 
     def _rounded(self, x: Value, largest: float) -> Value:
         key = (x.name, largest)
@@ -255,8 +257,9 @@ class Int8OnnxOps(OnnxOps):
             self._inputs[key] = self.node("DequantizeLinear", [rounded, scale, zero], "float32")
         return self._inputs[key]
 
-    def _int8(self, name: str) -> Value:
-        """A weight [in, out], as MatMul takes it, with one scale for each output channel."""
+    def _matrix(self, name: str) -> Value:
+        if name not in self._quantised.input_max:
+            return super()._matrix(name)
         rows, scales = int8_rows(torch.from_numpy(self._weights[name]))
         stored = self.constant(rows.T.contiguous().numpy(), name)
         scale = self.constant(scales[:, 0].numpy(), f"{name}.scale")

@@ -170,14 +170,17 @@ class Int8OpenVinoOps(OpenVinoOps):
         self._inputs: dict[tuple[str, float], ov.Node] = {}
         self._rounded_at_source: set[str] = set()
 
-    def linear(self, x: ov.Node, name: str, bias: str | None = None) -> ov.Node:
+    def weight(self, name: str) -> ov.Node:
         if name not in self._quantised.input_max:
-            return super().linear(x, name, bias)
-        if self._quantised.scheme.activations and name not in self._rounded_at_source:
+            return super().weight(name)
+        rows, scales = int8_rows(torch.from_numpy(self._weights[name]))
+        return op.multiply(op.convert(op.constant(rows.numpy()), "f32"), op.constant(scales.numpy()))
+
+    def linear(self, x: ov.Node, name: str, bias: str | None = None) -> ov.Node:
+        is_rounded = name in self._quantised.input_max and self._quantised.scheme.activations
+        if is_rounded and name not in self._rounded_at_source:
             x = self._rounded(x, self._quantised.input_max[name])
-        product = op.matmul(x, self._int8(name), False, True)
-        product.set_friendly_name(f"{name}.matmul")
-        return product
+        return super().linear(x, name, bias)
 
     def linears(self, x: ov.Node, names: Sequence[str], joint: bool) -> list[ov.Node]:
         # OpenVINO fuses activations only into separate int8 products. A group is left out of int8 as a whole.
@@ -212,7 +215,3 @@ class Int8OpenVinoOps(OpenVinoOps):
             node.set_friendly_name(mark + node.get_friendly_name())
             self._inputs[key] = node
         return self._inputs[key]
-
-    def _int8(self, name: str) -> ov.Node:
-        rows, scales = int8_rows(torch.from_numpy(self._weights[name]))
-        return op.multiply(op.convert(op.constant(rows.numpy()), "f32"), op.constant(scales.numpy()))
