@@ -4,11 +4,11 @@ The calibration texts are never those that an artifact is judged on. One calibra
 scorer's own description in torch and watches the input of each linear layer. Activations get one symmetric scale per
 layer, weights one per output channel.
 
-Outlier channels (SmoothQuant, Xiao et al. 2023) are smoothed only where the factors fold into weights that are there
-anyway: attention mixes values channel by channel, so the factors of `o` go into the rows of `v`; the gated product is
-linear in its gate, so those of `down` go into the rows of `gate`. The graph gets no extra node. The other linear layers
-read a norm, which bounds their inputs. In the same way queries and keys are brought to one size, for each two channels
-that RoPE turns into each other: their product does not change, and both round well.
+Outlier channels are smoothed (SmoothQuant, Xiao et al. 2023) only where the factors fold into existing weights, so that
+the graph gets no extra node. Attention mixes values channel by channel: the factors of `o` go into the rows of `v`. The
+gated product is linear in its gate: those of `down` go into the rows of `gate`. The other linear layers read a norm,
+which bounds their inputs. In the same way queries and keys are brought to one size, with one factor for two channels
+that RoPE rotates together: their product does not change, and both round well.
 """
 
 import hashlib
@@ -29,23 +29,22 @@ from ettin.runtimes.batch import Ids
 from ettin.runtimes.tokenizer import PairTokenizer
 
 _OWN = Path(__file__).parent / "calibration.jsonl"
-_OFFSETS = (0, 3, 8, 15)  # a question meets its own passage and three others
+_OFFSETS = (0, 3, 8, 15)  # a question is paired with its own passage and three others
 _MIN_PAIRS = 32
+_SENSITIVITY_PAIRS = 16
+_SMOOTHING = 0.5  # share of the difficulty that moves from activations to weights
+_SMOOTHED = (("o", "v"), ("down", "gate"))
+# Linear layers that read the same input, or the same intermediate result, are left out together.
+_GROUPS = (("q", "k", "v"), ("o",), ("up", "gate"), ("down",))
 
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """Real query–document pairs, from short to long, none padded.
-
-    Args:
-        pairs: the pairs.
-        name: where they come from.
-        sha256: of the file.
-    """
+    """Real query–document pairs, from short to long."""
 
     pairs: list[tuple[str, str]]
-    name: str
-    sha256: str
+    name: str  # of the file
+    sha256: str  # of the file
 
     def sequences(self, tokenizer: PairTokenizer, max_length: int) -> list[Ids]:
         """Token ids of the pairs, int32 [its tokens] each."""
@@ -56,13 +55,10 @@ def calibration_text(file: Path | None = None) -> CalibrationText:
     """The project's own calibration text, or the user's.
 
     The project's 24 passages are not those of the proof pairs. They are paired with questions one by one (96 pairs)
-    and, for long inputs, joined in fours and eights (9 pairs).
-
-    Args:
-        file: JSON lines with "query" and "document".
+    and, for long inputs, joined in fours and eights (9 pairs). The user's are JSON lines, see `read_pairs`.
 
     Raises:
-        InputError: the file is not in this form, or too short to calibrate on.
+        InputError: the user's file is not in this form, or too short to calibrate on.
     """
     if file is not None:
         pairs = [(pair.query, pair.document) for pair in read_pairs(file)]
@@ -70,40 +66,27 @@ def calibration_text(file: Path | None = None) -> CalibrationText:
             raise InputError(f"{file}: {len(pairs)} pairs, expected at least {_MIN_PAIRS} to calibrate on")
         return CalibrationText(pairs, file.name, hashlib.sha256(file.read_bytes()).hexdigest())
     rows = read_passages(_OWN)
-    texts = [row["text"] for row in rows]
-    pairs = [(row["question"], texts[(at + step) % len(rows)]) for at, row in enumerate(rows) for step in _OFFSETS]
+    questions, texts = [row["question"] for row in rows], [row["text"] for row in rows]
+    pairs = [
+        (question, texts[(index + step) % len(texts)]) for index, question in enumerate(questions) for step in _OFFSETS
+    ]
     for size in (4, 8):
-        pairs += [(rows[at]["question"], " ".join(texts[at : at + size])) for at in range(0, len(rows), size)]
+        pairs += [(questions[start], " ".join(texts[start : start + size])) for start in range(0, len(texts), size)]
     return CalibrationText(pairs, "ettin-export/calibration.jsonl", hashlib.sha256(_OWN.read_bytes()).hexdigest())
-
-
-SMOOTHING = 0.5  # share of the difficulty that moves from activations to weights
-_SMOOTHED = (("o", "v"), ("down", "gate"))
-_SENSITIVITY_PAIRS = 16
-
-
-# Linear layers that read the same input, or the same intermediate result, are left out together.
-_GROUPS = (("q", "k", "v"), ("o",), ("up", "gate"), ("down",))
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """What is quantised. The settings that an export tries, strongest first, are in `LADDER`.
+    """What is quantised."""
 
-    Args:
-        name: for the manifest.
-        float_share: share of the groups of linear layers that stay in floating point: those that change the scores
-            most when they alone are quantised (`group_errors`).
-        activations: False: weights only.
-        scores: whether queries and keys are rounded, too, so that attention scores can be int8 products.
-    """
-
-    name: str
+    name: str  # in the manifest
+    # Share of the groups of linear layers that stay in floating point: those with the largest `group_errors`.
     float_share: float = 0.0
-    activations: bool = True
-    scores: bool = False
+    activations: bool = True  # False: weights only
+    scores: bool = False  # whether queries and keys are rounded, too, so that attention scores can be int8 products
 
 
+# What an export tries until the scores are good enough, strongest first.
 LADDER = (
     Scheme("all linear layers, and attention scores where the engine gains by it", scores=True),
     Scheme("all linear layers but the most sensitive eighth", 1 / 8),
@@ -114,70 +97,23 @@ LADDER = (
 
 @dataclass(frozen=True)
 class Quantised:
-    """Weights and what is known of their inputs.
+    """Smoothed weights and the ranges of what is rounded. What has no range stays in floating point."""
 
-    Args:
-        weights: folded weights, float32, smoothed.
-        input_max: by linear layer, the largest |input|; layers that are not in it stay in floating point.
-        attention_max: by the linear layer that reads an attention's result, the largest |query| and |key|; attention
-            that is not in it stays in floating point.
-        scheme: what is quantised.
-    """
-
-    weights: dict[str, Tensor]
-    input_max: dict[str, float]
-    attention_max: dict[str, tuple[float, float]]
+    weights: dict[str, Tensor]  # folded, float32
+    input_max: dict[str, float]  # by linear layer: the largest |input|
+    attention_max: dict[str, tuple[float, float]]  # by the layer that reads an attention: the largest |query|, |key|
     scheme: Scheme
 
 
-class _RangeOps(TorchOps):
-    """Executes the graph and keeps the largest |value| of each channel of what is rounded.
-
-    Args:
-        weights: float32.
-        channel_max: filled, by linear layer: its input [in]; by `_queries` and `_keys` of the layer that reads an
-            attention: what that attention multiplies [H].
-    """
-
-    def __init__(self, weights: Mapping[str, Tensor], channel_max: dict[str, Tensor]) -> None:
-        super().__init__(weights)
-        self._channel_max = channel_max
-
-    def linear(self, x: Tensor, name: str, bias: str | None = None) -> Tensor:
-        self._seen(x, name)
-        return super().linear(x, name, bias)
-
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, reader: str) -> Tensor:
-        for x, name in ((q, _queries(reader)), (k, _keys(reader))):
-            self._seen(x.movedim(1, -2).flatten(-2), name)
-        return super().attention(q, k, v, bias, reader)
-
-    def _seen(self, x: Tensor, name: str) -> None:
-        seen = x.abs().reshape(-1, x.shape[-1]).amax(0)
-        before = self._channel_max.get(name)
-        self._channel_max[name] = seen if before is None else torch.maximum(before, seen)
-
-
-def _queries(reader: str) -> str:
-    return f"{reader}.queries"
-
-
-def _keys(reader: str) -> str:
-    return f"{reader}.keys"
-
-
 class Quantiser:
-    """Calibrates a model once, and quantises it by any scheme.
-
-    Args:
-        weights: what `fold.inference_weights` returns, float32.
-        shape: the model's shape.
-        sequences: token ids of the calibration pairs, int32 [its tokens] each.
-    """
+    """Calibrates a model on the token ids of pairs, once, and quantises it by any scheme."""
 
     def __init__(self, weights: Mapping[str, Tensor], shape: ModelShape, sequences: Sequence[Ids]) -> None:
-        self._shape, self._sample = shape, _sample(sequences)
-        self._weights, self._channel_max = dict(weights), _channel_max(weights, shape, sequences)
+        by_length = sorted(sequences, key=len)
+        self._sample = by_length[:: max(1, len(by_length) // _SENSITIVITY_PAIRS)]  # each group takes a pass over it
+        self._shape, self._weights, ops = shape, dict(weights), _RangeOps(weights)
+        _logits(ops, shape, sequences)
+        self._channel_max = ops.channel_max
         for layer in range(shape.num_layers):
             for name, source in _SMOOTHED:
                 _smooth(self._weights, self._channel_max, f"layers.{layer}.{name}", f"layers.{layer}.{source}")
@@ -186,13 +122,14 @@ class Quantiser:
     def quantised(self, scheme: Scheme) -> Quantised:
         """Smoothed weights and the ranges of what `scheme` quantises."""
         weights, channel_max = dict(self._weights), dict(self._channel_max)
-        readers = [f"layers.{layer}.o" for layer in range(self._shape.num_layers - 1)] if scheme.scores else []
-        for reader in readers:
-            _balance(weights, channel_max, reader, self._shape)
-        attention_max = {
-            reader: (float(channel_max[_queries(reader)].max()), float(channel_max[_keys(reader)].max()))
-            for reader in readers
-        }
+        attention_max = {}
+        for layer in range(self._shape.num_layers - 1) if scheme.scores else ():
+            reader = f"layers.{layer}.o"
+            _balance(weights, channel_max, f"layers.{layer}", self._shape)
+            attention_max[reader] = (
+                float(channel_max[f"{reader}.queries"].max()),
+                float(channel_max[f"{reader}.keys"].max()),
+            )
         left_out: set[str] = set()
         if scheme.float_share:
             worst = sorted(self._group_errors, key=lambda group: self._group_errors[group], reverse=True)
@@ -205,30 +142,30 @@ class Quantiser:
         return group_errors(self._weights, self._input_max, self._shape, self._sample)
 
 
-@torch.inference_mode()
-def _channel_max(weights: Mapping[str, Tensor], shape: ModelShape, sequences: Sequence[Ids]) -> dict[str, Tensor]:
-    """The largest |value| of each channel of what can be rounded, see `_RangeOps`."""
-    channel_max: dict[str, Tensor] = {}
-    ops = _RangeOps(weights, channel_max)
-    for ids in sequences:
-        row = torch.from_numpy(ids).long()[None]
-        Scorer(ops, shape, GraphForm()).logits(row, torch.ones_like(row))
-    return channel_max
+class _RangeOps(TorchOps):
+    """Executes the graph and keeps the largest |value| of each channel of what is rounded.
 
+    `channel_max` has the input of a linear layer under its name, [in]. It has the queries and keys of an attention
+    under the name of the layer that reads its result and ".queries" or ".keys", [H].
+    """
 
-def linear_layers(shape: ModelShape) -> list[str]:
-    """The encoder's linear layers."""
-    return [name for group in _groups(shape) for name in group]
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        super().__init__(weights)
+        self.channel_max: dict[str, Tensor] = {}
 
+    def linear(self, x: Tensor, name: str, bias: str | None = None) -> Tensor:
+        self._note(x, name)
+        return super().linear(x, name, bias)
 
-def _groups(shape: ModelShape) -> list[tuple[str, ...]]:
-    return [tuple(f"layers.{at}.{name}" for name in group) for at in range(shape.num_layers) for group in _GROUPS]
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, reader: str) -> Tensor:
+        for x, name in ((q, "queries"), (k, "keys")):
+            self._note(x.movedim(1, -2).flatten(-2), f"{reader}.{name}")
+        return super().attention(q, k, v, bias, reader)
 
-
-def _sample(sequences: Sequence[Ids]) -> list[Ids]:
-    """A few of all lengths: sensitivity takes a pass of them for each group."""
-    by_length = sorted(sequences, key=len)
-    return by_length[:: max(1, len(by_length) // _SENSITIVITY_PAIRS)]
+    def _note(self, x: Tensor, name: str) -> None:
+        largest = x.abs().reshape(-1, x.shape[-1]).amax(0)
+        before = self.channel_max.get(name, largest)
+        self.channel_max[name] = torch.maximum(before, largest)
 
 
 class _RoundingOps(TorchOps):
@@ -247,60 +184,60 @@ class _RoundingOps(TorchOps):
 
 
 @torch.inference_mode()
+def _logits(ops: TorchOps, shape: ModelShape, sequences: Sequence[Ids]) -> Tensor:
+    rows = (torch.from_numpy(ids).long()[None] for ids in sequences)
+    return torch.cat([Scorer(ops, shape, GraphForm()).logits(row, torch.ones_like(row)) for row in rows])
+
+
+def linear_layers(shape: ModelShape) -> list[str]:
+    """The encoder's linear layers."""
+    return [name for group in _groups(shape) for name in group]
+
+
+def _groups(shape: ModelShape) -> list[tuple[str, ...]]:
+    layers = range(shape.num_layers)
+    return [tuple(f"layers.{layer}.{name}" for name in group) for layer in layers for group in _GROUPS]
+
+
+@torch.inference_mode()
 def group_errors(
     weights: Mapping[str, Tensor], input_max: Mapping[str, float], shape: ModelShape, sequences: Sequence[Ids]
 ) -> dict[tuple[str, ...], float]:
-    """What quantising one group of linear layers alone does to the scores.
-
-    Args:
-        weights: smoothed weights, float32.
-        input_max: by linear layer, the largest |input|.
-        shape: the model's shape.
-        sequences: token ids of pairs.
-
-    Returns:
-        Root mean square change of the logits by group.
-    """
-
-    def logits(ops: TorchOps) -> Tensor:
-        rows = (torch.from_numpy(ids).long()[None] for ids in sequences)
-        return torch.cat([Scorer(ops, shape, GraphForm()).logits(row, torch.ones_like(row)) for row in rows])
-
-    before = logits(TorchOps(weights))
-    return {
-        group: float(
-            (logits(_RoundingOps(weights, {name: input_max[name] for name in group})) - before).square().mean().sqrt()
-        )
-        for group in _groups(shape)
-    }
+    """Root mean square change of the logits by group of linear layers, when only that group is quantised."""
+    before = _logits(TorchOps(weights), shape, sequences)
+    errors = {}
+    for group in _groups(shape):
+        ops = _RoundingOps(weights, {name: input_max[name] for name in group})
+        errors[group] = float((_logits(ops, shape, sequences) - before).square().mean().sqrt())
+    return errors
 
 
 def _smooth(weights: dict[str, Tensor], channel_max: dict[str, Tensor], name: str, source: str) -> None:
     """Divides the inputs of `name` by factors, channel by channel, through the rows of `source`."""
     tiny = 1e-5
     inputs, columns = channel_max[name].clamp(min=tiny), weights[name].abs().amax(0).clamp(min=tiny)
-    factors = inputs**SMOOTHING / columns ** (1 - SMOOTHING)
+    factors = inputs**_SMOOTHING / columns ** (1 - _SMOOTHING)
     factors = factors / factors.log().mean().exp()
     weights[name] = weights[name] * factors
     weights[source] = weights[source] / factors[:, None]
     channel_max[name] = channel_max[name] / factors
 
 
-def _balance(weights: dict[str, Tensor], channel_max: dict[str, Tensor], reader: str, shape: ModelShape) -> None:
+def _balance(weights: dict[str, Tensor], channel_max: dict[str, Tensor], layer: str, shape: ModelShape) -> None:
     """Brings queries and keys to one size, through the rows of both.
 
-    One factor for the two channels that RoPE turns into each other: it then passes through the rotation.
+    The two channels that RoPE rotates together have one factor, which therefore passes through the rotation.
     """
+    queries, keys = f"{layer}.o.queries", f"{layer}.o.keys"
 
     def per_pair(name: str) -> Tensor:
         halves = channel_max[name].reshape(shape.num_heads, 2, -1)
         return halves.amax(1, keepdim=True).expand_as(halves).reshape(-1).clamp(min=1e-5)
 
-    layer = reader.rpartition(".")[0]
-    factors = (per_pair(_keys(reader)) / per_pair(_queries(reader))).sqrt()
-    for name, seen, factor in ((f"{layer}.q", _queries(reader), factors), (f"{layer}.k", _keys(reader), 1 / factors)):
+    factors = (per_pair(keys) / per_pair(queries)).sqrt()
+    for name, noted, factor in ((f"{layer}.q", queries, factors), (f"{layer}.k", keys, 1 / factors)):
         weights[name] = weights[name] * factor[:, None]
-        channel_max[seen] = channel_max[seen] * factor
+        channel_max[noted] = channel_max[noted] * factor
 
 
 def int8_rows(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,86 +13,28 @@ from ettin.export.source.checkpoint import Checkpoint
 from ettin.export.writer import Lowered
 from ettin.runtimes.machine import installed_versions
 
-_RANDOM = """> [!WARNING]
-> **Random weights.** This artifact has the shape of {id} and nothing else of it: its scores mean nothing. It is for
-> trying hardware.
-
-"""
-
-
-def card(manifest: Manifest) -> str:
-    """Markdown for whoever finds the folder."""
-    source, parity = manifest.source, manifest.parity
-    revision = f" at revision `{source.revision}`" if source.revision else ""
-    spearman = "–" if parity.spearman is None else f"{parity.spearman:.6f}"
-    extra = target_named(manifest.target).runtime.extra
-    if parity.status == "verified":
-        proof = (
-            f"Compared with {parity.reference} on {parity.pairs} pairs ({parity.rule}):\n\n"
-            "| max \\|Δ\\| | mean \\|Δ\\| | Spearman | mixed batch against single |\n| --- | --- | --- | --- |\n"
-            f"| {parity.max_abs_error:.2e} | {parity.mean_abs_error:.2e} | {spearman} "
-            f"| {parity.batch_max_abs_error:.1e} |\n\n"
-            "Again, on any machine, without torch: `ettin-verify .`"
-        )
-    else:
-        proof = "**Not verified.** It loads after `ettin-verify .` has passed once on the machine that runs it."
-    scores = "raw logits" if manifest.activation == "identity" else "sigmoid(logit)"
-    banner = _RANDOM.format(id=source.id) if source.weights == "random" else ""
-    return f"""# {manifest.name}: {manifest.target}, {manifest.precision}
-
-{banner}Reranker `{source.id}`{revision}, exported by ettin-export {manifest.toolchain["ettin-export"]}:
-
-    {manifest.command}
-
-```python
-# pip install "ettin-export[{extra}]"
-from ettin.runtimes import load
-
-with load(".") as reranker:
-    scores = reranker.predict([("query", "document")])
-    hits = reranker.rank("query", ["document", "another"], top_k=1)
-```
-
-Scores are {scores}; pairs are truncated to {manifest.max_length_tokens} tokens (`longest_first`).
-`{manifest.entry}` takes {_tensors(manifest.interface.inputs)} and gives {_tensors(manifest.interface.outputs)}.
-
-## Proof
-
-{proof}
-"""
-
-
-def _tensors(specs: tuple[TensorSpec, ...]) -> str:
-    return ", ".join(f"`{each.name}` {each.dtype} [{', '.join(map(str, each.shape))}]" for each in specs)
-
-
 REFERENCE = "gold: sentence-transformers CrossEncoder, fp32, SDPA, CPU"
+_PACKAGES = (
+    "ettin-export", "torch", "transformers", "sentence-transformers", "onnx", "onnxruntime", "openvino", "tensorrt",
+    "tensorrt-rtx", "tokenizers",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class About:
-    """What the manifest says that neither checkpoint nor lowering know.
-
-    Args:
-        target: of a registered target.
-        precision: one of the target's.
-        max_length: tokens that the artifact truncates to.
-        command: what the user typed.
-        weights_sha256: of the checkpoint.
-    """
+    """What the manifest says that is in neither the checkpoint nor the lowered model."""
 
     target: str
     precision: str
-    max_length: int
-    command: str
-    weights_sha256: str
+    max_length: int  # tokens that pairs are truncated to
+    command: str  # what the user typed
+    weights_sha256: str  # of the checkpoint
 
 
 def write_manifest(
     stage: Path, checkpoint: Checkpoint, about: About, lowered: Lowered, parity: Parity, calibration: Calibration | None
 ) -> None:
     """Writes `README.md` and, over all files, `manifest.json` into `stage`."""
-    tokenizer = stage / "tokenizer.json"
     manifest = Manifest(
         name=checkpoint.name,
         target=about.target,
@@ -106,14 +48,18 @@ def write_manifest(
         ),
         graph=Graph.model_validate(lowered.graph),
         interface=lowered.interface,
-        tokenizer=Tokenizer(sha256=file_sha256(tokenizer), pad_token_id=checkpoint.shape.pad_token_id),
+        tokenizer=Tokenizer(sha256=file_sha256(stage / "tokenizer.json"), pad_token_id=checkpoint.shape.pad_token_id),
         max_length_tokens=about.max_length,
         activation=checkpoint.activation,
         needs=lowered.needs,
         entry=lowered.entry,
         calibration=calibration,
         engine=lowered.engine,
-        toolchain=toolchain(),
+        toolchain={
+            "python": platform.python_version(),
+            "machine": f"{platform.system()} {platform.machine()}",
+            **installed_versions(_PACKAGES),
+        },
         command=shown(about.command),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         parity=parity,
@@ -124,27 +70,61 @@ def write_manifest(
     (stage / MANIFEST_NAME).write_bytes(whole.to_bytes())
 
 
-def toolchain() -> dict[str, str]:
-    """Versions of what took part, and the machine's kind."""
-    packages = (
-        "ettin-export",
-        "torch",
-        "transformers",
-        "sentence-transformers",
-        "onnx",
-        "onnxruntime",
-        "openvino",
-        "tensorrt",
-        "tensorrt-rtx",
-        "tokenizers",
-    )
-    machine = {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
-    return machine | installed_versions(packages)
-
-
 def unverified() -> Parity:
     """The record of an artifact that was not run."""
     return Parity(
         status="unverified", pairs=0, max_abs_error=None, mean_abs_error=None, spearman=None, batch_max_abs_error=None,
         arithmetic=(), reference=REFERENCE, rule="not run",
     )  # fmt: skip
+
+
+def card(manifest: Manifest) -> str:
+    """Markdown for whoever finds the folder."""
+    source = manifest.source
+    revision = f" at revision `{source.revision}`" if source.revision else ""
+    scores = "raw logits" if manifest.activation == "identity" else "sigmoid(logit)"
+    random = f"""> [!WARNING]
+> **Random weights.** This artifact has the shape of {source.id} and none of its weights: the scores mean nothing. It is
+> for trying hardware.
+
+"""
+    return f"""# {manifest.name}: {manifest.target}, {manifest.precision}
+
+{random if source.weights == "random" else ""}\
+Reranker `{source.id}`{revision}, exported by ettin-export {manifest.toolchain["ettin-export"]}:
+
+    {manifest.command}
+
+```python
+# pip install "ettin-export[{target_named(manifest.target).runtime.extra}]"
+from ettin.runtimes import load
+
+with load(".") as reranker:
+    scores = reranker.predict([("query", "document")])
+    hits = reranker.rank("query", ["document", "another"], top_k=1)
+```
+
+Scores are {scores}; pairs are truncated to {manifest.max_length_tokens} tokens (`longest_first`).
+`{manifest.entry}` takes {_tensors(manifest.interface.inputs)} and gives {_tensors(manifest.interface.outputs)}.
+
+## Proof
+
+{_proof(manifest.parity)}
+"""
+
+
+def _tensors(specs: tuple[TensorSpec, ...]) -> str:
+    return ", ".join(f"`{spec.name}` {spec.dtype} [{', '.join(map(str, spec.shape))}]" for spec in specs)
+
+
+def _proof(parity: Parity) -> str:
+    if parity.status != "verified":
+        return "**Not verified.** It loads after `ettin-verify .` has passed once on the machine that runs it."
+    spearman = "–" if parity.spearman is None else f"{parity.spearman:.6f}"
+    return f"""Compared with {parity.reference} on {parity.pairs} pairs ({parity.rule}):
+
+| max \\|Δ\\| | mean \\|Δ\\| | Spearman | mixed batch against single |
+| --- | --- | --- | --- |
+| {parity.max_abs_error:.2e} | {parity.mean_abs_error:.2e} | {spearman} | {parity.batch_max_abs_error:.1e} |
+
+To verify it again, on any machine, without torch: `ettin-verify .`"""

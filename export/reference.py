@@ -17,17 +17,18 @@ import transformers
 from sentence_transformers import CrossEncoder
 from torch import Tensor
 
-from ettin.artifacts.errors import CheckpointError, EttinError, InputError
+from ettin.artifacts.errors import CheckpointError, EttinError, InputError, UnsupportedCheckpoint
 from ettin.artifacts.parity import ParityCase
-from ettin.export.source.checkpoint import Checkpoint, check_read_by_transformers
+from ettin.export.source.checkpoint import ROPE_BASES, WRONG_BASE, Checkpoint
 from ettin.runtimes.batch import cut
 
 _PASSAGES = Path(__file__).parent / "passages.jsonl"
-_OTHERS = (0, 1, 7, 13, 22)  # a question meets its own passage and four others
-_CANDIDATES = tuple(range(20))  # … and for ranking quality nineteen
+_OTHERS = (0, 1, 7, 13, 22)  # a question is paired with its own passage and four others
+_CANDIDATES = tuple(range(20))  # … and for ranking quality with nineteen others
+_BATCH_TOKENS = 4096
 
-# Around every edge: the window (64), the block span (192), the block thresholds (256, 512), blocks of 64; and one long
-# input.
+# Lengths around every edge (the window of 64, the block span of 192, the block thresholds of 256 and 512, blocks of
+# 64), and one long input.
 GRID_TOKENS = (
     8, 63, 64, 65, 66, 127, 128, 129, 130, 191, 192, 193, 255, 256, 257, 320, 321, 511, 512, 513, 577, 700, 2048,
 )  # fmt: skip
@@ -50,37 +51,30 @@ def read_passages(path: Path = _PASSAGES) -> list[dict[str, str]]:
 def natural_pairs(ranking: bool = False) -> list[ProofPair]:
     """Pairs of the project's own texts at their natural lengths: 220, or for ranking quality 880."""
     rows = read_passages()
-    texts = [row["text"] for row in rows]
     return [
-        ProofPair(row["question"], texts[(at + step) % len(rows)])
-        for at, row in enumerate(rows)
+        ProofPair(row["question"], rows[(index + step) % len(rows)]["text"])
+        for index, row in enumerate(rows)
         for step in (_CANDIDATES if ranking else _OTHERS)
     ]
 
 
 def proof_pairs(extra: Path | None = None, ranking: bool = False) -> list[ProofPair]:
-    """The project's own texts: pairs at their natural lengths, edge cases, and a grid of exact lengths.
+    """The pairs that an export is verified on.
 
-    Args:
-        extra: JSON lines with "query" and "document", added to them.
-        ranking: twenty candidates a question instead of five.
-
-    Raises:
-        InputError: a line of `extra` is something else.
+    They are `natural_pairs`, edge cases, a grid of exact lengths, and those in the file `extra` (see `read_pairs`).
     """
-    rows = read_passages()
-    count = len(rows)
     edges = [
         ProofPair("", "an empty query"),
         ProofPair("an empty document", ""),
         ProofPair("", ""),
         ProofPair("a [SEP] in a query 🙂", "and a [MASK] in a document\u00a0\u200d\ttoo"),
     ]
-    # Exact lengths: texts long enough for any tokenizer, truncated.
+    # Exact lengths come from truncation: all passages together are long enough for any tokenizer.
+    rows = read_passages()
     texts = [row["text"] for row in rows]
     grid = [
-        ProofPair(rows[at % count]["question"], " ".join(texts[at % count :] + texts[: at % count]), tokens)
-        for at, tokens in enumerate(GRID_TOKENS)
+        ProofPair(rows[index]["question"], " ".join(texts[index:] + texts[:index]), tokens)
+        for index, tokens in enumerate(GRID_TOKENS)
     ]
     return natural_pairs(ranking) + edges + grid + (read_pairs(extra) if extra else [])
 
@@ -91,11 +85,11 @@ def read_pairs(path: Path) -> list[ProofPair]:
     Raises:
         InputError: a line is something else.
     """
-    pairs = []
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise InputError(f"{path}: can't be read ({error.strerror})") from None
+    pairs = []
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
@@ -108,20 +102,12 @@ def read_pairs(path: Path) -> list[ProofPair]:
     return pairs
 
 
-_BATCH_TOKENS = 4096
-
-
 @dataclass(frozen=True)
 class Gold:
-    """What the reference makes of the proof pairs.
-
-    Args:
-        cases: pairs, ids and scores.
-        max_activation: largest |activation| seen in fp32, for what fp16 can hold; None: not looked for.
-    """
+    """What the reference computes for the proof pairs."""
 
     cases: list[ParityCase]
-    max_activation: float | None
+    max_activation: float | None  # largest |activation| in fp32, which fp16 must be able to hold; None: not measured
 
 
 def load_gold(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> CrossEncoder:
@@ -136,25 +122,23 @@ def load_gold(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Cro
             f"transformers {transformers.__version__} reads Ettin configs with a wrong RoPE base, expected 5 or later. "
             'Run: pip install -U "ettin-export[export]"'
         )
-    with _quiet():
-        try:
-            # transformers 5 keeps the stored dtype unless told otherwise.
-            model = CrossEncoder(
-                str(checkpoint.folder),
-                device="cpu",
-                local_files_only=True,
-                model_kwargs={"dtype": dtype, "attn_implementation": "sdpa"},
-            )
-        except (OSError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"{checkpoint.folder}: sentence-transformers can't load it ({error})") from None
-    shape = checkpoint.shape
-    encoder_config = model[0].model.config
-    check_read_by_transformers(
-        checkpoint.folder / "config.json", encoder_config, (shape.rope_theta_global, shape.rope_theta_local)
-    )
+    transformers.utils.logging.disable_progress_bar()  # the exporter shows its own steps
+    # transformers 5 keeps the stored dtype unless told otherwise.
+    arguments = {"dtype": dtype, "attn_implementation": "sdpa"}
+    try:
+        model = CrossEncoder(str(checkpoint.folder), device="cpu", local_files_only=True, model_kwargs=arguments)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{checkpoint.folder}: sentence-transformers can't load it ({error})") from None
+    config, shape = model[0].model.config, checkpoint.shape
+    stated = [shape.rope_theta_global, shape.rope_theta_local]
+    read = [float(config.rope_parameters[kind]["rope_theta"]) for kind in ROPE_BASES]
+    if read != stated:
+        raise UnsupportedCheckpoint(
+            f"{checkpoint.folder / 'config.json'}: states RoPE bases {stated}, transformers reads {read}: {WRONG_BASE}"
+        )
     dtypes = {parameter.dtype for parameter in model.parameters()}
-    if dtypes != {dtype} or encoder_config._attn_implementation != "sdpa":
-        raise EttinError(f"gold runs in {dtypes} with {encoder_config._attn_implementation}, expected {dtype} and sdpa")
+    if dtypes != {dtype} or config._attn_implementation != "sdpa":
+        raise EttinError(f"gold runs in {dtypes} with {config._attn_implementation}, expected {dtype} and sdpa")
     return model
 
 
@@ -163,41 +147,29 @@ def score_gold(
 ) -> Gold:
     """Tokenises and scores the proof pairs with the reference, then frees it.
 
-    Args:
-        checkpoint: what is exported.
-        pairs: what it is verified on.
-        max_length: tokens that the artifact truncates to; longer grid cases are left out.
-        with_bf16: also score in bf16, which reduced precisions are judged against.
-        with_activations: also find the largest activation, which costs time.
+    Pairs of the grid that are longer than `max_length` tokens are left out. Reduced precisions are judged against
+    scores in bf16; fp16 needs the largest activation, which costs time.
     """
     chosen = [pair for pair in pairs if pair.max_length is None or pair.max_length <= max_length]
     model = load_gold(checkpoint)
-    ids = [_ids(model, pair, pair.max_length or max_length) for pair in chosen]
+    ids = []
+    for pair in chosen:
+        model.max_seq_length = pair.max_length or max_length
+        ids.append(model.preprocess([[pair.query, pair.document]])["input_ids"][0].tolist())
     with _largest_activation(model) if with_activations else nullcontext() as largest:
         gold = _scores(model, ids)
     del model
     gc.collect()
-    bf16: list[float] | list[None] = [None] * len(chosen)
-    if with_bf16:
-        model = load_gold(checkpoint, torch.bfloat16)
-        bf16 = _scores(model, ids)
-        del model
-        gc.collect()
+    bf16 = _scores(load_gold(checkpoint, torch.bfloat16), ids) if with_bf16 else [None] * len(chosen)
+    gc.collect()
     cases = [
         ParityCase(
             query=pair.query, document=pair.document, max_length=pair.max_length or max_length, ids=tokens, gold=score,
-            torch_bf16=low,
+            torch_bf16=bf16_score,
         )
-        for pair, tokens, score, low in zip(chosen, ids, gold, bf16, strict=True)
+        for pair, tokens, score, bf16_score in zip(chosen, ids, gold, bf16, strict=True)
     ]  # fmt: skip
     return Gold(cases, largest[0] if largest else None)
-
-
-def _ids(model: CrossEncoder, pair: ProofPair, max_length: int) -> list[int]:
-    model.max_seq_length = max_length
-    features = model.preprocess([[pair.query, pair.document]])
-    ids: list[int] = features["input_ids"][0].tolist()
-    return ids
 
 
 @torch.inference_mode()
@@ -206,20 +178,20 @@ def _scores(model: CrossEncoder, ids: Sequence[list[int]]) -> list[float]:
     pad = model.tokenizer.pad_token_id
     scores = [0.0] * len(ids)
     model.eval()
-    for batch in cut([len(each) for each in ids], _BATCH_TOKENS):
-        rows = [torch.tensor(ids[at]) for at in batch]
+    for batch in cut([len(row) for row in ids], _BATCH_TOKENS):
+        rows = [torch.tensor(ids[index]) for index in batch]
         input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
         lengths = torch.tensor([len(row) for row in rows])
         attention_mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
-        found = model({"input_ids": input_ids, "attention_mask": attention_mask})["scores"]
-        for at, score in zip(batch, found[:, 0].float().tolist(), strict=True):
-            scores[at] = score
+        logits = model({"input_ids": input_ids, "attention_mask": attention_mask})["scores"]
+        for index, score in zip(batch, logits[:, 0].float().tolist(), strict=True):
+            scores[index] = score
     return scores
 
 
 @contextmanager
 def _largest_activation(model: CrossEncoder) -> Iterator[list[float]]:
-    """Watches the inputs and outputs of every module; the one value of the list is the largest |activation|."""
+    """Watches the inputs and outputs of every module. Yields a list whose one value is the largest |activation|."""
     largest = [0.0]
 
     def watch(module: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -235,15 +207,3 @@ def _largest_activation(model: CrossEncoder) -> Iterator[list[float]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' weight-loading bar: the exporter shows its own steps."""
-    was_on = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_on:
-            transformers.utils.logging.enable_progress_bar()

@@ -1,34 +1,48 @@
-"""What `ettin-export` shows besides its steps."""
+"""What `ettin-export` shows besides its steps: lists, plans, results, and what works on this machine."""
 
+import importlib.metadata
+import importlib.util
+import platform
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import click
 
-from ettin.artifacts.targets import targets
-from ettin.export.doctor import examine
+from ettin.artifacts.errors import HardwareError
+from ettin.artifacts.targets import Target, targets
 from ettin.export.options import Job
 from ettin.export.source.sizes import SIZES
+from ettin.runtimes import machine
 from ettin.runtimes.commands import console
+from ettin.runtimes.engines import openvino_kernels
+from ettin.runtimes.machine import gpus, own_source
 
 if TYPE_CHECKING:  # these import torch
     from ettin.export.pipeline import Export
     from ettin.runtimes.verify import Verification
 
+_REFERENCE_PACKAGES = ("torch", "transformers", "sentence_transformers", "safetensors")
+_PACKAGES = (
+    *_REFERENCE_PACKAGES, "huggingface_hub", "tokenizers", "onnx", "onnxruntime", "openvino", "tensorrt",
+    "tensorrt_rtx",
+)  # fmt: skip
+# Servers, the extra of each, and the packages that it installs.
+_SERVERS = (
+    ("ettin-serve", "serve", ("fastapi", "uvicorn", "prometheus_client")),
+    ("ettin-serve --triton", "gateway", ("fastapi", "uvicorn", "prometheus_client", "tritonclient")),
+    ("ettin-triton", "triton", ("tritonclient",)),
+    ("ettin-triton --serve", "triton", ("pytriton", "tritonclient")),
+)
+
 
 @dataclass(frozen=True)
 class Row:
-    """One export of a run with `--all`.
-
-    Args:
-        job: what was to be made.
-        verification: what was proven; None if it failed or could not be run here.
-        problem: why it failed.
-    """
+    """One export of a run with `--all`."""
 
     job: Job
-    verification: "Verification | None"
-    problem: str | None
+    verification: "Verification | None"  # None: it failed, or the artifact can't be run here
+    problem: str | None  # why it failed
 
 
 def show_list() -> None:
@@ -41,24 +55,12 @@ def show_list() -> None:
     console.table(rows, ["target", "precisions (first: default)", "runs on"])
 
 
-def show_doctor() -> None:
-    """What is installed, what works here, and the fix for what does not."""
-    marks = {True: click.style("ok", fg="green"), False: click.style("no", fg="red"), None: ""}
-    rows = []
-    for finding in examine():
-        rows.append([marks[finding.ok], finding.what, finding.detail])
-        if finding.fix:
-            rows.append(["", "", click.style(f"Run: {finding.fix}", fg="yellow")])
-    console.table(rows)
-
-
 def show_plan(export: "Export", jobs: list[Job]) -> None:
     """What would be done."""
     for job in jobs:
-        size = export.expected_bytes(job) / 2**20
         click.echo(
-            f"would write {job.target} {job.precision}, about {size:.0f} MiB, up to {export.max_length} tokens a pair, "
-            f"to {job.output}, once its scores are proven"
+            f"would write {job.target} {job.precision}, about {export.expected_bytes(job) / 2**20:.0f} MiB, up to "
+            f"{export.max_length} tokens a pair, to {job.output}, once its scores are proven"
         )
 
 
@@ -69,21 +71,127 @@ def show_all(rows: list[Row]) -> None:
         figures = ["–"] * 3
         if row.verification is not None:
             parity = row.verification.parity
-            figures = [
-                "–" if value is None else format(value, form)
-                for value, form in (
-                    (parity.max_abs_error, ".1e"), (parity.mean_abs_error, ".1e"), (parity.spearman, ".6f"),
-                )
-            ]  # fmt: skip
-        size = "–"
+            values = ((parity.max_abs_error, ".1e"), (parity.mean_abs_error, ".1e"), (parity.spearman, ".6f"))
+            figures = ["–" if value is None else format(value, form) for value, form in values]
+        size, note = "–", row.problem or ""
         if row.problem is None:
             files = (path.stat().st_size for path in row.job.output.rglob("*") if path.is_file())
             size = f"{sum(files) / 2**20:.1f}"
-        note = (
-            str(row.job.output) + ("" if row.verification else " (not verified)")
-            if row.problem is None
-            else row.problem
-        )
+            note = f"{row.job.output}{'' if row.verification else ' (not verified)'}"
         lines.append([row.job.target, row.job.precision, *figures, size, note])
     headers = ["target", "precision", "max |Δ|", "mean |Δ|", "Spearman", "MiB", "artifact or problem"]
     console.table(lines, headers, err=True)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the doctor's report."""
+
+    what: str
+    ok: bool | None  # None: a plain fact
+    detail: str
+    fix: str = ""  # the command that repairs it
+
+
+def show_doctor() -> None:
+    """What is installed, what works here, and the fix for what does not. Nothing is changed, no engine is imported."""
+    marks = {True: click.style("ok", fg="green"), False: click.style("no", fg="red"), None: ""}
+    rows = []
+    for finding in (*_machine(), *_packages(), *_targets(), *_servers()):
+        rows.append([marks[finding.ok], finding.what, finding.detail])
+        if finding.fix:
+            rows.append(["", "", click.style(f"Run: {finding.fix}", fg="yellow")])
+    console.table(rows)
+
+
+def _machine() -> Iterator[Finding]:
+    flags = " ".join(flag for flag in machine.INTERESTING if flag in machine.flags())
+    limit = f"; limited by ONEDNN_MAX_CPU_ISA={machine.isa_limit()}" if machine.isa_limit() else ""
+    bf16 = "bf16 arithmetic" if machine.has_bf16() else "no bf16 arithmetic (bf16 artifacts run in f32)"
+    cpu = f"{machine.model_name()}, {machine.available_cpus()} usable; {flags}{limit}; {bf16}"
+    yield Finding("python", None, f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    yield Finding("cpu", None, cpu)
+    if _has("openvino"):
+        yield _attention_kernel()
+    try:
+        names = "; ".join(f"{gpu.name}, {gpu.arch}, driver {gpu.driver}" for gpu in gpus())
+        yield Finding("gpu", None, names or "none (no nvidia-smi)")
+    except HardwareError as error:
+        yield Finding("gpu", False, str(error))
+
+
+def _attention_kernel() -> Finding:
+    problem = openvino_kernels.problem()
+    if problem is None:
+        return Finding("attention kernel", None, "runs openvino bf16 and int8")
+    if not problem.install_again:
+        return Finding("attention kernel", None, problem.why)
+    # Without build isolation it is compiled against the OpenVINO that is installed, not against the newest.
+    again = f"pip install --force-reinstall --no-deps --no-cache-dir --no-build-isolation {own_source()}"
+    return Finding("attention kernel", False, problem.why, f"pip install 'setuptools>=77', then {again}")
+
+
+def _has(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _missing(modules: Sequence[str]) -> list[str]:
+    return [module for module in dict.fromkeys(modules) if not _has(module)]
+
+
+def _install(*extras: str) -> str:
+    return f'pip install "ettin-export[{",".join(dict.fromkeys(extras))}]"' if extras else ""
+
+
+def _packages() -> Iterator[Finding]:
+    installed = importlib.metadata.packages_distributions()
+    for module in filter(_has, _PACKAGES):
+        names = sorted(set(installed.get(module, [module])))
+        versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+        both = module == "onnxruntime" and len(names) > 1
+        fix = "pip uninstall -y onnxruntime onnxruntime-gpu, then install one of them" if both else ""
+        yield Finding(module, not both, versions, fix)
+
+
+def _targets() -> Iterator[Finding]:
+    for target in targets():
+        to_run = _missing(target.runtime.packages)
+        to_export = _missing((*_REFERENCE_PACKAGES, *target.writer.packages))
+        if target.is_compiled and not to_export:
+            detail = _compiled_detail(target, to_run)
+        elif to_export and to_run:
+            detail = f"neither export nor run: no {', '.join(dict.fromkeys(to_export + to_run))}"
+        elif to_export:
+            detail = f"run only: to export, no {', '.join(to_export)}"
+        elif to_run:
+            detail = f"export only with --allow-unverified: to run, no {', '.join(to_run)}"
+        else:
+            detail = "export and run"
+        extras = ([target.runtime.extra] if to_run else []) + (["export"] if to_export else [])
+        yield Finding(f"target {target.name}", not extras, detail, _install(*extras))
+
+
+def _compiled_detail(target: Target, to_run: list[str]) -> str:
+    """What this machine can do with a target whose engines are compiled for one GPU architecture."""
+    builder, has_kits = target.runtime.packages[0], target.name == "trt"
+    if builder in to_run:
+        return f"neither build nor run: no {builder}{'; a build kit can be written (--build-kit)' if has_kits else ''}"
+    try:
+        present = gpus()
+    except HardwareError:
+        present = []
+    if not present:
+        ahead = "build kits only (--build-kit)" if has_kits else "build ahead of time (--arch, --allow-unverified)"
+        return f"{ahead}; to run, no GPU"
+    run = f"; to run, no {', '.join(to_run)}" if to_run else " and run"
+    return f"build{run}: {present[0].arch}"
+
+
+def _servers() -> Iterator[Finding]:
+    for what, extra, modules in _SERVERS:
+        missing = _missing(modules)
+        detail = f"no {', '.join(missing)}" if missing else "installed"
+        yield Finding(what, not missing, detail, _install(extra) if missing else "")

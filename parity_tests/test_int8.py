@@ -165,13 +165,13 @@ def test_openvino_stores_and_runs_int8_products(demo_artifacts: dict[tuple[str, 
 
 def test_onnx_quantises_every_linear_layer(demo_artifacts: dict[tuple[str, str], Path]) -> None:
     model = onnx.load(demo_artifacts["onnx", "int8"] / "onnx" / "model_int8.onnx")
-    types = {each.name: each.data_type for each in model.graph.initializer}
+    types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     assert all(types[name] == onnx.TensorProto.INT8 for name in LINEARS)
     assert types["head.dense"] == onnx.TensorProto.FLOAT
 
 
 def judged(scores: Any, gold: Any) -> tuple[bool, dict[str, float]]:
-    queries = [f"q{at // 20}" for at in range(len(gold))]
+    queries = [f"q{index // 20}" for index in range(len(gold))]
     ok, _, _, figures = int8_rule(scores, gold, queries)
     return ok, figures
 
@@ -228,8 +228,8 @@ def test_nothing_is_published_below_the_limit(
 
 def test_random_weights_have_no_gate(tiny: Checkpoint, tmp_path: Path) -> None:
     export = Export(tiny, Options(max_length=64))
-    found = export.run(Job("openvino", "int8", tmp_path / "artifact"))
-    assert found is not None and "accuracy is not judged" in found.parity.rule
+    verification = export.run(Job("openvino", "int8", tmp_path / "artifact"))
+    assert verification is not None and "accuracy is not judged" in verification.parity.rule
     manifest = Manifest.read(tmp_path / "artifact")
     assert manifest.parity.quality == "not-applicable" and len(read_parity(tmp_path / "artifact")) < 300
 

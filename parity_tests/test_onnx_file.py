@@ -12,7 +12,7 @@ import pytest
 
 from ettin.artifacts.targets import target_named
 from ettin.export.source.checkpoint import Checkpoint
-from ettin.export.targets.to_onnx import OnnxWriter
+from ettin.export.targets import to_onnx
 from ettin.export.writer import rewrite
 from ettin.runtimes import load
 
@@ -26,9 +26,9 @@ def test_interface_and_types(demo_artifacts: dict[tuple[str, str], Path]) -> Non
     for precision, stored in (("fp32", onnx.TensorProto.FLOAT), ("fp16", onnx.TensorProto.FLOAT16)):
         folder = demo_artifacts["onnx", precision]
         model = onnx.load(folder / "onnx" / {"fp32": "model.onnx", "fp16": "model_fp16.onnx"}[precision])
-        assert [each.name for each in model.graph.input] == ["input_ids", "attention_mask"]
-        assert [each.name for each in model.graph.output] == ["logits"]
-        types = {each.name: each.data_type for each in model.graph.initializer}
+        assert [value.name for value in model.graph.input] == ["input_ids", "attention_mask"]
+        assert [value.name for value in model.graph.output] == ["logits"]
+        types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
         assert types["layers.3.q"] == types["embedding"] == stored
         assert types["head.dense"] == types["head.score"] == onnx.TensorProto.FLOAT
 
@@ -91,17 +91,18 @@ def test_last_layer_computes_one_query(demo_artifacts: dict[tuple[str, str], Pat
     """The point of the rewriting: its MLP sees one token, the layer before sees all."""
     model = onnx.load(demo_artifacts["onnx", "fp32"] / "onnx" / "model.onnx")
     for layer in (5, 6):
-        product = next(each for each in model.graph.node if f"layers.{layer}.up" in each.input)
+        product = next(node for node in model.graph.node if f"layers.{layer}.up" in node.input)
         model.graph.output.append(onnx.helper.make_tensor_value_info(product.output[0], onnx.TensorProto.FLOAT, None))
     onnx.save(model, tmp_path / "model.onnx")
     session = ort.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
-    assert [each.shape for each in session.run(None, feeds())] == [(2, 1), (2, 6, 192), (2, 1, 192)]
+    assert [output.shape for output in session.run(None, feeds())] == [(2, 1), (2, 6, 192), (2, 1, 192)]
 
 
-def test_external_data_moves_with_its_folder(demo: Checkpoint, tmp_path: Path) -> None:
+def test_external_data_moves_with_its_folder(demo: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(to_onnx, "EXTERNAL_FROM_BYTES", 1 << 20)
     first = tmp_path / "first"
     first.mkdir()
-    lowered = OnnxWriter(target_named("onnx"), external_from_bytes=1 << 20).write(rewrite(demo), "fp32", first)
+    lowered = to_onnx.OnnxWriter(target_named("onnx")).write(rewrite(demo), "fp32", first)
     files = {path.name: path.stat().st_size for path in (first / "onnx").iterdir()}
     assert files["model.onnx_data"] > 8e6 and files["model.onnx"] < 1e6
     moved = shutil.move(first, tmp_path / "moved")

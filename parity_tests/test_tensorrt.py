@@ -33,8 +33,8 @@ from ettin.artifacts.manifest import MANIFEST_NAME, Engine, Manifest
 from ettin.artifacts.metrics import score_error
 from ettin.artifacts.parity import read_parity
 from ettin.artifacts.tolerances import REDUCED_RATIO
-from ettin.export import doctor
-from ettin.export.options import Job, Options
+from ettin.export import reports
+from ettin.export.options import BuildOptions, Job, Options
 from ettin.export.pipeline import Export
 from ettin.export.source.checkpoint import Checkpoint, read_checkpoint
 from ettin.export.source.sizes import SIZES
@@ -43,7 +43,7 @@ from ettin.export.targets import tensorrt_builder
 from ettin.export.targets.tensorrt_builder import build, checked_arch
 from ettin.export.targets.to_onnx import packed_onnx
 from ettin.export.targets.to_tensorrt import BATCH_PAIRS, BATCH_TOKENS, profiles
-from ettin.export.writer import BuildOptions, rewrite
+from ettin.export.writer import rewrite
 from ettin.runtimes import load
 from ettin.runtimes import machine as gpu
 from ettin.runtimes.batch import Batch, BatchLimits, cut
@@ -66,8 +66,9 @@ def typed(demo: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_types_are_in_the_graph(typed: Path) -> None:
     model = onnx.shape_inference.infer_shapes(onnx.load(typed), strict_mode=True)
-    types = {each.name: each.type.tensor_type.elem_type for each in (*model.graph.value_info, *model.graph.output)}
-    types |= {each.name: each.data_type for each in model.graph.initializer}
+    values = (*model.graph.value_info, *model.graph.output)
+    types = {value.name: value.type.tensor_type.elem_type for value in values}
+    types |= {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     seen: dict[str, set[str]] = {}
     for node in model.graph.node:
         if node.op_type in ("MatMul", "Softmax", "LayerNormalization", "Gelu"):
@@ -85,14 +86,14 @@ def test_typed_graph_is_as_exact_as_torch_in_bf16(typed: Path, demo_artifacts: d
     cases = [case for case in read_parity(demo_artifacts["openvino", "bf16"]) if len(case.ids) <= 130][::6]
     assert len(cases) >= 25 and max(len(case.ids) for case in cases) > 100
     evaluator = ReferenceEvaluator(str(typed))
-    found = []
+    scores = []
     for start in range(0, len(cases), 16):
         sequences = [np.array(case.ids, np.int32) for case in cases[start : start + 16]]
         (logits,) = evaluator.run(None, Batch.of(sequences, 0).packed())
-        found += logits[:, 0].tolist()
+        scores += logits[:, 0].tolist()
     gold = [case.gold for case in cases]
     baseline = score_error([case.torch_bf16 or 0.0 for case in cases], gold)
-    assert 0 < score_error(found, gold).mean_abs <= REDUCED_RATIO["bf16"] * baseline.mean_abs
+    assert 0 < score_error(scores, gold).mean_abs <= REDUCED_RATIO["bf16"] * baseline.mean_abs
 
 
 # Profiles.
@@ -103,13 +104,13 @@ def test_every_batch_that_the_runtime_cuts_fits_a_profile(max_length: int) -> No
     shapes = profiles(max_length)
     limits = BatchLimits(2, BATCH_TOKENS, 64, BATCH_PAIRS)
     engine = Engine(arch="sm_86", profiles=tuple(shapes), fused_attentions=None)
-    found = on_tensorrt.Profiles(engine, 0)
+    chooser = on_tensorrt.Profiles(engine, 0)
     generator = np.random.default_rng(0)
     for least, most in ((1, 8), (1, max_length), (max_length - 5, max_length), (30, 40)):
         lengths = generator.integers(least, most + 1, 5000).clip(1, max_length).tolist()
         for chosen in cut(lengths, limits.batch_tokens, limits.length_multiple, limits.batch_pairs):
-            batch = Batch.of([np.zeros(lengths[at], np.int32) for at in chosen], 0)
-            shape = found.shape(batch)
+            batch = Batch.of([np.zeros(lengths[index], np.int32) for index in chosen], 0)
+            shape = chooser.shape(batch)
             profile = shapes[shape.profile]
             for name, count in (
                 ("input_ids", shape.tokens),
@@ -160,7 +161,7 @@ def test_engine_is_built_without_a_gpu(engine_artifact: Path, demo: Checkpoint) 
     assert manifest.engine.fused_attentions == demo.shape.num_layers
     assert list(manifest.engine.profiles) == profiles(512) and manifest.engine.arch == "sm_86"
     assert (engine_artifact / manifest.entry).stat().st_size > 1 << 20
-    assert {each.path for each in manifest.files} == {
+    assert {file.path for file in manifest.files} == {
         "README.md", "engine/model.engine", "parity.jsonl", "tokenizer.json",
     }  # fmt: skip
     assert "Not verified" in (engine_artifact / "README.md").read_text()
@@ -253,10 +254,10 @@ def test_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_doctor_says_what_can_be_built_and_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    def detail(target: str, absent: set[str], found: list[Gpu]) -> str:
-        monkeypatch.setattr(doctor, "_has", lambda module: module not in absent)
-        monkeypatch.setattr(doctor, "gpus", lambda: found)
-        return next(each.detail for each in doctor._targets() if each.what == f"target {target}")
+    def detail(target: str, absent: set[str], present: list[Gpu]) -> str:
+        monkeypatch.setattr(reports, "_has", lambda module: module not in absent)
+        monkeypatch.setattr(reports, "gpus", lambda: present)
+        return next(finding.detail for finding in reports._targets() if finding.what == f"target {target}")
 
     assert detail("trt", {"tensorrt"}, []).startswith("neither build nor run: no tensorrt; a build kit can be written")
     assert detail("trt", set(), []) == "build kits only (--build-kit); to run, no GPU"
@@ -297,7 +298,7 @@ def kit(kit_template: Path, tmp_path: Path) -> Path:
 
 def test_kit_script_agrees_with_the_graph(kit: Path) -> None:
     script = (kit / "engine" / "build.sh").read_text()
-    inputs = {each.name for each in onnx.load(kit / "engine" / "model.onnx").graph.input}
+    inputs = {value.name for value in onnx.load(kit / "engine" / "model.onnx").graph.input}
     ranges = re.findall(r"--(min|opt|max)Shapes=(\S+)", script)
     assert len(ranges) == 3 * len(profiles(512)) == 3 * len(re.findall(r"--profile=(\d)", script))
     for _, spec in ranges:
@@ -429,7 +430,7 @@ class FakeContext:
             (logits,) = self._session.run(None, feeds)
             memory[self._addresses["logits"]][: logits.nbytes] = logits.reshape(-1).view(np.uint8)
 
-        next(each for each in FakeStream.made if each.handle == stream).queue(run)
+        next(made for made in FakeStream.made if made.handle == stream).queue(run)
         return True
 
 
@@ -471,9 +472,10 @@ def card(kit: Path, demo: Checkpoint, tmp_path: Path, monkeypatch: pytest.Monkey
 def test_from_kit_to_verified_artifact(card: Path, demo_artifacts: dict[tuple[str, str], Path]) -> None:
     assert adopt_engine(card) and not adopt_engine(card)
     assert Manifest.read(card).needs.version == "10.14.1.48"
-    found = verify(card)
-    assert found.ok and found.runtime == "TensorRT 10.14.1.48, sm_90, bf16" and found.parity.max_abs_error < 1e-4
-    record_verified(card, found)
+    verification = verify(card)
+    assert verification.ok and verification.runtime == "TensorRT 10.14.1.48, sm_90, bf16"
+    assert verification.parity.max_abs_error < 1e-4
+    record_verified(card, verification)
     pairs = [("What is the red planet?", "Mars " * count) for count in (1, 5, 200, 40, 2)] * 30
     with load(card) as runtime, load(demo_artifacts["onnx", "fp32"]) as other:
         expected = other.predict(pairs)

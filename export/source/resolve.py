@@ -8,12 +8,13 @@ from pathlib import Path
 
 from ettin.artifacts.errors import CheckpointError, DownloadError, MissingDependency, UsageError
 from ettin.export.source.checkpoint import Checkpoint, read_checkpoint
-from ettin.export.source.sizes import DEMO, DEMO_FOLDER, SIZES, checked_size
+from ettin.export.source.sizes import DEMO, DEMO_FOLDER, SIZES
 from ettin.export.source.weights import write_random_checkpoint
 
-# No pickled weights, no code, none of the hub's own ONNX or OpenVINO files (they hold the encoder without its head).
+# Pickled weights, code, and the hub's own ONNX and OpenVINO files (the encoder without its head) are not fetched.
 _FILES = ["*.json", "*.safetensors", "*/config.json", "*/model.safetensors"]
-_NOT = ["onnx/*", "openvino/*"]
+_LEFT_OUT = ["onnx/*", "openvino/*"]
+_HUB_ID = re.compile(r"^\w[\w.-]*/\w[\w.-]*$")
 
 
 @contextmanager
@@ -21,8 +22,8 @@ def reached(what: str, otherwise: str) -> Iterator[None]:
     """Turns a lost connection into one line.
 
     Args:
-        what: is fetched.
-        otherwise: what to do without a connection.
+        what: what is fetched.
+        otherwise: what the user can do without a connection.
 
     Raises:
         DownloadError: the hub can't be reached.
@@ -32,54 +33,35 @@ def reached(what: str, otherwise: str) -> Iterator[None]:
     try:
         yield
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.HTTPError, OSError) as error:
-        # errors.HTTPError is whichever HTTP library's the installed hub client uses; it reports a lost connection.
+        # errors.HTTPError is that of the HTTP library which the installed hub client uses.
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DownloadError(f"{what}: the hub can't be reached ({reason}). {otherwise}") from None
 
 
-def download(hub_id: str, revision: str | None) -> tuple[Path, str]:
-    """Fetches a checkpoint into the hub's cache, with the hub's own progress bars; once there, no network is needed.
-
-    Args:
-        hub_id: "organisation/name".
-        revision: commit, branch or tag; None: main.
-
-    Returns:
-        Its folder and its commit.
-
-    Raises:
-        DownloadError: no network, no such repository or revision, or no access.
-        MissingDependency: huggingface_hub is not installed.
-    """
+def download(hub_id: str, revision: str | None) -> Checkpoint:
+    """Fetches a checkpoint into the hub's cache and reads it. Once it is there, no network is needed."""
     try:
         import huggingface_hub
         from huggingface_hub import errors
     except ModuleNotFoundError as error:
         raise MissingDependency("downloading a checkpoint", str(error.name), "export") from None
+    refusals = {  # the first that matches: a gated repository is also one that is not found
+        errors.GatedRepoError: "the hub asks you to accept its terms first. Visit "
+        f"https://huggingface.co/{hub_id} and run: hf auth login",
+        errors.RepositoryNotFoundError: "no such repository on the hub, or a private one. Run: hf auth login",
+        errors.RevisionNotFoundError: f"has no revision {revision}. Leave --revision out for the newest",
+        errors.HFValidationError: "neither a folder here nor a hub id",
+    }
     by_hand = f"Or bring it as a folder: hf download {hub_id} --local-dir DIR elsewhere, then --checkpoint DIR"
-    at = f" at revision {revision}" if revision else ""
-    with reached(f"{hub_id}{at}", by_hand):
+    with reached(f"{hub_id} at revision {revision}" if revision else hub_id, by_hand):
         try:
             folder = huggingface_hub.snapshot_download(
-                hub_id, revision=revision, allow_patterns=_FILES, ignore_patterns=_NOT
+                hub_id, revision=revision, allow_patterns=_FILES, ignore_patterns=_LEFT_OUT
             )
-        except errors.GatedRepoError:
-            raise DownloadError(
-                f"{hub_id}: the hub asks you to accept its terms first. Visit https://huggingface.co/{hub_id} and run: "
-                "hf auth login"
-            ) from None
-        except errors.RepositoryNotFoundError:
-            raise DownloadError(
-                f"{hub_id}: no such repository on the hub, or a private one. Run: hf auth login"
-            ) from None
-        except errors.RevisionNotFoundError:
-            raise DownloadError(f"{hub_id}: has no revision {revision}. Leave --revision out for the newest") from None
-        except errors.HFValidationError as error:
-            raise DownloadError(f"{hub_id}: neither a folder here nor a hub id ({error})") from None
-    return Path(folder), Path(folder).name
-
-
-_HUB_ID = re.compile(r"^\w[\w.-]*/\w[\w.-]*$")
+        except tuple(refusals) as error:
+            reason = next(text for kind, text in refusals.items() if isinstance(error, kind))
+            raise DownloadError(f"{hub_id}: {reason}") from None
+    return read_checkpoint(Path(folder), id=hub_id, revision=Path(folder).name)
 
 
 @contextmanager
@@ -92,49 +74,43 @@ def opened(
     seed: int = 0,
     tokenizer: Path | None = None,
 ) -> Iterator[Checkpoint]:
-    """The checkpoint that is exported; a random one lives as long as the block.
-
-    Args:
-        size: "demo" or a released size.
-        checkpoint: hub id or folder, instead of a size.
-        revision: hub commit, branch or tag of `checkpoint`; sizes are pinned.
-        random_weights: the size's shape with random weights.
-        seed: of the random weights.
-        tokenizer: for random weights, a folder with another tokenizer than the embedded one.
+    """The checkpoint that the options of the same names choose. One with random weights exists during the block.
 
     Raises:
-        UsageError: arguments that contradict each other.
-        CheckpointError: it can't be had, or is not an Ettin reranker.
+        UsageError: options that contradict each other.
+        CheckpointError: the checkpoint can't be read or downloaded, or is not an Ettin reranker.
     """
     if (size is None) == (checkpoint is None):
         raise UsageError("name one checkpoint: --size demo|17m|…|1b, or --checkpoint FOLDER|HUB_ID")
+    released = SIZES.get(size or "")
+    if size not in (None, DEMO) and released is None:
+        raise UsageError(f"unknown size '{size}', expected one of: {', '.join([DEMO, *SIZES])}")
     if revision and not checkpoint:
         raise UsageError("--revision goes with --checkpoint; sizes are pinned to a revision")
-    if random_weights:
-        if size is None or checked_size(size) == DEMO:
-            raise UsageError(f"--random-weights goes with --size {'|'.join(SIZES)}")
-        with tempfile.TemporaryDirectory(prefix="ettin-random-") as folder:
-            if tokenizer is not None and not (tokenizer / "tokenizer.json").is_file():
-                raise CheckpointError(f"{tokenizer}: no tokenizer.json")
-            write_random_checkpoint(Path(folder), SIZES[size].shape, seed, tokenizer or DEMO_FOLDER)
-            yield read_checkpoint(Path(folder), id=SIZES[size].hub_id, is_random=True)
-        return
-    if tokenizer is not None:
+    if random_weights and released is None:
+        raise UsageError(f"--random-weights goes with --size {'|'.join(SIZES)}")
+    if tokenizer is not None and not random_weights:
         raise UsageError("--tokenizer goes with --random-weights; a checkpoint has its own")
-    if size is not None and checked_size(size) == DEMO:
+    if released is not None and random_weights:
+        if tokenizer is not None and not (tokenizer / "tokenizer.json").is_file():
+            raise CheckpointError(f"{tokenizer}: no tokenizer.json")
+        with tempfile.TemporaryDirectory(prefix="ettin-random-") as folder:
+            write_random_checkpoint(Path(folder), released.shape, seed, tokenizer or DEMO_FOLDER)
+            yield read_checkpoint(Path(folder), id=released.hub_id, is_random=True)
+    elif released is not None:
+        yield download(released.hub_id, released.revision)
+    elif checkpoint is not None:
+        yield _named(checkpoint, revision)
+    else:
         yield read_checkpoint(DEMO_FOLDER, id="ettin-reranker-demo")
-    elif size is not None:
-        yield _from_hub(SIZES[size].hub_id, SIZES[size].revision)
-    elif checkpoint is not None and Path(checkpoint).exists():
+
+
+def _named(checkpoint: str, revision: str | None) -> Checkpoint:
+    """What `--checkpoint` names: a folder, or else a repository on the hub."""
+    if Path(checkpoint).exists():
         if revision:
             raise UsageError(f"--revision names a hub commit, but {checkpoint} is a folder")
-        yield read_checkpoint(Path(checkpoint))
-    elif checkpoint is not None and _HUB_ID.match(checkpoint):
-        yield _from_hub(checkpoint, revision)
-    else:
+        return read_checkpoint(Path(checkpoint))
+    if not _HUB_ID.match(checkpoint):
         raise CheckpointError(f"{checkpoint}: no such folder, and not a hub id (organisation/name)")
-
-
-def _from_hub(hub_id: str, revision: str | None) -> Checkpoint:
-    folder, commit = download(hub_id, revision)
-    return read_checkpoint(folder, id=hub_id, revision=commit)
+    return download(checkpoint, revision)

@@ -3,26 +3,16 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from ettin.artifacts.errors import UsageError
 from ettin.graph import ModelShape
 
 
 @dataclass(frozen=True)
 class Size:
-    """A released checkpoint.
+    """A released checkpoint. Source of parameters and revisions: MTEB's model registry."""
 
-    Args:
-        name: what `--size` takes.
-        parameters: encoder and head. Source: MTEB's model registry.
-        revision: the hub commit that is exported. Source: the same.
-        hidden_size: see ModelShape.
-        num_layers: encoder layers.
-        intermediate_size: see ModelShape.
-    """
-
-    name: str
-    parameters: int
-    revision: str
+    name: str  # what `--size` takes
+    parameters: int  # of encoder and head
+    revision: str  # the hub commit that is exported
     hidden_size: int
     num_layers: int
     intermediate_size: int
@@ -34,7 +24,7 @@ class Size:
 
     @property
     def shape(self) -> ModelShape:
-        """The shape, for random weights only: real ones are read with their own config."""
+        """The shape of random weights. A downloaded checkpoint states its own."""
         return ModelShape(
             vocab_size=50368,
             hidden_size=self.hidden_size,
@@ -51,27 +41,14 @@ class Size:
         )
 
 
-SIZES = {
-    size.name: size
-    for size in (
-        Size("17m", 16_863_745, "9e4aa35321a6dd1a43ca313f500c4b4f7cfb5cc6", 256, 7, 384),
-        Size("32m", 32_031_745, "b33e5ceb5110773ea9cf5e00c9bedc83a8c2afdd", 384, 10, 576),
-        Size("68m", 68_408_321, "d166fa88ddde3c42bc3ee92f7df476d941c8204a", 512, 19, 768),
-        Size("150m", 149_606_401, "025501c4e0f9bbeb4c5b198318e0089ff061cc14", 768, 22, 1152),
-        Size("400m", 395_833_345, "5dca36282a5d85f368d2544002513a29159b4c9e", 1024, 28, 2624),
-        Size("1b", 1_031_267_329, "7d20e9baad17016fdf5549c08f69a2d7ca3e60c3", 1792, 28, 3840),
-    )
-}
+_RELEASED = (
+    Size("17m", 16_863_745, "9e4aa35321a6dd1a43ca313f500c4b4f7cfb5cc6", 256, 7, 384),
+    Size("32m", 32_031_745, "b33e5ceb5110773ea9cf5e00c9bedc83a8c2afdd", 384, 10, 576),
+    Size("68m", 68_408_321, "d166fa88ddde3c42bc3ee92f7df476d941c8204a", 512, 19, 768),
+    Size("150m", 149_606_401, "025501c4e0f9bbeb4c5b198318e0089ff061cc14", 768, 22, 1152),
+    Size("400m", 395_833_345, "5dca36282a5d85f368d2544002513a29159b4c9e", 1024, 28, 2624),
+    Size("1b", 1_031_267_329, "7d20e9baad17016fdf5549c08f69a2d7ca3e60c3", 1792, 28, 3840),
+)
+SIZES = {size.name: size for size in _RELEASED}
 DEMO = "demo"
 DEMO_FOLDER = Path(__file__).parents[1] / "demo"
-
-
-def checked_size(name: str) -> str:
-    """`name` if it is a size.
-
-    Raises:
-        UsageError: it is not; lists those there are.
-    """
-    if name != DEMO and name not in SIZES:
-        raise UsageError(f"unknown size '{name}', expected one of: {', '.join([DEMO, *SIZES])}")
-    return name

@@ -20,15 +20,10 @@ from ettin.graph.fold import HEAD_DENSE, HEAD_NORM, HEAD_SCORE
 
 @dataclass(frozen=True)
 class Weights:
-    """The tensors of a checkpoint.
+    """The tensors of a checkpoint."""
 
-    Args:
-        encoder: by their names in `model.safetensors`.
-        head: by `<module>/<tensor>`, with the module names of `fold`.
-    """
-
-    encoder: dict[str, Tensor]
-    head: dict[str, Tensor]
+    encoder: dict[str, Tensor]  # by their names in `model.safetensors`
+    head: dict[str, Tensor]  # by `<module>/<tensor>`, with the module names of `fold`
 
 
 def read_weights(checkpoint: Checkpoint) -> Weights:
@@ -51,7 +46,7 @@ def read_weights(checkpoint: Checkpoint) -> Weights:
 
 
 def encoder_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the encoder's tensors."""
+    """Names and shapes of the encoder's tensors, in the order in which random ones are drawn."""
     hidden, middle = shape.hidden_size, shape.intermediate_size
     shapes: dict[str, tuple[int, ...]] = {
         "embeddings.tok_embeddings.weight": (shape.vocab_size, hidden),
@@ -59,19 +54,20 @@ def encoder_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
         "final_norm.weight": (hidden,),
     }
     for layer in range(shape.num_layers):
-        at = f"layers.{layer}."
-        if layer:
-            shapes[at + "attn_norm.weight"] = (hidden,)
-        shapes[at + "attn.Wqkv.weight"] = (3 * hidden, hidden)
-        shapes[at + "attn.Wo.weight"] = (hidden, hidden)
-        shapes[at + "mlp_norm.weight"] = (hidden,)
-        shapes[at + "mlp.Wi.weight"] = (2 * middle, hidden)
-        shapes[at + "mlp.Wo.weight"] = (hidden, middle)
+        shapes |= {
+            f"layers.{layer}.attn_norm.weight": (hidden,),
+            f"layers.{layer}.attn.Wqkv.weight": (3 * hidden, hidden),
+            f"layers.{layer}.attn.Wo.weight": (hidden, hidden),
+            f"layers.{layer}.mlp_norm.weight": (hidden,),
+            f"layers.{layer}.mlp.Wi.weight": (2 * middle, hidden),
+            f"layers.{layer}.mlp.Wo.weight": (hidden, middle),
+        }
+    shapes.pop("layers.0.attn_norm.weight")  # the first layer reads the norm of the embeddings
     return shapes
 
 
 def head_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the head's tensors."""
+    """Names and shapes of the head's tensors, in the order in which random ones are drawn."""
     hidden = shape.hidden_size
     return {
         f"{HEAD_DENSE}/linear.weight": (hidden, hidden),
@@ -91,17 +87,17 @@ def _load(path: Path) -> dict[str, Tensor]:
         ) from None
 
 
-def _check(folder: Path, found: dict[str, Tensor], expected: dict[str, tuple[int, ...]]) -> None:
-    missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    if missing:
-        raise CheckpointError(f"{folder}: tensor '{missing[0]}' is missing ({len(missing)} in all)")
-    if unknown:
-        raise CheckpointError(f"{folder}: unknown tensor '{unknown[0]}' ({len(unknown)} in all)")
-    for name, shape in expected.items():
-        if tuple(found[name].shape) != shape:
-            raise CheckpointError(f"{folder}: tensor '{name}' is {tuple(found[name].shape)}, config.json says {shape}")
-        if not found[name].is_floating_point():
-            raise CheckpointError(f"{folder}: tensor '{name}' is {found[name].dtype}, expected floating point")
+def _check(folder: Path, tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
+    for problem, names in (("is missing", shapes.keys() - tensors), ("is unknown", tensors.keys() - shapes)):
+        if names:
+            raise CheckpointError(f"{folder}: tensor '{min(names)}' {problem} ({len(names)} in all)")
+    for name, tensor in tensors.items():
+        if tuple(tensor.shape) != shapes[name]:
+            raise CheckpointError(
+                f"{folder}: tensor '{name}' is {tuple(tensor.shape)}, config.json says {shapes[name]}"
+            )
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{folder}: tensor '{name}' is {tensor.dtype}, expected floating point")
 
 
 def write_random_checkpoint(folder: Path, shape: ModelShape, seed: int, tokenizer: Path = DEMO_FOLDER) -> None:
@@ -118,66 +114,57 @@ def write_random_checkpoint(folder: Path, shape: ModelShape, seed: int, tokenize
             become about a fifth longer than with the released tokenizer.
     """
     generator = torch.Generator().manual_seed(seed)
-
-    def drawn(name: str, size: tuple[int, ...]) -> Tensor:
-        values = torch.randn(size, generator=generator)
-        if name.endswith("norm.weight"):
-            return 1 + 0.1 * values
-        if name.endswith("norm.bias"):
-            return 0.1 * values
-        if name.endswith("tok_embeddings.weight"):
-            return values
-        scale = 3.0 if name.startswith("4_Dense") else 1.5 if "Wqkv" in name else 1.0
-        spread: Tensor = values * (scale * float(size[-1]) ** -0.5)
-        return spread
-
-    save_file({name: drawn(name, size) for name, size in encoder_shapes(shape).items()}, folder / "model.safetensors")
-    head: dict[str, dict[str, Tensor]] = {}
-    for name, size in head_shapes(shape).items():
-        module, tensor = name.split("/")
-        head.setdefault(module, {})[tensor] = drawn(name, size)
-    for module, tensors in head.items():
+    encoder = {name: _random(name, size, generator) for name, size in encoder_shapes(shape).items()}
+    save_file(encoder, folder / "model.safetensors")
+    head = {name: _random(name, size, generator) for name, size in head_shapes(shape).items()}
+    for module in (HEAD_DENSE, HEAD_NORM, HEAD_SCORE):
         (folder / module).mkdir()
+        tensors = {name.removeprefix(f"{module}/"): head[name] for name in head if name.startswith(module)}
         save_file(tensors, folder / module / "model.safetensors")
     _write_configs(folder, shape, tokenizer)
 
 
+def _random(name: str, size: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    values = torch.randn(size, generator=generator)
+    if name.endswith("norm.weight"):
+        return 1 + 0.1 * values
+    if name.endswith("norm.bias"):
+        return 0.1 * values
+    if name.endswith("tok_embeddings.weight"):
+        return values
+    scale = 3.0 if name.startswith(HEAD_SCORE) else 1.5 if "Wqkv" in name else 1.0
+    return values.mul(scale * float(size[-1]) ** -0.5)
+
+
 def _write_configs(folder: Path, shape: ModelShape, tokenizer: Path) -> None:
-    """The embedded checkpoint's configs with another shape: the format is the same."""
+    """Writes the configs of the embedded checkpoint, with another shape."""
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(tokenizer / name, folder / name)
     for name in ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"):
         shutil.copyfile(DEMO_FOLDER / name, folder / name)
     vocabulary = tokenizers.Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
-    cls, sep, pad = (vocabulary.token_to_id(token) for token in ("[CLS]", "[SEP]", "[PAD]"))
-    config = json.loads((DEMO_FOLDER / "config.json").read_text())
-    config |= {
+    tokens = {"bos": "[CLS]", "cls": "[CLS]", "eos": "[SEP]", "sep": "[SEP]", "pad": "[PAD]"}
+    kinds = {"full_attention": shape.rope_theta_global, "sliding_attention": shape.rope_theta_local}
+    config = json.loads((DEMO_FOLDER / "config.json").read_text()) | {
         "dtype": "float32",
         "vocab_size": shape.vocab_size,
         "hidden_size": shape.hidden_size,
         "intermediate_size": shape.intermediate_size,
         "num_hidden_layers": shape.num_layers,
         "num_attention_heads": shape.num_heads,
-        "layer_types": ["full_attention" if each else "sliding_attention" for each in shape.global_layers],
+        "layer_types": ["full_attention" if is_global else "sliding_attention" for is_global in shape.global_layers],
         "local_attention": 2 * shape.window_tokens,
         "max_position_embeddings": shape.max_tokens,
         "norm_eps": shape.norm_eps,
-        "rope_parameters": {
-            "full_attention": {"rope_theta": shape.rope_theta_global, "rope_type": "default"},
-            "sliding_attention": {"rope_theta": shape.rope_theta_local, "rope_type": "default"},
-        },
-        "bos_token_id": cls,
-        "cls_token_id": cls,
-        "eos_token_id": sep,
-        "sep_token_id": sep,
-        "pad_token_id": pad,
+        "rope_parameters": {kind: {"rope_theta": theta, "rope_type": "default"} for kind, theta in kinds.items()},
     }
+    config |= {f"{name}_token_id": vocabulary.token_to_id(token) for name, token in tokens.items()}
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     (folder / "1_Pooling").mkdir()
     widths = {"embedding_dimension", "in_features", "dimension"}
-    for module in ("1_Pooling", "2_Dense", "3_LayerNorm", "4_Dense"):
+    for module in ("1_Pooling", HEAD_DENSE, HEAD_NORM, HEAD_SCORE):
         settings = json.loads((DEMO_FOLDER / module / "config.json").read_text())
         settings |= dict.fromkeys(widths & settings.keys(), shape.hidden_size)
-        if module == "2_Dense":
+        if module == HEAD_DENSE:
             settings["out_features"] = shape.hidden_size
         (folder / module / "config.json").write_text(json.dumps(settings, indent=2))

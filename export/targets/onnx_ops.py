@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import ml_dtypes
+import ml_dtypes  # noqa: F401 (registers numpy's bfloat16)
 import numpy as np
 import onnx
 import torch
@@ -14,14 +14,6 @@ from ettin.export.quantise import Quantised, int8_rows
 from ettin.graph.ops import Kind
 
 OPSET = 20  # the first with Gelu; ONNX Runtime reads it from 1.17 on
-_ELEMENT = {
-    "bool": TensorProto.BOOL,
-    "int64": TensorProto.INT64,
-    "bfloat16": TensorProto.BFLOAT16,
-    "float16": TensorProto.FLOAT16,
-    "float32": TensorProto.FLOAT,
-}
-_NUMPY = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16), "float32": np.dtype(np.float32)}
 
 
 class Value(NamedTuple):
@@ -31,14 +23,25 @@ class Value(NamedTuple):
     dtype: str
 
 
+def _element(dtype: str) -> int:
+    return int(helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
+
+
+def _elementwise(kind: str) -> Callable[..., Value]:
+    """A method that adds one node of this kind."""
+
+    def operation(self: "OnnxOps", *inputs: Value) -> Value:
+        return self.node(kind, inputs)
+
+    return operation
+
+
 class OnnxOps:
     """Collects nodes and initializers.
 
-    Args:
-        weights: folded weights, float32, by name.
-        compute: element type of the linear layers and attention: "float32", "float16" or "bfloat16". Norms and the
-            head are float32 either way; with "bfloat16", so are rotation, softmax and GELU, between casts: that type
-            keeps 8 bits, and a compiler fuses the casts away (TensorRT-RTX 1.7 does, seen in its layer listing).
+    Linear layers and attention are computed in "float32", "float16" or "bfloat16", norms and the head in float32. With
+    "bfloat16", which keeps 8 bits, rotation, softmax and GELU are float32 as well, between casts: a compiler fuses
+    these away (TensorRT-RTX 1.7 does, seen in its layer listing).
     """
 
     def __init__(self, weights: Mapping[str, NDArray[np.float32]], compute: str) -> None:
@@ -54,24 +57,24 @@ class OnnxOps:
 
     def _nodes(self, kind: str, inputs: Sequence[Value], dtype: str, outputs: int, **attributes: Any) -> list[Value]:
         name = self._new_name(kind)
-        names = [f"{name}:{at}" for at in range(outputs)]
-        self.nodes.append(helper.make_node(kind, [each.name for each in inputs], names, name, **attributes))
-        return [Value(each, dtype) for each in names]
+        names = [f"{name}:{index}" for index in range(outputs)]
+        self.nodes.append(helper.make_node(kind, [value.name for value in inputs], names, name, **attributes))
+        return [Value(output, dtype) for output in names]
 
     def _new_name(self, kind: str) -> str:
         self._names += 1
         return f"{kind}_{self._names}"
 
     def _subgraph(self, write: Callable[..., Sequence[Value]], *inputs: Value) -> onnx.GraphProto:
-        """What `write` makes of scalar `inputs`, as a graph of its own; it may read values and weights of this one."""
+        """A graph of what `write` returns for scalar `inputs`; it may read values and weights of the outer graph."""
         outer, self.nodes = self.nodes, []
         results = write(*inputs)
         nodes, self.nodes = self.nodes, outer
         return helper.make_graph(
             nodes,
             self._new_name("subgraph"),
-            [helper.make_tensor_value_info(value.name, _ELEMENT[value.dtype], []) for value in inputs],
-            [helper.make_tensor_value_info(value.name, _ELEMENT[value.dtype], None) for value in results],
+            [helper.make_tensor_value_info(value.name, _element(value.dtype), []) for value in inputs],
+            [helper.make_tensor_value_info(value.name, _element(value.dtype), None) for value in results],
         )
 
     def constant(self, values: NDArray[Any], name: str | None = None) -> Value:
@@ -82,69 +85,51 @@ class OnnxOps:
         return Value(name, str(values.dtype))
 
     def weight(self, name: str) -> Value:
-        return self.constant(self._weights[name].astype(self._stored_as(name), copy=False), name)
+        return self._stored(name, self._weights[name])
 
-    def _stored_as(self, name: str) -> np.dtype[Any]:
+    def _stored(self, name: str, values: NDArray[np.float32]) -> Value:
         is_float32 = name.startswith("head.") or (name.startswith("rope.") and self._is_bfloat16)
-        dtype: np.dtype[Any] = _NUMPY["float32" if is_float32 else self._compute]
-        return dtype
+        return self.constant(values.astype(np.dtype("float32" if is_float32 else self._compute), copy=False), name)
 
     def integer(self, value: int) -> Value:
         return self.constant(np.array(value, np.int64))
 
-    def _integers(self, values: Sequence[int]) -> Value:
+    def _integers(self, *values: int) -> Value:
         return self.constant(np.array(values, np.int64))
 
     def dim(self, x: Value, axis: int) -> Value:
         length = self.node("Shape", [x], "int64", start=axis, end=axis + 1)
-        return self.node("Squeeze", [length, self._integers([0])])
+        return self.node("Squeeze", [length, self._integers(0)])
 
     def arange(self, count: Value) -> Value:
         return self.node("Range", [self.integer(0), count, self.integer(1)])
 
     def cast(self, x: Value, kind: Kind) -> Value:
         dtype = {"int": "int64", "compute": self._compute, "float32": "float32"}[kind]
-        return x if x.dtype == dtype else self.node("Cast", [x], dtype, to=_ELEMENT[dtype])
+        return x if x.dtype == dtype else self.node("Cast", [x], dtype, to=_element(dtype))
 
-    def add(self, a: Value, b: Value) -> Value:
-        return self.node("Add", [a, b])
-
-    def subtract(self, a: Value, b: Value) -> Value:
-        return self.node("Sub", [a, b])
-
-    def multiply(self, a: Value, b: Value) -> Value:
-        return self.node("Mul", [a, b])
-
-    def floor_divide(self, a: Value, b: Value) -> Value:
-        return self.node("Div", [a, b])
-
-    def minimum(self, a: Value, b: Value) -> Value:
-        return self.node("Min", [a, b])
-
-    def maximum(self, a: Value, b: Value) -> Value:
-        return self.node("Max", [a, b])
-
-    def absolute(self, x: Value) -> Value:
-        return self.node("Abs", [x])
+    add, subtract, multiply, floor_divide = map(_elementwise, ("Add", "Sub", "Mul", "Div"))
+    minimum, maximum, absolute = map(_elementwise, ("Min", "Max", "Abs"))
 
     def bias_where(self, a: Value, b: Value, bias: float) -> Value:
         dtype = "float32" if self._is_bfloat16 else self._compute
-        chosen, zero = (self.constant(np.array(value, _NUMPY[dtype])) for value in (bias, 0.0))
+        chosen, zero = (self.constant(np.array(value, dtype)) for value in (bias, 0.0))
         return self.node("Where", [self.node("Greater", [a, b], "bool"), chosen, zero], dtype)
 
     def count_at_most(self, boundaries: Value, values: Value) -> Value:
         columns, rows = self.reshape(boundaries, [1, -1]), self.reshape(values, [-1, 1])
-        found = self.node("Cast", [self.node("LessOrEqual", [columns, rows], "bool")], "int64", to=_ELEMENT["int64"])
-        return self.node("ReduceSum", [found, self._integers([1])], keepdims=0)
+        is_at_most = self.cast(self.node("LessOrEqual", [columns, rows], "bool"), "int")
+        return self.node("ReduceSum", [is_at_most, self._integers(1)], keepdims=0)
 
     def _dims(self, dims: Sequence[int | Value]) -> Value:
-        if all(isinstance(size, int) for size in dims):
-            return self._integers([size for size in dims if isinstance(size, int)])
-        parts = [
-            self._integers([size]) if isinstance(size, int) else self.node("Unsqueeze", [size, self._integers([0])])
-            for size in dims
-        ]
+        sizes = [size for size in dims if isinstance(size, int)]
+        if len(sizes) == len(dims):
+            return self._integers(*sizes)
+        parts = [self._integers(size) if isinstance(size, int) else self._unsqueezed(size) for size in dims]
         return self.node("Concat", parts, axis=0)
+
+    def _unsqueezed(self, scalar: Value) -> Value:
+        return self.node("Unsqueeze", [scalar, self._integers(0)])
 
     def reshape(self, x: Value, dims: Sequence[int | Value]) -> Value:
         return self.node("Reshape", [x, self._dims(dims)])
@@ -162,23 +147,23 @@ class OnnxOps:
         return x
 
     def first(self, x: Value, count: Value, axis: int) -> Value:
-        end = self.node("Unsqueeze", [count, self._integers([0])])
-        return self.node("Slice", [x, self._integers([0]), end, self._integers([axis])])
+        end = self._unsqueezed(count)
+        return self.node("Slice", [x, self._integers(0), end, self._integers(axis)])
 
     def pad_end(self, x: Value, count: Value, value: int) -> Value:
-        pads = self.node("Concat", [self._integers([0, 0, 0]), self._dims([count])], axis=0)
+        pads = self.node("Concat", [self._integers(0, 0, 0), self._dims([count])], axis=0)
         return self.node("Pad", [x, pads, self.integer(value)], mode="constant")
 
     def embedding(self, ids: Value, name: str) -> Value:
         return self.node("Gather", [self.weight(name), ids], axis=0)
 
-    def _matrix(self, name: str) -> Value:
-        """A weight [out, in] stored as the [in, out] that MatMul takes."""
-        return self.constant(self._weights[name].T.astype(self._stored_as(name), copy=False), name)
-
     def linear(self, x: Value, name: str, bias: str | None = None) -> Value:
         product = self.node("MatMul", [x, self._matrix(name)])
-        return product if bias is None else self.node("Add", [product, self.weight(bias)])
+        return product if bias is None else self.add(product, self.weight(bias))
+
+    def _matrix(self, name: str) -> Value:
+        """A weight as MatMul takes it: [in, out]."""
+        return self._stored(name, self._weights[name].T)
 
     def linears(self, x: Value, names: Sequence[str], joint: bool) -> list[Value]:
         if joint:
@@ -188,8 +173,7 @@ class OnnxOps:
     def normalise(self, x: Value, eps: float) -> Value:
         wide = self.cast(x, "float32")
         ones = self.constant(np.ones(self._weights["embedding"].shape[1], np.float32), "norm.ones")
-        normed = self.node("LayerNormalization", [wide, ones], axis=-1, epsilon=eps)
-        return normed if x.dtype == "float32" else self.cast(normed, "compute")
+        return self._back(self.node("LayerNormalization", [wide, ones], axis=-1, epsilon=eps), x)
 
     def gelu(self, x: Value) -> Value:
         return self._back(self.node("Gelu", [self._widened(x)], approximate="none"), x)
@@ -198,7 +182,7 @@ class OnnxOps:
         return self.cast(x, "float32") if self._is_bfloat16 else x
 
     def _back(self, result: Value, x: Value) -> Value:
-        """`result` in the type that `x` has."""
+        """`result` in the type of `x`."""
         return result if result.dtype == x.dtype else self.cast(result, "compute")
 
     def rotate(self, x: Value, cos: Value, sin: Value) -> Value:
@@ -214,7 +198,7 @@ class OnnxOps:
         return self._mixed(q, self.transpose(k, [0, 1, 2, 4, 3]), v, bias)
 
     def _mixed(self, q: Value, keys: Value, v: Value, bias: Value) -> Value:
-        """Attention, with `keys` [..., d, keys]."""
+        """Attention whose keys are transposed: [..., d, tokens]."""
         scores = self._widened(self.node("MatMul", [q, keys]))
         shares = self.node("Softmax", [self.add(scores, bias)], axis=-1)
         return self.node("MatMul", [self._back(shares, q), v])
@@ -246,16 +230,13 @@ class OnnxOps:
         )
 
 
-_ZERO = 128  # uint8 activations around 128 are int8 ones shifted: what ONNX Runtime's kernels prefer
+_ZERO = 128  # activations are int8 values shifted by 128, in uint8, which ONNX Runtime's kernels prefer
 
 
 class Int8OnnxOps(OnnxOps):
-    """Writes QuantizeLinear / DequantizeLinear around the linear layers that `quantised` names.
+    """Writes QuantizeLinear and DequantizeLinear before the inputs and weights of the linear layers in `quantised`.
 
-    ONNX Runtime fuses each pair with its MatMul into an integer product.
-
-    Args:
-        quantised: smoothed weights and input ranges.
+    ONNX Runtime fuses them with the MatMul between into an integer product.
     """
 
     def __init__(self, quantised: Quantised) -> None:
@@ -264,14 +245,9 @@ class Int8OnnxOps(OnnxOps):
         self._inputs: dict[tuple[str, float], Value] = {}
 
     def linear(self, x: Value, name: str, bias: str | None = None) -> Value:
-        if name not in self._quantised.input_max:
-            return super().linear(x, name, bias)
-        if self._quantised.scheme.activations:
+        if name in self._quantised.input_max and self._quantised.scheme.activations:
             x = self._rounded(x, self._quantised.input_max[name])
-        return self.node("MatMul", [x, self._int8(name)])
-
-    def linears(self, x: Value, names: Sequence[str], joint: bool) -> list[Value]:
-        return [self.linear(x, name) for name in names]
+        return super().linear(x, name, bias)
 
     def _rounded(self, x: Value, largest: float) -> Value:
         key = (x.name, largest)
@@ -281,8 +257,9 @@ class Int8OnnxOps(OnnxOps):
             self._inputs[key] = self.node("DequantizeLinear", [rounded, scale, zero], "float32")
         return self._inputs[key]
 
-    def _int8(self, name: str) -> Value:
-        """[in, out] as MatMul takes it, one scale for each output channel."""
+    def _matrix(self, name: str) -> Value:
+        if name not in self._quantised.input_max:
+            return super()._matrix(name)
         rows, scales = int8_rows(torch.from_numpy(self._weights[name]))
         stored = self.constant(rows.T.contiguous().numpy(), name)
         scale = self.constant(scales[:, 0].numpy(), f"{name}.scale")

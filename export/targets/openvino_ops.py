@@ -18,12 +18,18 @@ Weights = Mapping[str, NDArray[np.float32]]
 StoreWeight = Callable[[NDArray[np.float32]], ov.Node]
 
 
+def _integers(*values: int) -> ov.Node:
+    return op.constant(np.array(values, np.int64))
+
+
+def _float(value: float) -> ov.Node:
+    return op.constant(np.float32(value))
+
+
 class OpenVinoOps:
     """Writes float32 nodes; the precision that they run in is the runtime's hint.
 
-    Args:
-        weights: folded weights, float32, by name.
-        store: writes the constant of a weight; decides the type that it is stored in.
+    `store` writes the constant of a weight, and so decides the type that it is stored in.
     """
 
     def __init__(self, weights: Weights, store: StoreWeight) -> None:
@@ -32,8 +38,8 @@ class OpenVinoOps:
 
     def weight(self, name: str) -> ov.Node:
         if name not in self._stored:
-            table = name.startswith("rope.")  # angles stay exact: they are not weights
-            self._stored[name] = op.constant(self._weights[name]) if table else self._store(self._weights[name])
+            store = op.constant if name.startswith("rope.") else self._store  # angles are not weights: they stay exact
+            self._stored[name] = store(self._weights[name])
             self._stored[name].set_friendly_name(name)
         return self._stored[name]
 
@@ -49,47 +55,26 @@ class OpenVinoOps:
     def cast(self, x: ov.Node, kind: Kind) -> ov.Node:
         return x if kind in ("compute", "float32") else op.convert(x, "i64")
 
-    def add(self, a: ov.Node, b: ov.Node) -> ov.Node:
-        return op.add(a, b)
-
-    def subtract(self, a: ov.Node, b: ov.Node) -> ov.Node:
-        return op.subtract(a, b)
-
-    def multiply(self, a: ov.Node, b: ov.Node) -> ov.Node:
-        return op.multiply(a, b)
-
-    def floor_divide(self, a: ov.Node, b: ov.Node) -> ov.Node:
-        return op.divide(a, b)
-
-    def minimum(self, a: ov.Node, b: ov.Node) -> ov.Node:
-        return op.minimum(a, b)
-
-    def maximum(self, a: ov.Node, b: ov.Node) -> ov.Node:
-        return op.maximum(a, b)
-
-    def absolute(self, x: ov.Node) -> ov.Node:
-        return op.absolute(x)
+    add, subtract, multiply, floor_divide = map(staticmethod, (op.add, op.subtract, op.multiply, op.divide))
+    minimum, maximum, absolute = map(staticmethod, (op.minimum, op.maximum, op.absolute))
 
     def bias_where(self, a: ov.Node, b: ov.Node, bias: float) -> ov.Node:
-        return op.select(op.greater(a, b), op.constant(np.float32(bias)), op.constant(np.float32(0)))
+        return op.select(op.greater(a, b), _float(bias), _float(0))
 
     def count_at_most(self, boundaries: ov.Node, values: ov.Node) -> ov.Node:
         return op.search_sorted(boundaries, values, right_mode=True)
 
     def _dims(self, dims: Sequence[int | ov.Node]) -> ov.Node:
         if all(isinstance(size, int) for size in dims):
-            return op.constant(np.array(dims, np.int64))
-        parts = [
-            op.constant(np.array([size], np.int64)) if isinstance(size, int) else op.unsqueeze(size, self.integer(0))
-            for size in dims
-        ]
+            return _integers(*dims)
+        parts = [_integers(size) if isinstance(size, int) else op.unsqueeze(size, self.integer(0)) for size in dims]
         return op.concat(parts, 0)
 
     def reshape(self, x: ov.Node, dims: Sequence[int | ov.Node]) -> ov.Node:
         return op.reshape(x, self._dims(dims), special_zero=True)
 
     def transpose(self, x: ov.Node, axes: Sequence[int]) -> ov.Node:
-        return op.transpose(x, op.constant(np.array(axes, np.int64)))
+        return op.transpose(x, _integers(*axes))
 
     def gather(self, x: ov.Node, index: ov.Node, axis: int) -> ov.Node:
         return op.gather(x, index, self.integer(axis))
@@ -99,12 +84,12 @@ class OpenVinoOps:
         return x
 
     def first(self, x: ov.Node, count: ov.Node, axis: int) -> ov.Node:
-        zero, one = op.constant(np.array([0], np.int64)), op.constant(np.array([1], np.int64))
-        return op.slice(x, zero, op.unsqueeze(count, self.integer(0)), one, op.constant(np.array([axis], np.int64)))
+        zero, one = _integers(0), _integers(1)
+        return op.slice(x, zero, op.unsqueeze(count, self.integer(0)), one, _integers(axis))
 
     def pad_end(self, x: ov.Node, count: ov.Node, value: int) -> ov.Node:
-        begin = op.constant(np.zeros(2, np.int64))
-        end = op.concat([op.constant(np.zeros(1, np.int64)), op.unsqueeze(count, self.integer(0))], 0)
+        begin = _integers(0, 0)
+        end = op.concat([_integers(0), op.unsqueeze(count, self.integer(0))], 0)
         return op.pad(x, begin, end, "constant", self.integer(value))
 
     def embedding(self, ids: ov.Node, name: str) -> ov.Node:
@@ -120,11 +105,11 @@ class OpenVinoOps:
             return [self.linear(x, name) for name in names]
         name = "+".join(names)
         if name not in self._stored:
-            self._stored[name] = self._store(np.concatenate([self._weights[each] for each in names]))
+            self._stored[name] = self._store(np.concatenate([self._weights[part] for part in names]))
         return list(op.split(self.linear(x, name), self.integer(-1), len(names)).outputs())
 
     def normalise(self, x: ov.Node, eps: float) -> ov.Node:
-        return op.mvn(x, op.constant(np.array([-1], np.int64)), True, eps, "inside_sqrt")
+        return op.mvn(x, _integers(-1), True, eps, "inside_sqrt")
 
     def gelu(self, x: ov.Node) -> ov.Node:
         return op.gelu(x, "erf")
@@ -133,17 +118,14 @@ class OpenVinoOps:
         return op.broadcast(x, self._dims(dims))
 
     def rotate(self, x: ov.Node, cos: ov.Node, sin: ov.Node) -> ov.Node:
-        # Written as OpenVINO's RoPEFusionGPTNEOX and RoPEFusionPreprocess match it: a transpose before it and
-        # these nodes become one RoPE node.
+        # OpenVINO's RoPEFusionGPTNEOX and RoPEFusionPreprocess fuse a transpose and these nodes into one RoPE node.
         half = int(x.get_output_partial_shape(0)[-1].get_length()) // 2
-        split = op.variadic_split(x, self.integer(3), op.constant(np.array([half, half], np.int64)))
-        turned = op.concat([op.multiply(split.output(1), op.constant(np.float32(-1))), split.output(0)], -1)
+        split = op.variadic_split(x, self.integer(3), _integers(half, half))
+        turned = op.concat([op.multiply(split.output(1), _float(-1)), split.output(0)], -1)
         return op.add(op.multiply(x, cos), op.multiply(turned, sin))
 
     def attention(self, q: ov.Node, k: ov.Node, v: ov.Node, bias: ov.Node, reader: str) -> ov.Node:
-        return self.mixed(
-            op.scaled_dot_product_attention(q, k, v, bias, op.constant(np.float32(1)), causal=False), reader
-        )
+        return self.mixed(op.scaled_dot_product_attention(q, k, v, bias, _float(1), causal=False), reader)
 
     def local_attention(self, q: ov.Node, k: ov.Node, v: ov.Node, bias: ov.Node, reader: str) -> ov.Node:
         raise NotImplementedError("OpenVINO graphs cut blocks before they rotate, see GraphForm.rotate_blocks")
@@ -154,21 +136,14 @@ class OpenVinoOps:
         return self.attention(q, k, v, bias, reader)
 
     def ragged_attention(
-        self,
-        q: ov.Node,
-        k: ov.Node,
-        v: ov.Node,
-        cu_seqlens: ov.Node,
-        window: int,
-        theta: float,
-        first_only: bool,
+        self, q: ov.Node, k: ov.Node, v: ov.Node, cu_seqlens: ov.Node, window: int, theta: float, first_only: bool,
         reader: str,
-    ) -> ov.Node:
+    ) -> ov.Node:  # fmt: skip
         # OpenVINO drops these conversions where the neighbours compute in bf16.
-        halves = [op.convert(each, "bf16") for each in (q, k, v)]
+        halves = [op.convert(x, "bf16") for x in (q, k, v)]
         heads = int(q.get_output_partial_shape(0)[-1].get_length()) // HEAD_DIM
         attributes = {"heads": heads, "window": window, "theta": theta, "first_only": first_only}
-        inputs = [each.output(0) for each in (*halves, cu_seqlens)]
+        inputs = [x.output(0) for x in (*halves, cu_seqlens)]
         return self.mixed(op.convert(_ragged_factory().create("RaggedAttention", inputs, attributes), "f32"), reader)
 
     def mixed(self, values: ov.Node, reader: str) -> ov.Node:
@@ -184,13 +159,9 @@ def _ragged_factory() -> NodeFactory:
 
 
 class Int8OpenVinoOps(OpenVinoOps):
-    """Writes FakeQuantize before and int8 weights inside the linear layers that `quantised` names.
+    """Writes FakeQuantize before the linear layers in `quantised`, whose weights are int8; `store` writes all others.
 
-    OpenVINO turns these into int8 products that take the scales along as post-operations.
-
-    Args:
-        quantised: smoothed weights and input ranges.
-        store: writes the constant of any other weight.
+    OpenVINO turns these layers into int8 products that apply the scales as post-operations.
     """
 
     def __init__(self, quantised: Quantised, store: StoreWeight) -> None:
@@ -199,25 +170,28 @@ class Int8OpenVinoOps(OpenVinoOps):
         self._inputs: dict[tuple[str, float], ov.Node] = {}
         self._rounded_at_source: set[str] = set()
 
-    def linear(self, x: ov.Node, name: str, bias: str | None = None) -> ov.Node:
+    def weight(self, name: str) -> ov.Node:
         if name not in self._quantised.input_max:
-            return super().linear(x, name, bias)
-        if self._quantised.scheme.activations and name not in self._rounded_at_source:
+            return super().weight(name)
+        rows, scales = int8_rows(torch.from_numpy(self._weights[name]))
+        return op.multiply(op.convert(op.constant(rows.numpy()), "f32"), op.constant(scales.numpy()))
+
+    def linear(self, x: ov.Node, name: str, bias: str | None = None) -> ov.Node:
+        is_rounded = name in self._quantised.input_max and self._quantised.scheme.activations
+        if is_rounded and name not in self._rounded_at_source:
             x = self._rounded(x, self._quantised.input_max[name])
-        product = op.matmul(x, self._int8(name), False, True)
-        product.set_friendly_name(f"{name}.matmul")
-        return product
+        return super().linear(x, name, bias)
 
     def linears(self, x: ov.Node, names: Sequence[str], joint: bool) -> list[ov.Node]:
-        # int8 products fuse their activations only when apart; a group is left out of int8 together.
+        # OpenVINO fuses activations only into separate int8 products. A group is left out of int8 as a whole.
         return super().linears(x, names, joint and names[0] not in self._quantised.input_max)
 
     def attention(self, q: ov.Node, k: ov.Node, v: ov.Node, bias: ov.Node, reader: str) -> ov.Node:
-        """Queries, keys and the result are rounded: OpenVINO fuses it all into the attention kernel.
+        """Rounds queries, keys and the result: OpenVINO fuses the rounding into the attention kernel.
 
-        Measured with the 17m shape on one core: the rounded result, whose transpose then moves bytes, takes 4 % off the
-        whole graph in bf16 and 3 % in f32; rounded queries and keys take 7 % off in f32 (AVX2-VNNI), and add to it in
-        bf16, where `OpenVinoRuntime` leaves them out.
+        Measured with the 17m shape on one core: rounding the result, whose transpose then moves bytes, saves 4 % of the
+        whole graph in bf16 and 3 % in f32. Rounding queries and keys saves 7 % in f32 (AVX2-VNNI) and costs time in
+        bf16, where `OpenVinoRuntime` leaves it out.
         """
         if reader in self._quantised.attention_max:
             q, k = (
@@ -236,13 +210,8 @@ class Int8OpenVinoOps(OpenVinoOps):
         """One FakeQuantize for all readers of a value: signed, symmetric, 256 levels."""
         key = (x.get_friendly_name(), largest)
         if key not in self._inputs:
-            low = op.constant(np.float32(-largest))
-            high = op.constant(np.float32(largest * 127 / 128))
+            low, high = _float(-largest), _float(largest * 127 / 128)
             node = op.fake_quantize(x, low, high, low, high, 256)
             node.set_friendly_name(mark + node.get_friendly_name())
             self._inputs[key] = node
         return self._inputs[key]
-
-    def _int8(self, name: str) -> ov.Node:
-        rows, scales = int8_rows(torch.from_numpy(self._weights[name]))
-        return op.multiply(op.convert(op.constant(rows.numpy()), "f32"), op.constant(scales.numpy()))

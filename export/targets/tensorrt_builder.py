@@ -18,99 +18,29 @@ from ettin.export.options import BuildOptions
 from ettin.runtimes.machine import Gpu, gpus
 
 Profile = dict[str, ShapeRange]
-
-
-# Names of the products, by their modules.
-_PRODUCTS = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
+_PRODUCTS = {"trt": "TensorRT", "trt-rtx": "TensorRT-RTX"}
 
 
 @dataclass(frozen=True)
 class Built:
-    """A compiled engine.
-
-    Args:
-        engine: serialised.
-        fused_attentions: attentions in one kernel, by the builder's own listing of the layers of a profile.
-    """
+    """A compiled engine."""
 
     engine: bytes
-    fused_attentions: int
+    fused_attentions: int  # attentions in one kernel, as the builder lists the layers of one profile
 
 
 def builder_module(target: str) -> Any:
-    """The module that builds `target`.
-
-    Raises:
-        MissingDependency: it is not installed, or (TensorRT) only its shell is, without NVIDIA's libraries.
-    """
-    engine = target_named(target).runtime
-    module = engine.packages[0]
+    """The module that builds `target`."""
+    runtime = target_named(target).runtime
+    module = runtime.packages[0]
     try:
         return importlib.import_module(module)
-    except ImportError:  # the shell on PyPI fails on libnvinfer
-        raise MissingDependency(f"target '{target}'", module.replace("_", "-"), engine.extra) from None
-
-
-def product(target: str) -> str:
-    """The name of the product that builds `target`."""
-    return _PRODUCTS[target_named(target).runtime.packages[0]]
-
-
-def check_arch_name(arch: str) -> None:
-    """Whether it is written as architectures are.
-
-    Raises:
-        UsageError: it is not.
-    """
-    if not re.fullmatch(r"sm_\d{2,3}", arch):
-        raise UsageError(f"--arch is '{arch}', expected native or sm_ and a compute capability: sm_86")
-
-
-def checked_arch(target: str, arch: str | None, found: Sequence[Gpu]) -> str:
-    """The GPU architecture to build for.
-
-    Args:
-        target: "trt" or "trt-rtx".
-        arch: what was asked for; None or "native": this machine's.
-        found: this machine's GPUs.
-
-    Raises:
-        UsageError: not an architecture.
-        HardwareError: none was named and there is no GPU, or this builder, on this machine, can't build for it.
-    """
-    if arch is not None and arch != "native":
-        check_arch_name(arch)
-    here = found[0].arch if found else None
-    if arch is None or arch == "native":
-        if here is None:
-            kit = " --build-kit" if target == "trt" else ""
-            raise HardwareError(f"no GPU here to build for. Name one: --target {target} --arch sm_86{kit}")
-        return here
-    if arch == here:
-        return arch
-    there = f"the GPU here is {here}" if here else "no GPU is here"
-    if target == "trt":
-        raise HardwareError(
-            f"{product(target)} builds only for a GPU in the machine: asked for {arch}, {there}. Build there, or take "
-            f"the parts with you: --target trt --arch {arch} --build-kit"
-        )
-    ahead = ahead_of_time(builder_module(target))
-    if arch not in ahead:
-        raise HardwareError(
-            f"{product(target)} builds ahead of time for {', '.join(ahead)}, not for {arch}, and {there}. "
-            f"Take another target: --target trt --arch {arch}"
-        )
-    return arch
+    except ImportError:  # absent, or TensorRT's shell on PyPI without NVIDIA's libnvinfer
+        raise MissingDependency(f"target '{target}'", module.replace("_", "-"), runtime.extra) from None
 
 
 def check_options(target: str, options: BuildOptions) -> None:
-    """Refuses options with which this machine can't build `target`.
-
-    Raises:
-        UsageError: a kit of another target, or for no GPU in particular; a timing cache for TensorRT-RTX.
-        MissingDependency: the builder is not installed.
-        HardwareError: see `checked_arch`.
-    """
+    """Refuses options with which this machine can't build `target`."""
     if options.timing_cache is not None and target == "trt-rtx":
         raise UsageError("--timing-cache: TensorRT-RTX times no kernels when it builds. Leave it out")
     if not options.kit:
@@ -118,43 +48,64 @@ def check_options(target: str, options: BuildOptions) -> None:
         builder_module(target)
     elif target != "trt":
         raise UsageError(f"--build-kit is for --target trt, not for '{target}'")
-    elif options.arch is None or options.arch == "native":
+    elif options.arch in (None, "native"):
         raise UsageError("--build-kit is for another machine: name its GPU, such as --arch sm_90")
     else:
-        check_arch_name(options.arch)
+        _check_name(str(options.arch))
 
 
-def ahead_of_time(module: Any) -> list[str]:
-    """Architectures that TensorRT-RTX compiles for without such a GPU."""
-    return [f"sm_{name[2:]}" for name in module.ComputeCapability.__members__ if name.startswith("SM")]
+def _check_name(arch: str) -> None:
+    if not re.fullmatch(r"sm_\d{2,3}", arch):
+        raise UsageError(f"--arch is '{arch}', expected native or sm_ and a compute capability: sm_86")
 
 
-def build(
-    target: str, onnx: Path, profiles: Sequence[Profile], arch: str, options: BuildOptions, show: bool = True
-) -> Built:
-    """Compiles a strongly typed ONNX file: its types are the engine's types.
+def checked_arch(target: str, arch: str | None, present: Sequence[Gpu]) -> str:
+    """The GPU architecture to build for: `arch`, or for None and "native" that of the GPUs that are present.
 
-    Args:
-        target: "trt" or "trt-rtx".
-        onnx: the file.
-        profiles: shapes that the engine takes; the runtime chooses one for each batch.
-        arch: as `checked_arch` returned it.
-        options: see `BuildOptions`.
-        show: a progress bar on stderr, if that is a terminal.
+    Raises:
+        UsageError: not an architecture.
+        HardwareError: none was named and there is no GPU, or this machine can't build for the one that was named.
+    """
+    native = present[0].arch if present else None
+    if arch is None or arch == "native":
+        if native is None:
+            kit = " --build-kit" if target == "trt" else ""
+            raise HardwareError(f"no GPU here to build for. Name one: --target {target} --arch sm_86{kit}")
+        return native
+    _check_name(arch)
+    if arch == native:
+        return arch
+    here = f"the GPU here is {native}" if native else "no GPU is here"
+    if target == "trt":
+        raise HardwareError(
+            f"TensorRT builds only for a GPU in the machine: asked for {arch}, {here}. Build there, or write a kit "
+            f"that builds there: --target trt --arch {arch} --build-kit"
+        )
+    capabilities = builder_module(target).ComputeCapability.__members__
+    ahead_of_time = [f"sm_{name[2:]}" for name in capabilities if name.startswith("SM")]
+    if arch not in ahead_of_time:
+        raise HardwareError(
+            f"TensorRT-RTX builds ahead of time for {', '.join(ahead_of_time)}, not for {arch}, and {here}. "
+            f"Choose another target: --target trt --arch {arch}"
+        )
+    return arch
+
+
+def build(target: str, onnx: Path, profiles: Sequence[Profile], arch: str, options: BuildOptions) -> Built:
+    """Compiles a strongly typed ONNX file: its types are the engine's types. A terminal shows a progress bar.
 
     Raises:
         BuildError: the builder refused the graph or the settings; its last error is in the message.
-        MissingDependency: the builder is not installed.
     """
     module = builder_module(target)
-    logger = _logger(module)
+    product, logger = f"{_PRODUCTS[target]} {module.__version__}", _logger(module)
     builder = module.Builder(logger)
-    # 11.x knows nothing but strongly typed networks and may drop the flag.
+    # TensorRT 11 has only strongly typed networks and may drop the flag.
     flags = module.NetworkDefinitionCreationFlag.__members__
     network = builder.create_network(1 << int(flags["STRONGLY_TYPED"]) if "STRONGLY_TYPED" in flags else 0)
     parser = module.OnnxParser(network, logger)
     if not parser.parse_from_file(str(onnx)):
-        raise BuildError(f"{product(target)} {module.__version__} can't read {onnx.name}: {parser.get_error(0).desc()}")
+        raise BuildError(f"{product} can't read {onnx.name}: {parser.get_error(0).desc()}")
     config = builder.create_builder_config()
     config.profiling_verbosity = module.ProfilingVerbosity.DETAILED
     if target == "trt-rtx" and arch not in {gpu.arch for gpu in gpus()}:
@@ -164,18 +115,18 @@ def build(
         config.set_memory_pool_limit(module.MemoryPoolType.WORKSPACE, options.workspace_mib << 20)
     for shapes in profiles:
         profile = builder.create_optimization_profile()
-        for name, each in shapes.items():
-            profile.set_shape(name, each.min, each.opt, each.max)
+        for name, shape in shapes.items():
+            profile.set_shape(name, shape.min, shape.opt, shape.max)
         config.add_optimization_profile(profile)
     cache = _timing_cache(config, options.timing_cache)
-    with tqdm(desc=f"{product(target)} {arch}", unit="steps", disable=None if show else True, leave=False) as bar:
+    with tqdm(desc=f"{_PRODUCTS[target]} {arch}", unit="steps", disable=None, leave=False) as bar:
         config.progress_monitor = _monitor(module, bar)
         serialised = builder.build_serialized_network(network, config)
     if serialised is None:
-        raise BuildError(f"{product(target)} {module.__version__} can't build for {arch}: {logger.last_error}")
+        raise BuildError(f"{product} can't build for {arch}: {logger.last_error}")
     if options.timing_cache is not None:
         write_file(options.timing_cache, bytes(cache.serialize()))
-    return Built(bytes(serialised), sum("_mha_" in each for each in logger.layers) // len(profiles))
+    return Built(bytes(serialised), sum("_mha_" in layer for layer in logger.layers) // len(profiles))
 
 
 def _timing_cache(config: Any, path: Path | None) -> Any:
@@ -188,7 +139,7 @@ def _timing_cache(config: Any, path: Path | None) -> Any:
 
 
 def _logger(module: Any) -> Any:
-    """Keeps the last error (without a GPU the first are about that) and the listing of the layers; shows nothing."""
+    """Keeps the last error (the first say that there is no GPU, where that is so) and the listing of the layers."""
 
     class Logger(module.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -200,15 +151,15 @@ def _logger(module: Any) -> Any:
             if severity in (module.ILogger.ERROR, module.ILogger.INTERNAL_ERROR):
                 self.last_error = message.strip()
             for line in message.splitlines() if "LayerType:" in message else ():
-                found = re.match(r"(?:Layer\(.*\): |Name: )(\S+?),? LayerType", line)
-                if found:
-                    self.layers.append(found[1])
+                layer = re.match(r"(?:Layer\(.*\): |Name: )(\S+?),? LayerType", line)
+                if layer:
+                    self.layers.append(layer[1])
 
     return Logger()
 
 
 def _monitor(module: Any, bar: "tqdm[Any]") -> Any:
-    """Shows the builder's own phases; called from several of its threads."""
+    """Shows the builder's own phases. The builder calls it from several threads."""
 
     class Monitor(module.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:

@@ -10,46 +10,42 @@ from ettin.artifacts.manifest import Engine, Needs, ShapeRange
 from ettin.artifacts.targets import target_named
 from ettin.export.options import BuildOptions
 from ettin.export.targets.tensorrt_builder import Profile, build, builder_module, check_options, checked_arch
-from ettin.export.targets.to_onnx import onnx_lowered, packed_onnx
+from ettin.export.targets.to_onnx import FORM, PackedOnnxWriter, packed_onnx
 from ettin.export.writer import PACKED, Lowered, Model, Writer
 from ettin.runtimes.machine import gpus
 
-# What one batch may hold, padding included: enough for the largest GPUs to be busy with the smallest size, and within
+# Limits of one batch, padding included: large enough to keep the largest GPUs busy with the smallest size, and within
 # 8 GB of GPU memory with the largest (computed from the graph's activations, not measured).
 BATCH_TOKENS = 32768
 BATCH_PAIRS = 1024
 
 # A profile's kernels and memory are those of its largest shapes. A batch of pairs up to `longest` tokens has at most
-# BATCH_TOKENS / (the class below) pairs, so four classes bound what the gathered global attention takes at four times
-# the budget, and a short batch never pays for a long one.
+# BATCH_TOKENS / (the class below) pairs. So four classes bound the memory of the gathered global attention to four
+# times the budget, and a short batch does not pay for a long one.
 _LONGEST = (128, 512, 2048)
-_SHORTEST = 32  # what "up to 128" starts from when pairs are counted
-_SMALL = (16, 1024)  # pairs and tokens of a lone request
+_SHORTEST = 32  # the class below the first
+_SMALL = (16, 1024)  # pairs and tokens of a single request
 
 _ENTRY = "engine/model.engine"
 _SCRIPT = "engine/build.sh"
 
 
 def profiles(max_length: int) -> list[Profile]:
-    """Optimisation profiles, smallest first: the runtime takes the first that a batch fits.
-
-    Args:
-        max_length: tokens of the longest pair.
-    """
-
-    def profile(pairs: int, tokens: int, longest: int) -> Profile:
-        def upto(most: int, least: int = 1) -> ShapeRange:
-            return ShapeRange(min=(least,), opt=(max(least, most // 2),), max=(most,))
-
-        return {"input_ids": upto(tokens), "cu_seqlens": upto(pairs + 1, 2), "longest": upto(longest)}
-
+    """Optimisation profiles, smallest first: the runtime takes the first that a batch fits."""
+    classes = [*(longest for longest in _LONGEST if longest < max_length), max_length]
     pairs, tokens = _SMALL
-    found = [profile(pairs, tokens, min(tokens, max_length))]
-    above = _SHORTEST
-    for longest in (*(each for each in _LONGEST if each < max_length), max_length):
-        found.append(profile(min(BATCH_PAIRS, BATCH_TOKENS // above), BATCH_TOKENS, longest))
-        above = longest
-    return found
+    return [_profile(pairs, tokens, min(tokens, max_length))] + [
+        _profile(min(BATCH_PAIRS, BATCH_TOKENS // below), BATCH_TOKENS, longest)
+        for below, longest in zip((_SHORTEST, *classes), classes, strict=False)
+    ]
+
+
+def _profile(pairs: int, tokens: int, longest: int) -> Profile:
+    limits = {"input_ids": (1, tokens), "cu_seqlens": (2, pairs + 1), "longest": (1, longest)}
+    return {
+        name: ShapeRange(min=(least,), opt=(max(least, most // 2),), max=(most,))
+        for name, (least, most) in limits.items()
+    }
 
 
 class TensorRtWriter(Writer):
@@ -59,34 +55,39 @@ class TensorRtWriter(Writer):
     """
 
     def write(self, model: Model, precision: str, folder: Path) -> Lowered:
-        build_options, shapes, fused = self.build, profiles(model.max_length_tokens), None
-        if build_options.kit:
-            arch, version = str(build_options.arch), "that of the container"
-            form = packed_onnx(model, "bfloat16", folder / "engine" / "model.onnx")
-            script = folder / _SCRIPT
-            script.write_text(build_script(shapes, arch, build_options), encoding="utf-8")
-            script.chmod(0o755)
-        else:
-            arch = checked_arch(self.target.name, build_options.arch, gpus())
-            version = str(builder_module(self.target.name).__version__)
-            (folder / "engine").mkdir()
-            with tempfile.TemporaryDirectory(prefix=".onnx-", dir=folder) as scratch:
-                onnx = Path(scratch) / "model.onnx"
-                form = packed_onnx(model, "bfloat16", onnx)
-                built = build(self.target.name, onnx, shapes, arch, build_options)
-            (folder / _ENTRY).write_bytes(built.engine)
-            fused = built.fused_attentions
+        shapes = profiles(model.max_length_tokens)
+        (folder / "engine").mkdir()
+        arch, version, fused_attentions = (
+            self._write_kit(model, shapes, folder) if self.build.kit else self._write_engine(model, shapes, folder)
+        )
         return Lowered(
             entry=_ENTRY,
             interface=PACKED,
             needs=Needs(device="cuda", isa=(), package=self.target.runtime.packages[0], version=version),
-            graph=asdict(form) | {"batch_tokens": BATCH_TOKENS, "batch_pairs": BATCH_PAIRS},
-            engine=Engine(arch=arch, profiles=tuple(shapes), fused_attentions=fused),
+            graph=asdict(FORM) | {"batch_tokens": BATCH_TOKENS, "batch_pairs": BATCH_PAIRS},
+            engine=Engine(arch=arch, profiles=tuple(shapes), fused_attentions=fused_attentions),
         )
+
+    def _write_engine(self, model: Model, shapes: list[Profile], folder: Path) -> tuple[str, str, int | None]:
+        """Returns the architecture, the builder's version and the number of fused attentions."""
+        arch = checked_arch(self.target.name, self.build.arch, gpus())
+        with tempfile.TemporaryDirectory(prefix=".onnx-", dir=folder) as scratch:
+            onnx = Path(scratch) / "model.onnx"
+            packed_onnx(model, "bfloat16", onnx)
+            built = build(self.target.name, onnx, shapes, arch, self.build)
+        (folder / _ENTRY).write_bytes(built.engine)
+        return arch, str(builder_module(self.target.name).__version__), built.fused_attentions
+
+    def _write_kit(self, model: Model, shapes: list[Profile], folder: Path) -> tuple[str, str, int | None]:
+        arch, script = str(self.build.arch), folder / _SCRIPT
+        packed_onnx(model, "bfloat16", folder / "engine" / "model.onnx")
+        script.write_text(_build_script(shapes, arch, self.build), encoding="utf-8")
+        script.chmod(0o755)
+        return arch, "that of the container", None
 
     @property
     def proof(self) -> Writer:
-        return PackedWriter(target_named("onnx"))
+        return PackedOnnxWriter(target_named("onnx"))
 
     def check(self) -> None:
         check_options(self.target.name, self.build)
@@ -96,17 +97,8 @@ class TensorRtWriter(Writer):
         self.target.runtime_class().check_machine(self.target.name, arch)
 
 
-class PackedWriter(Writer):
-    """Writes the same graph as an `onnx` artifact in fp32: it proves the graph where the engine can't run."""
-
-    def write(self, model: Model, precision: str, folder: Path) -> Lowered:
-        path = folder / "onnx" / "model.onnx"
-        form = packed_onnx(model, "float32", path)
-        return onnx_lowered(path, folder, PACKED, precision, form)
-
-
-def build_script(shapes: Sequence[Profile], arch: str, options: BuildOptions) -> str:
-    """A shell script that makes the engine with `trtexec`, for the machine that has TensorRT and the GPU."""
+def _build_script(shapes: Sequence[Profile], arch: str, options: BuildOptions) -> str:
+    """A shell script that builds the engine with `trtexec`, on the machine that has TensorRT and the GPU."""
     words = ["--onnx=model.onnx", "--stronglyTyped", "--saveEngine=model.engine.part", "--profilingVerbosity=detailed"]
     words += ["--timingCacheFile=timing.cache", "--skipInference"]
     if options.workspace_mib is not None:
@@ -114,7 +106,7 @@ def build_script(shapes: Sequence[Profile], arch: str, options: BuildOptions) ->
     for number, profile in enumerate(shapes):
         words.append(f"--profile={number}")
         for kind in ("min", "opt", "max"):
-            spec = ",".join(f"{name}:{'x'.join(map(str, getattr(each, kind)))}" for name, each in profile.items())
+            spec = ",".join(f"{name}:{'x'.join(map(str, getattr(shape, kind)))}" for name, shape in profile.items())
             words.append(f"--{kind}Shapes={spec}")
     arguments = " \\\n  ".join(shlex.quote(word) for word in words)
     return f"""#!/bin/sh

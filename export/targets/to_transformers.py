@@ -10,18 +10,17 @@ from torch import Tensor
 
 from ettin.artifacts.errors import UnsupportedCheckpoint
 from ettin.artifacts.manifest import Needs
-from ettin.export.source.checkpoint import Checkpoint
+from ettin.export.source.checkpoint import IDENTITY, SIGMOID, Checkpoint
 from ettin.export.source.weights import Weights, read_weights
 from ettin.export.writer import PADDED, Lowered, Model, Writer
 from ettin.graph.fold import HEAD_DENSE, HEAD_NORM, folded_classifier
 
 _CLASS = "ModernBertForSequenceClassification"
+_LOCAL_KEYS = {"backend", "is_local", "local_files_only"}  # what transformers 5 notes about its own loading
 
 
 def classification_tensors(checkpoint: Checkpoint, weights: Weights) -> dict[str, Tensor]:
-    """Its state dict, float32.
-
-    The class has no bias in its head norm; it folds exactly into the classifier's.
+    """Its state dict, float32. The class has no bias in its head norm: the bias is folded into the classifier's.
 
     Raises:
         UnsupportedCheckpoint: the encoder's epsilon is not the head's; the class has one for both.
@@ -33,8 +32,7 @@ def classification_tensors(checkpoint: Checkpoint, weights: Weights) -> dict[str
             "one for both. Export another target: --target onnx"
         )
     classifier, bias = folded_classifier(weights.head)
-    tensors: dict[str, Tensor] = {f"model.{name}": tensor for name, tensor in weights.encoder.items()}
-    return tensors | {
+    return {f"model.{name}": tensor for name, tensor in weights.encoder.items()} | {
         "head.dense.weight": weights.head[f"{HEAD_DENSE}/linear.weight"],
         "head.norm.weight": weights.head[f"{HEAD_NORM}/norm.weight"],
         "classifier.weight": classifier.float(),
@@ -51,7 +49,6 @@ def write_configs(checkpoint: Checkpoint, folder: Path, dtype: str = "float32") 
     """
     shape = checkpoint.shape
     config: dict[str, Any] = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))
-    every = next((at for at, is_global in enumerate(shape.global_layers) if at and is_global), shape.num_layers)
     config |= {
         "architectures": [_CLASS],
         "dtype": dtype,
@@ -63,38 +60,25 @@ def write_configs(checkpoint: Checkpoint, folder: Path, dtype: str = "float32") 
         "label2id": {"LABEL_0": 0},
         "num_labels": 1,
         "layer_norm_eps": shape.norm_eps,
-        "global_attn_every_n_layers": every,
+        # Layers from the first, which is global, to the next global one.
+        "global_attn_every_n_layers": (*shape.global_layers[1:], True).index(True) + 1,
         "global_rope_theta": shape.rope_theta_global,
         "local_rope_theta": shape.rope_theta_local,
         # What sentence-transformers' CrossEncoder reads; without it, it would apply a sigmoid.
-        "sentence_transformers": {"activation_fn": _activation(checkpoint)},
+        "sentence_transformers": {"activation_fn": IDENTITY if checkpoint.activation == "identity" else SIGMOID},
     }
-    _write(folder / "config.json", config)
     tokenizer = json.loads((checkpoint.folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    tokenizer = {key: value for key, value in tokenizer.items() if key not in _LOCAL_KEYS}
     tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
-    for key in ("backend", "is_local", "local_files_only"):
-        tokenizer.pop(key, None)
-    _write(folder / "tokenizer_config.json", tokenizer)
-
-
-def _activation(checkpoint: Checkpoint) -> str:
-    return {"identity": "torch.nn.modules.linear.Identity", "sigmoid": "torch.nn.modules.activation.Sigmoid"}[
-        checkpoint.activation
-    ]
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    for name, content in (("config.json", config), ("tokenizer_config.json", tokenizer)):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 class TransformersWriter(Writer):
     """Writes `model.safetensors`, `config.json` and the tokenizer's config."""
 
     def write(self, model: Model, precision: str, folder: Path) -> Lowered:
-        dtype = _DTYPES[precision]
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
         tensors = classification_tensors(model.checkpoint, read_weights(model.checkpoint))
         tensors = {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
