@@ -27,7 +27,7 @@ test-slow: $(INSTALLED)  ## the tests that take minutes
 	$(BIN)/python -m pytest -q -m slow
 
 soak: $(INSTALLED)  ## attacks at full length: about an hour; MINUTES of load on each server
-	$(BIN)/python parity_tests/soak.py --minutes $(MINUTES) --json bench/results/soak/$(shell date +%F).json
+	$(BIN)/python parity_tests/tools/soak.py --minutes $(MINUTES) --json bench/results/soak/$(shell date +%F).json
 
 check: $(INSTALLED)  ## lint, format, types, and the links of all pages
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

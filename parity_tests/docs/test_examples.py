@@ -10,7 +10,7 @@ import pytest
 
 from ettin.export.reference import natural_pairs
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "retrieve_then_rerank.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "retrieve_then_rerank.py"
 
 
 def run(*arguments: object) -> str:

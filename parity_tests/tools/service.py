@@ -1,14 +1,23 @@
-"""A server of ours in a process of its own, for the tests over HTTP."""
+"""A server of ours in a process of its own, and one without an engine in this process, for the tests over HTTP."""
 
+import asyncio
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import httpx
+import numpy as np
+
+from ettin.runtimes.request import Scored
+from ettin.runtimes.serving.app import create_app
+from ettin.runtimes.serving.backends import Backend
+from ettin.runtimes.serving.limits import Limits
 
 
 class Service:
@@ -67,3 +76,35 @@ class Service:
         if self.process.poll() is None:
             self.stop()
         self._log.close()
+
+
+class Stub(Backend):
+    """Raises, or answers when it may."""
+
+    name, description, max_length = "stub", "a stub", 512
+
+    def __init__(self, error: Exception | None = None, ready: bool = True) -> None:
+        self.error, self.ready, self.closed = error, ready, False
+
+    async def score(self, query: str, documents: Sequence[str], refuse_truncated: bool = False) -> Scored:
+        if self.error:
+            raise self.error
+        return Scored(np.zeros(len(documents), np.float32), np.ones(len(documents), np.int32))
+
+    async def is_ready(self) -> bool:
+        return self.ready
+
+    async def close(self) -> None:
+        self.closed = True
+
+
+def ask_app(
+    backend: Backend, ask: Callable[[httpx.AsyncClient], Any], limits: Limits | None = None, key: str | None = None
+) -> httpx.Response:
+    async def run() -> httpx.Response:
+        transport = httpx.ASGITransport(create_app(backend, limits, key), raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            answer: httpx.Response = await ask(client)
+            return answer
+
+    return asyncio.run(run())

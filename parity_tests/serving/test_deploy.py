@@ -14,7 +14,7 @@ import pytest
 from ettin.runtimes.commands import serve as cli_serve
 from ettin.runtimes.serving.gate import PROBES
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
 kubernetes_validate = pytest.importorskip("kubernetes_validate", reason='needs pip install "ettin-export[dev]"')
 yaml = pytest.importorskip("yaml")

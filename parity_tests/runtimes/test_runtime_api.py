@@ -21,7 +21,7 @@ from ettin.runtimes import Batch, Runtime, load
 from ettin.runtimes.batch import cut
 
 QUERY = "Which planet is known as the Red Planet?"
-PLANETS = (Path(__file__).parents[1] / "examples" / "planets.txt").read_text().splitlines()
+PLANETS = (Path(__file__).parents[2] / "examples" / "planets.txt").read_text().splitlines()
 PAIRS = [(QUERY, planet) for planet in PLANETS] + [("", "no query"), ("no document", ""), ("", "")]
 
 

@@ -16,7 +16,7 @@ from ettin.artifacts.manifest import _digest
 from ettin.artifacts.targets import targets
 from ettin.graph import ModelShape
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
+SHARED = Path(__file__).parents[3] / "shared" / "data"
 COMMANDS = Path(sys.executable).parent
 # What any machine can run.
 VARIANTS = [

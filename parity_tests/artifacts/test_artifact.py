@@ -90,7 +90,7 @@ def test_graph_defaults_are_those_of_the_scorer() -> None:
 
 
 def test_format_page_names_every_key() -> None:
-    page = (Path(__file__).parents[1] / "artifacts" / "FORMAT.md").read_text()
+    page = (Path(__file__).parents[2] / "artifacts" / "FORMAT.md").read_text()
     for name in Manifest.model_fields:
         assert f"`{name}" in page, name
 

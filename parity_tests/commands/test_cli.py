@@ -11,7 +11,7 @@ from support import run
 
 from ettin.export.cli import main
 
-PLANETS = Path(__file__).parents[1] / "examples" / "planets.txt"
+PLANETS = Path(__file__).parents[2] / "examples" / "planets.txt"
 
 
 def assert_one_line(done: subprocess.CompletedProcess[str], message: str) -> None:
@@ -109,7 +109,7 @@ FROM_THE_HUB = ("the hub can't be reached", "--checkpoint DIR", "no such folder,
         (["--size", "70m"], "unknown size '70m', expected one of: demo, 17m, 32m, 68m, 150m, 400m, 1b"),
         (
             ["--size", "demo", "--target", "tpu"],
-            "unknown target 'tpu', expected one of: onnx, openvino, trt, trt-rtx, transformers",
+            "unknown target 'tpu', expected one of: onnx, openvino, transformers, trt, trt-rtx",
         ),
         (["--size", "demo", "--precision", "int4"], "has no precision 'int4', expected one of: int8, bf16, fp32"),
         (["--size", "demo", "--all", "--precision", "int4"], "no target has a precision 'int4'"),

@@ -28,8 +28,7 @@ from campaign_http import (
 from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from service import Service
-from test_serve import Stub, ask_app
+from service import Service, Stub, ask_app
 
 from ettin.artifacts.errors import UsageError
 from ettin.runtimes import load

@@ -1,6 +1,5 @@
 """`ettin-serve`: the routes, their clients, limits, faults and its end, over real connections."""
 
-import asyncio
 import gc
 import importlib.util
 import json
@@ -8,25 +7,20 @@ import logging
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from service import Service
+from service import Service, Stub, ask_app
 
 from ettin.artifacts.errors import Busy, Closed, ServerError
 from ettin.runtimes import Runtime, load
 from ettin.runtimes.arguments import sigmoid
 from ettin.runtimes.commands.serve import command
-from ettin.runtimes.request import Scored
-from ettin.runtimes.serving.app import create_app
-from ettin.runtimes.serving.backends import Backend
-from ettin.runtimes.serving.limits import Limits
 from ettin.runtimes.triton.repository import TritonOptions, publish
 from ettin.runtimes.triton.server import TritonServer
 
@@ -198,38 +192,6 @@ def test_another_model_is_not_this_one(service: Service) -> None:
     answer = service.http.post("/v1/rerank", json={"model": "rerank-3", "query": "q", "documents": ["a"]})
     assert answer.status_code == 404
     assert answer.json()["message"] == f"model 'rerank-3' is not served here, which has: {NAME}, rerank-alias"
-
-
-class Stub(Backend):
-    """Raises, or answers when it may."""
-
-    name, description, max_length = "stub", "a stub", 512
-
-    def __init__(self, error: Exception | None = None, ready: bool = True) -> None:
-        self.error, self.ready, self.closed = error, ready, False
-
-    async def score(self, query: str, documents: Sequence[str], refuse_truncated: bool = False) -> Scored:
-        if self.error:
-            raise self.error
-        return Scored(np.zeros(len(documents), np.float32), np.ones(len(documents), np.int32))
-
-    async def is_ready(self) -> bool:
-        return self.ready
-
-    async def close(self) -> None:
-        self.closed = True
-
-
-def ask_app(
-    backend: Backend, ask: Callable[[httpx.AsyncClient], Any], limits: Limits | None = None, key: str | None = None
-) -> httpx.Response:
-    async def run() -> httpx.Response:
-        transport = httpx.ASGITransport(create_app(backend, limits, key), raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            answer: httpx.Response = await ask(client)
-            return answer
-
-    return asyncio.run(run())
 
 
 REQUEST = {"query": "secret query", "texts": ["secret text"]}
