@@ -449,7 +449,19 @@ def test_a_file_is_the_old_one_or_the_new_one(tmp_path: Path, monkeypatch: pytes
 
 
 def ettin_export(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
-    command = [str(COMMANDS / "ettin-export"), "--size", "demo", "--target", "onnx", "--precision", "fp32", *arguments]
+    # A shell lets the jobs that it runs in the background ignore SIGINT, and with them all their children.
+    command = [
+        "env",
+        "--default-signal=INT",
+        str(COMMANDS / "ettin-export"),
+        "--size",
+        "demo",
+        "--target",
+        "onnx",
+        "--precision",
+        "fp32",
+        *arguments,
+    ]
     return subprocess.Popen(
         command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
