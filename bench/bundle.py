@@ -25,22 +25,18 @@ _MAIN = '''"""Measures this machine's GPU: python FOLDER [options of ettin-bench
 
 import os
 import sys
-from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path[0] = str(HERE)
-os.environ["PYTHONPATH"] = str(HERE)  # for the processes of the contestants
+here = os.path.abspath(sys.path[0])
+os.environ["PYTHONPATH"] = here  # for the processes of the contestants
 
 from ettin.bench.cli import main
 
-sys.argv[1:1] = ["gpu", "--checkpoint", str(HERE / "checkpoint"), "--data", str(HERE / "pairs.jsonl")]
+sys.argv[1:1] = ["gpu", "--checkpoint", f"{here}/checkpoint", "--data", f"{here}/pairs.jsonl"]
 main()
 '''
 
 
-def write_bundle(
-    output: Path, checkpoint: Path, pairs: Sequence[tuple[str, str]], python: str = "3.12", force: bool = False
-) -> int:
+def write_bundle(output: Path, checkpoint: Path, pairs: Sequence[tuple[str, str]], python: str = "3.12") -> int:
     """Writes the folder: this project, the packages that it needs, a checkpoint for parity and a sample of text.
 
     It is for Linux on x86_64 with the given version of CPython. Returns its size in bytes.
@@ -48,8 +44,8 @@ def write_bundle(
     Raises:
         OutputError: the folder is there, can't be written or would be over 50 MiB; or pip could not bring a package.
     """
-    check_output(output, force)
-    with staged(output, force) as stage:
+    check_output(output, False)
+    with staged(output, False) as stage:
         for package in (artifacts, bench, export, runtimes):
             source = Path(str(package.__file__)).parent
             ignored = shutil.ignore_patterns("__pycache__", "*.pyc", "*.so", "results", "kernels")

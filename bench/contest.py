@@ -56,13 +56,13 @@ class Contest:
     max_length: int  # tokens that pairs are truncated to
     rounds: int  # timed passes of each contestant
     requests: int = 1  # latency requests in a round, each with other documents
-    environment: Mapping[str, str] = field(default_factory=dict)  # variables of every process
+    warm: bool = False  # load everything once before, so that a model cache is filled
     search_until: float = float("inf")  # `time.monotonic()` at which the search for batches ends
     together: bool = False  # start all processes at the same time; their load times then mean little
 
     def run(self, entries: Sequence[Contestant]) -> None:
         """Fills in the entries. One that fails keeps the reason as its `problem` and takes no further part."""
-        if any(entry.searches for entry in entries):
+        if self.warm or any(entry.searches for entry in entries):
             with self._started(entries) as running:
                 for index, (entry, process) in enumerate(running):
                     if entry.problem is None and entry.searches and entry.facts["first_batch"]:
@@ -77,11 +77,10 @@ class Contest:
     def _started(self, entries: Sequence[Contestant]) -> Iterator[list[tuple[Contestant, "ContestantProcess"]]]:
         """The processes of all entries without a problem, loaded; they end with the block."""
         work = {"pairs": list(self.pairs), "candidates": self.candidates, "max_length": self.max_length}
-        variables = {**os.environ, **self.environment, "TOKENIZERS_PARALLELISM": "true"}
         with ExitStack() as stack:
             running = []
             for entry in (entry for entry in entries if entry.problem is None):
-                process = ContestantProcess(entry.python, variables)
+                process = ContestantProcess(entry.python)
                 stack.callback(process.end)
                 process.tell({"kind": entry.kind, "arguments": entry.arguments, "batch": entry.batch, **work})
                 running.append((entry, process))
@@ -145,10 +144,11 @@ class Contest:
 class ContestantProcess:
     """A contestant's process; `contestants.py` says what it can be asked."""
 
-    def __init__(self, python: str, variables: Mapping[str, str]) -> None:
+    def __init__(self, python: str) -> None:
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 (see `end`)
         command = [python, "-P", str(_PROGRAM)]  # -P: this folder does not go before the standard library
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._errors}
+        variables = {**os.environ, "TOKENIZERS_PARALLELISM": "true"}
         self._process = subprocess.Popen(command, **pipes, text=True, env=variables)
         self._orders, self._answers = cast(IO[str], self._process.stdin), cast(IO[str], self._process.stdout)
 

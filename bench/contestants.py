@@ -49,7 +49,7 @@ class Artifact:
         from ettin.runtimes import load
 
         if self._runtime is None or batch != self._batch:
-            if self._runtime is not None:
+            if self._runtime:
                 self._runtime.close()
             self._batch = batch
             self._runtime = load(self._path, batch_tokens=batch, **self._settings)

@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
@@ -24,6 +24,8 @@ from transformers import AutoConfig, ModernBertForSequenceClassification, PreTra
 from ettin.artifacts.metrics import score_error
 from ettin.bench.contest import Contest, Contestant, figures
 from ettin.bench.peaks import pair_flops
+from ettin.bench.speed import pairs_for
+from ettin.bench.workloads import pairs_to_score
 from ettin.export.checkpoint import Checkpoint, read_checkpoint
 from ettin.export.classification import classification_tensors, write_configs
 from ettin.export.random_checkpoint import write_random_checkpoint
@@ -31,7 +33,6 @@ from ettin.export.sizes import SIZES
 from ettin.export.weights import Weights, read_weights
 from ettin.runtimes.batch import Batch, BatchLimits
 from ettin.runtimes.flash import attend_with, flash_kernel, flash_logits, packed_inputs, use_flash, window_size
-from ettin.runtimes.graph import ModelShape
 from ettin.runtimes.graph.flash_graph import FlashGraph, Kernel
 from ettin.runtimes.graph.fold import inference_weights
 from ettin.runtimes.graph.torch_graph import PackedGraph
@@ -44,11 +45,9 @@ Predict = Callable[[Pairs, int, int], NDArray[np.float32]]
 
 MAX_LENGTH = 512
 _GOLD, _REFERENCE, _COMPILED = "fp32 SDPA", "bf16 FA2 unpadded", "ours, torch.compile"
-_TINY = ModelShape(
-    vocab_size=8192, hidden_size=64, intermediate_size=96, num_heads=2, global_layers=(True, False, False, True),
-    window_tokens=64, rope_theta_global=160_000.0, rope_theta_local=160_000.0, norm_eps=1e-5, head_norm_eps=1e-5,
-    max_tokens=7999, pad_token_id=0,
-)  # fmt: skip
+_TINY = replace(
+    SIZES["17m"].shape, hidden_size=64, intermediate_size=96, num_heads=2, global_layers=(True, False, False, True)
+)
 
 
 def plain_varlen(
@@ -75,14 +74,10 @@ class TorchModel:
 
     checkpoint: Checkpoint
     weights: Weights
+    tokenizer_file: Path
     configs: Path  # a folder with the configs of transformers' class
     device: str  # "cuda" or "cpu"
     kernel: Kernel  # FlashAttention-2, or its stand-in
-
-    @property
-    def tokenizer_file(self) -> Path:
-        """The checkpoint's tokenizer."""
-        return self.checkpoint.folder / "tokenizer.json"
 
     @cached_property
     def folded(self) -> dict[str, Tensor]:
@@ -98,7 +93,7 @@ def opened_model(folder: Path, device: str) -> Iterator[TorchModel]:
     checkpoint = read_checkpoint(folder)
     with tempfile.TemporaryDirectory() as configs:
         write_configs(checkpoint, Path(configs))
-        yield TorchModel(checkpoint, read_weights(checkpoint), Path(configs), device, kernel)
+        yield TorchModel(checkpoint, read_weights(checkpoint), folder / "tokenizer.json", Path(configs), device, kernel)
 
 
 def _use_padded_flash(model: Any, kernel: Kernel) -> None:
@@ -133,29 +128,23 @@ def stock_predict(subject: TorchModel, *, dtype: torch.dtype, attention: str) ->
     model.load_state_dict(classification_tensors(subject.checkpoint, subject.weights), assign=True)
     model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its tables are in no checkpoint
     model = model.to(subject.device, dtype).eval()
-    unpadded = attention == "flash"
     if attention != "sdpa":
-        (use_flash if unpadded else _use_padded_flash)(model, subject.kernel)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(subject.tokenizer_file), pad_token="[PAD]")  # noqa: S106
+        (use_flash if attention == "flash" else _use_padded_flash)(model, subject.kernel)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(subject.tokenizer_file))
 
     @torch.inference_mode()
     def predict(pairs: Pairs, max_length: int, batch: int) -> NDArray[np.float32]:
         order = sorted(range(len(pairs)), key=lambda index: -len(pairs[index][0]) - len(pairs[index][1]))
         parts = []
         for start in range(0, len(pairs), batch):
-            features = tokenizer(
-                [list(pairs[index]) for index in order[start : start + batch]],
-                padding=not unpadded,
-                truncation="longest_first",
-                max_length=max_length,
-                return_tensors=None if unpadded else "pt",
-            )
-            if unpadded:
-                ragged = Batch.of([np.array(ids, np.int32) for ids in features["input_ids"]], 0)
+            texts = [list(pairs[index]) for index in order[start : start + batch]]
+            rows = tokenizer(texts, truncation="longest_first", max_length=max_length)["input_ids"]
+            ragged = Batch.of([np.array(ids, np.int32) for ids in rows], 0)
+            if attention == "flash":
                 parts.append(flash_logits(model, ragged, subject.device))
             else:
-                inputs = {name: features[name].to(subject.device) for name in ("input_ids", "attention_mask")}
-                parts.append(model(**inputs).logits[:, 0])
+                ids, mask = (torch.from_numpy(array).to(subject.device) for array in ragged.padded())
+                parts.append(model(input_ids=ids, attention_mask=mask).logits[:, 0])
         scores = np.empty(len(pairs), np.float32)
         scores[order] = torch.cat(parts).float().cpu().numpy()
         return scores
@@ -237,19 +226,15 @@ def parity(model: TorchModel, pairs: Pairs) -> tuple[dict[str, Any], dict[str, A
     return figures, {**weights, "cases": cases}
 
 
-def size_shape(size: str) -> ModelShape:
-    """Of a released size, or of "tiny" for a trial."""
-    return _TINY if size == "tiny" else SIZES[size].shape
-
-
 def size_speeds(
-    size: str, device: str, pairs: Pairs, tokenizer: Path, minutes: float, peaks: dict[str, float]
+    size: str, device: str, data: Path | None, tokenizer: Path, minutes: float, peaks: dict[str, float]
 ) -> dict[str, Any]:
     """A contest of all settings on one size, released or "tiny", with random weights.
 
-    The search for the best batches takes so many minutes; peaks: see `gpu_peaks`.
+    The search for the best batches takes so many minutes; data: see `pairs_to_score`; peaks: see `gpu_peaks`.
     """
-    shape = size_shape(size)
+    shape = _TINY if size == "tiny" else SIZES[size].shape
+    pairs = pairs_to_score(data, pairs_for(shape, device) if device == "cuda" else 8)
     with tempfile.TemporaryDirectory() as scratch:
         write_random_checkpoint(Path(scratch), shape, 0, tokenizer)
         names = [name for name in SETTINGS if device == "cuda" or name != _COMPILED]

@@ -4,15 +4,15 @@ import random
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import cycle, islice
 from pathlib import Path
+from queue import SimpleQueue
 from statistics import median
 from typing import Any
 
@@ -21,7 +21,7 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
-from ettin.artifacts.errors import ServerError, UsageError
+from ettin.artifacts.errors import ServerError
 from ettin.artifacts.manifest import Manifest
 from ettin.artifacts.triton_repository import TritonOptions, publish
 from ettin.bench.machine import about
@@ -46,8 +46,7 @@ class ServedArtifact:
 
     def memory_mib(self) -> float:
         """Resident memory of the server and its children."""
-        root = psutil.Process(self.pid)
-        processes = [root, *root.children(recursive=True)]
+        processes = [root := psutil.Process(self.pid), *root.children(recursive=True)]
         return sum(float(process.memory_info().rss) for process in processes) / 2**20
 
 
@@ -88,11 +87,11 @@ def ettin_serve(artifact: Path, max_length: int) -> Iterator[ServedArtifact]:
     with ExitStack() as stack:
         stack.callback(process.wait, 60)
         stack.callback(process.terminate)
-        _await_health(f"http://127.0.0.1:{port}/health", process, f"ettin-serve {artifact}")
+        url = f"http://127.0.0.1:{port}"
+        _await_health(f"{url}/health", process, f"ettin-serve {artifact}")
 
         def client() -> Client:
-            base = f"http://127.0.0.1:{port}"
-            connection = stack.enter_context(httpx.Client(base_url=base, timeout=_TIMEOUT_S))
+            connection = stack.enter_context(httpx.Client(base_url=url, timeout=_TIMEOUT_S))
 
             def ask(query: str, documents: Sequence[str]) -> Scores:
                 body = {"query": query, "texts": documents, "raw_scores": True}
@@ -186,16 +185,13 @@ def requests_with_gold(
 
 
 def measured_load(
-    artifact: Path, servers: Sequence[str], pairs: Sequence[tuple[str, str]], *, clients: int, requests: int,
+    artifact: Path, pairs: Sequence[tuple[str, str]], *, servers: Sequence[str], clients: int, requests: int,
     candidates: int, minutes: float,
 ) -> dict[str, Any]:  # fmt: skip
     """Throughput beside the runtime in process, interleaved; then mixed load for some minutes, a server at a time."""
     max_length = min(512, Manifest.read(artifact).max_length_tokens)
     counts = {"clients": clients, "requests": requests, "candidates": candidates}
     settings = {**counts, "rounds": _ROUNDS, "minutes": minutes, "max_length": max_length}
-    unknown = set(servers) - set(SERVERS)
-    if unknown:
-        raise UsageError(f"unknown server '{unknown.pop()}', expected one of: {', '.join(SERVERS)}")
     with load(artifact, max_length=max_length) as runtime, ExitStack() as stack:
         asked, tolerance = requests_with_gold(runtime, pairs, requests, candidates)
         running = {name: stack.enter_context(SERVERS[name](artifact, max_length)) for name in servers}
@@ -224,19 +220,18 @@ def _timed(run: Callable[..., object], *arguments: Any) -> float:
     return time.perf_counter() - start
 
 
-def _ask_once_each(clients: Sequence[Client], asked: Iterable[Asked], tally: Tally) -> None:
-    left, lock = iter(asked), threading.Lock()
+def _ask_once_each(clients: Sequence[Client], asked: Sequence[Asked], tally: Tally) -> None:
+    idle: SimpleQueue[Client] = SimpleQueue()
+    for client in clients:
+        idle.put(client)
 
-    def work(client: Client) -> None:
-        while True:
-            with lock:
-                request = next(left, None)
-            if request is None:
-                return
-            tally.ask(client, request)
+    def work(request: Asked) -> None:
+        client = idle.get()
+        tally.ask(client, request)
+        idle.put(client)
 
     with ThreadPoolExecutor(len(clients)) as pool:
-        list(pool.map(work, clients))
+        list(pool.map(work, asked))
 
 
 def mixed_load(

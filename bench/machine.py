@@ -2,6 +2,7 @@
 
 import json
 import platform
+import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -64,11 +65,12 @@ def about(runtime: Runtime) -> dict[str, Any]:
     }
 
 
-def write_result(path: Path | None, kind: str, command: str, result: Mapping[str, Any]) -> None:
-    """Writes a result with the command that made it, as it was typed; None: nothing is written."""
+def write_result(path: Path | None, kind: str, result: Mapping[str, Any], command: str | None = None) -> None:
+    """Writes a result with the command that made it, `ettin-bench` as it was typed by default; path None: nothing."""
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
+    command = command or shlex.join(["ettin-bench", *sys.argv[1:]])
     content = {"schema": _SCHEMA, "kind": kind, "command": command, "machine": machine(), "result": result}
     write_file(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 

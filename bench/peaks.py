@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,11 +11,6 @@ from numpy.typing import NDArray
 from ettin.runtimes.batch import Batch
 from ettin.runtimes.cpu import available_cpus, has_bf16
 from ettin.runtimes.graph import ModelShape
-
-if TYPE_CHECKING:
-    import openvino as ov
-
-    from ettin.runtimes.on_openvino import OpenVinoRuntime
 
 _RUNS = 20
 _CPU_SIZES = (512, 1024, 2048)
@@ -69,19 +64,18 @@ class Part:
     operations: float = 0.0  # multiplications and additions of its linear layers; 0 for anything else
 
 
-def profile_figures(runtime: "OpenVinoRuntime", batch: Batch) -> dict[str, Any]:
-    """Where the time of one batch on one thread goes, and linear layers as shares of the peak of one core."""
+def profile_figures(runtime: Any, batch: Batch) -> dict[str, Any]:
+    """Where an OpenVINO runtime spends the time of one batch, and linear layers as shares of the peak of one core."""
     hint, parts = runtime.precision_hint, profiled(runtime, batch)
     peaks = {"int8 linear": peak_gops(hint, int8=True), "float linear": peak_gops(hint, int8=False)}
-    rows = []
-    for name, part in parts.items():
-        gops = part.operations / part.milliseconds / 1e6
-        share = gops / peaks[name] if gops else None
-        rows.append({"part": name, **asdict(part), "gops": gops, "share_of_peak": share})
+    rows: list[dict[str, Any]] = [{"part": name, **asdict(part)} for name, part in parts.items()]
+    for row in rows:
+        row["gops"] = row["operations"] / row["milliseconds"] / 1e6
+        row["share_of_peak"] = row["gops"] / peaks[row["part"]] if row["gops"] else None
     return {"peak_gops": peaks, "milliseconds": _total_ms(parts), "parts": rows}
 
 
-def profiled(runtime: "OpenVinoRuntime", batch: Batch) -> dict[str, Part]:
+def profiled(runtime: Any, batch: Batch) -> dict[str, Part]:
     """The fastest of several inferences on one thread by kind of work, longest first.
 
     A kind is "int8 linear", "float linear", "attention", or OpenVINO's name of the node.
@@ -111,8 +105,8 @@ def _product_gops(size: int, hint: str, int8: bool, threads: int) -> float:
 
     rng = np.random.default_rng(0)
     x = op.parameter([size, size], ov.Type.f32)
-    inner: ov.Node = x
-    weight: ov.Node = op.constant(rng.standard_normal((size, size)).astype(np.float32))
+    inner: Any = x
+    weight: Any = op.constant(rng.standard_normal((size, size)).astype(np.float32))
     if int8:
         low, high = op.constant(np.float32(-4)), op.constant(np.float32(4 * 127 / 128))
         inner = op.fake_quantize(x, low, high, low, high, 256)
@@ -124,7 +118,7 @@ def _product_gops(size: int, hint: str, int8: bool, threads: int) -> float:
     return 2.0 * size**3 / parts["int8 linear" if int8 else "float linear"].milliseconds / 1e6
 
 
-def _is_int8(matmul: "ov.Node") -> bool:
+def _is_int8(matmul: Any) -> bool:
     """Whether its input is rounded to 8 bits."""
     node = matmul.input_value(0).get_node()
     while node.get_type_name() in ("Transpose", "Reshape", "StridedSlice", "Slice"):
@@ -139,12 +133,12 @@ def _kind(entry: Any) -> str:
     return "attention" if entry.node_type in ("Subgraph", "Reference") else str(entry.node_type)
 
 
-def _compiled(core: "ov.Core", model: "ov.Model", hint: str, threads: int = 1) -> "ov.InferRequest":
+def _compiled(core: Any, model: Any, hint: str, threads: int = 1) -> Any:
     options = {"INFERENCE_PRECISION_HINT": hint, "NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": threads, "PERF_COUNT": True}
     return core.compile_model(model, "CPU", options).create_infer_request()
 
 
-def _fastest(request: "ov.InferRequest", inputs: Sequence[NDArray[Any]]) -> dict[str, Part]:
+def _fastest(request: Any, inputs: Sequence[NDArray[Any]]) -> dict[str, Part]:
     best: dict[str, Part] = {}
     for _ in range(_RUNS):
         request.infer(list(inputs))

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ettin.artifacts.errors import EttinError, OutputError, UsageError
+from ettin.artifacts.errors import EttinError, UsageError
 from ettin.artifacts.manifest import Manifest
 from ettin.bench.contest import Contestant
 from ettin.runtimes import console
@@ -65,9 +65,6 @@ def peer_entries(
     """Contestants, one for each peer and thing that it runs; one that can't take part has its reason.
 
     What they were converted to goes away with the block. A missing environment is made, which takes minutes.
-
-    Raises:
-        UsageError: an unknown peer, or one that lacks its checkpoint, environment or GPU.
     """
     for name in names:
         _check(name, checkpoint, environments, device)
@@ -92,9 +89,7 @@ def peer_entries(
 
 
 def _check(name: str, checkpoint: Path | None, environments: Path | None, device: str) -> None:
-    peer = PEERS.get(name)
-    if peer is None:
-        raise UsageError(f"unknown peer '{name}', expected some of: {', '.join(PEERS)}")
+    peer = PEERS[name]
     if peer.source == _CHECKPOINT and checkpoint is None:
         raise UsageError(f"peer '{name}' runs the checkpoint: name it with --checkpoint")
     if peer.packages and environments is None:
@@ -124,29 +119,22 @@ def _prepare(entry: Contestant, name: str, source: Path, environments: Path | No
 
 
 def make_environment(packages: Sequence[str], folder: Path) -> None:
-    """Makes an environment with these packages; llama.cpp's source, which converts models, lies beside it.
+    """Makes an environment with these packages; llama.cpp's source, which converts models, lies in it.
 
     Raises:
-        EttinError: pip failed, with the last line that it wrote; nothing is left behind.
+        EttinError: pip failed, with the last line that it wrote; the folder is made again the next time.
     """
-    try:
-        shutil.rmtree(folder, ignore_errors=True)
-        venv.create(folder, with_pip=True)
-        pip = [str(python_of(folder)), "-m", "pip", "--disable-pip-version-check", "-q"]
-        for package in packages:  # one after the other: torch's version is settled before others ask for it
-            if package == _LLAMA_CPP:
-                _run([*pip, "download", "--no-deps", "--no-binary=:all:", "-d", str(folder), package])
-                (archive,) = folder.glob("llama_cpp_python*")
-                shutil.unpack_archive(archive, folder / "src", filter="data")
-            # pip keeps what it compiled, whatever variables it was compiled with.
-            fresh = ["--no-cache-dir"] if package == _LLAMA_CPP else []
-            _run([*pip, "install", *fresh, _requirement(package)])
-        (folder / _MARK).write_text(json.dumps(packages))
-    except BaseException as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise OutputError(f"{folder}: can't be made ({error.strerror or error})") from error
-        raise
+    shutil.rmtree(folder, ignore_errors=True)
+    venv.create(folder, with_pip=True)
+    pip = [str(python_of(folder)), "-m", "pip", "--disable-pip-version-check", "-q"]
+    if _LLAMA_CPP in packages:
+        pip.append("--no-cache-dir")  # it keeps what it compiled, whatever variables it was compiled with
+        _run([*pip, "download", "--no-deps", "--no-binary=:all:", "-d", str(folder), _LLAMA_CPP])
+        (archive,) = folder.glob("llama_cpp_python*")
+        shutil.unpack_archive(archive, folder / "src", filter="data")
+    if packages:
+        _run([*pip, "install", *map(_requirement, packages)])
+    (folder / _MARK).write_text(json.dumps(packages))
 
 
 def _requirement(package: str) -> str:

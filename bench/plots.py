@@ -4,6 +4,7 @@ import io
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -27,34 +28,18 @@ _STYLE = {
 _SHOWN = re.compile(r"!\[[^\]]*\]\(([^)]+)\)")
 
 
-def draw_shown(file: Path) -> list[Path]:
-    """Draws those plots of `PLOTS` that a Markdown file shows, from the results in the folder above the picture's.
-
-    Raises:
-        InputError: no result for a plot.
-    """
-    written = []
+def draw_shown(file: Path) -> None:
+    """Draws those plots of `PLOTS` that a Markdown file shows, from the results in the folder above the picture's."""
     for name in _SHOWN.findall(file.read_text(encoding="utf-8")):
         picture = file.parent / name
         if picture.name in PLOTS:
-            kinds, draw = PLOTS[picture.name]
-            results = (read_result(path) for path in sorted(picture.parents[1].glob("*.json")))
-            records = [record for record in results if record["kind"] in kinds]
-            if not records:
-                raise InputError(f"{picture}: no result of kind {' or '.join(kinds)} in {picture.parents[1]}")
-            with mpl.rc_context(_STYLE):
-                write_file(picture, svg(draw(records), picture.stem).encode())
-            written.append(picture)
-    return written
-
-
-def svg(figure: Figure, name: str) -> str:
-    """The same text for the same figure and name."""
-    target = io.StringIO()
-    with mpl.rc_context({"svg.hashsalt": name}):
-        figure.savefig(target, format="svg", metadata={"Date": None, "Creator": None})
-    text = target.getvalue()
-    return text[text.index("<svg") :]
+            records = [read_result(path) for path in sorted(picture.parents[1].glob("*.json"))]
+            target = io.StringIO()
+            with mpl.rc_context({**_STYLE, "svg.hashsalt": picture.stem}):  # the same text for the same results
+                figure = PLOTS[picture.name](records)
+                figure.savefig(target, format="svg", metadata={"Date": None, "Creator": None})
+            text = target.getvalue()
+            write_file(picture, text[text.index("<svg") :].encode())
 
 
 def throughput_quality(records: Sequence[Record]) -> Figure:
@@ -64,11 +49,10 @@ def throughput_quality(records: Sequence[Record]) -> Figure:
     axes = figure.subplots()
     for (name, speeds), colour in zip(PUBLISHED_PAIRS_PER_S.items(), _OTHERS, strict=False):
         axes.plot(speeds, qualities, "--o", color=colour, markersize=3.5, label=f"published: {name}")
-    for size, speed in zip(sizes, PUBLISHED_PAIRS_PER_S["i7-13700K, fp32"], strict=True):
-        place = (speed, NANOBEIR_NDCG10[size])
-        axes.annotate(size, place, (-6, 4), textcoords="offset points", ha="right", color="#666666")
+    for size, x, y in zip(sizes, PUBLISHED_PAIRS_PER_S["i7-13700K, fp32"], qualities, strict=True):
+        axes.annotate(size, (x, y), (-6, 4), textcoords="offset points", ha="right", color="#666666")
     groups: dict[str, dict[str, float]] = defaultdict(dict)
-    for record in records:
+    for record in (record for record in records if record["kind"] in ("cpu", "throughput", "speed")):
         result = record["result"]
         isa = result.get("isa", "all")
         limit = "" if isa == "all" else f", {isa.upper().replace('_', '-')} only"
@@ -81,16 +65,17 @@ def throughput_quality(records: Sequence[Record]) -> Figure:
         measured = [size for size in sizes if size in group]
         places = [group[size] for size in measured], [NANOBEIR_NDCG10[size] for size in measured]
         axes.plot(*places, "-o", color=colour, label=name)
-    axes.set_xscale("log")
-    axes.set_xlabel("pairs per second")
-    axes.set_ylabel("published NanoBEIR mean nDCG@10 of the size")
+    axes.set(xscale="log", xlabel="pairs per second", ylabel="published NanoBEIR mean nDCG@10 of the size")
     figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     return figure
 
 
 def lengths(records: Sequence[Record]) -> Figure:
     """Tokens per second by length, of every contestant of the latest run."""
-    steps = records[-1]["result"]["lengths"]
+    found = [record["result"]["lengths"] for record in records if "lengths" in record["result"]]
+    if not found:
+        raise InputError("a plot of lengths has no result. Make one: ettin-bench speed --length")
+    steps = found[-1]
     series: dict[str, list[tuple[int, float]]] = defaultdict(list)
     for step in steps:
         for row in step["contestants"]:
@@ -98,22 +83,20 @@ def lengths(records: Sequence[Record]) -> Figure:
                 series[row["name"]].append((step["max_length"], row["pairs_per_s"] * step["max_length"]))
     figure = Figure(figsize=(7.2, 4.0))
     axes = figure.subplots()
-    colours = {True: iter(_OURS), False: iter(_OTHERS)}
+    colours = {True: cycle(_OURS), False: cycle(_OTHERS)}
     for name, points in series.items():
         colour, shown = next(colours["/" in name]), label(name).replace("`", "")
         axes.plot(*zip(*points, strict=True), marker="o", markersize=3.5, color=colour, label=shown)
     axes.set_xscale("log", base=2)
     axes.set_xticks([step["max_length"] for step in steps], [str(step["max_length"]) for step in steps])
     axes.minorticks_off()
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("tokens of every pair")
-    axes.set_ylabel("tokens per second")
+    axes.set(ylim=(0, None), xlabel="tokens of every pair", ylabel="tokens per second")
     axes.legend()
     return figure
 
 
-# By the name of the picture: kinds of results, and what draws them.
-PLOTS: dict[str, tuple[tuple[str, ...], Callable[[Sequence[Record]], Figure]]] = {
-    "throughput-quality.svg": (("cpu", "throughput", "speed"), throughput_quality),
-    "lengths.svg": (("lengths",), lengths),
+# By the name of the picture.
+PLOTS: dict[str, Callable[[Sequence[Record]], Figure]] = {
+    "throughput-quality.svg": throughput_quality,
+    "lengths.svg": lengths,
 }

@@ -18,24 +18,18 @@ from ir_measures import AP, RR, nDCG
 from numpy.typing import NDArray
 from scipy.stats import bootstrap, kendalltau
 
-from ettin.artifacts.errors import DownloadError, InputError, MissingDependency, UsageError
+from ettin.artifacts.errors import DownloadError, MissingDependency, UsageError
 from ettin.artifacts.manifest import Manifest
 from ettin.artifacts.metrics import score_error
-from ettin.bench.machine import about, read_result
+from ettin.bench.machine import about
 from ettin.bench.report import NANOBEIR_NDCG10
-from ettin.bench.workloads import RetrievalSet, bm25_candidates, read_beir, run_candidates
+from ettin.bench.workloads import RetrievalSet, bm25_candidates, read_beir
 from ettin.runtimes import console, load
 
 NANOBEIR = Path("nanobeir")  # stands for the 13 sets, which come from the hub
 REFERENCE = "reference, fp32"
 Scorer = Callable[[Sequence[tuple[str, str]]], NDArray[np.float32]]
 _MERGED: dict[str, Callable[[Any], float]] = {"seconds": sum, "max_abs_error": max}  # over sets; others: their mean
-
-# As sentence-transformers names them; its evaluator leaves the last two out unless they are named.
-_NANOBEIR = (
-    "climatefever", "dbpedia", "fever", "fiqa2018", "hotpotqa", "msmarco", "nfcorpus", "nq", "quoraretrieval",
-    "scidocs", "scifact", "arguana", "touche2020",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -91,32 +85,21 @@ def ranking_quality(data: RetrievalSet, rankings: Mapping[str, list[str]]) -> Qu
     return Quality({name: float(means[measure]) for name, measure in measures.items()}, by_query)
 
 
-def beir_task(
-    folder: Path, split: str, run_file: Path | None, count: int, queries: int | None, with_positives: bool
-) -> Task:
-    """A set in BEIR form with candidates from a run file or BM25; see `measured_quality`."""
+def beir_task(folder: Path, split: str, candidates: int, queries: int | None) -> Task:
+    """A set in BEIR form; candidates are the first ones by BM25."""
     data = read_beir(folder, split)
     with console.step(f"{data.name}: find candidates"):
-        found = run_candidates(data, run_file, count, queries) if run_file else bm25_candidates(data, count, queries)
-    first_stage = ranking_quality(data, found).means["ndcg10"]
-    return Task(data, positives_added(data, found) if with_positives else found, first_stage)
-
-
-def positives_added(data: RetrievalSet, candidates: Mapping[str, list[str]]) -> dict[str, list[str]]:
-    """The candidates, then what is relevant and is not among them: they measure the reranker alone."""
-    return {
-        query: keys + [key for key, gain in data.qrels[query].items() if gain > 0 and key not in set(keys)]
-        for query, keys in candidates.items()
-    }
+        found = bm25_candidates(data, candidates, queries)
+    return Task(data, found, ranking_quality(data, found).means["ndcg10"])
 
 
 def nanobeir_tasks(candidates: int, queries: int | None) -> Iterator[Task]:
     """NanoBEIR's 13 sets from the hub; candidates are the relevant documents and the first ones by BM25."""
     try:
-        from sentence_transformers.cross_encoder.evaluation import CrossEncoderNanoBEIREvaluator
+        from sentence_transformers.cross_encoder.evaluation import CrossEncoderNanoBEIREvaluator, nano_beir
     except ModuleNotFoundError as error:
         raise MissingDependency("NanoBEIR", str(error.name), "bench,export") from None
-    for name in _NANOBEIR:
+    for name in nano_beir.DATASET_NAME_TO_HUMAN_READABLE:
         try:
             with console.step(f"{name}: fetch"):
                 (evaluator,) = CrossEncoderNanoBEIREvaluator([name], rerank_k=candidates, write_csv=False).evaluators
@@ -135,22 +118,20 @@ def nanobeir_tasks(candidates: int, queries: int | None) -> Iterator[Task]:
 
 
 def measured_quality(
-    artifacts: Sequence[Path], sets: Sequence[Path], *, split: str, run_file: Path | None, candidates: int,
-    rerank_positives: bool, queries: int | None, max_length: int, reference: Path | None,
+    artifacts: Sequence[Path], sets: Sequence[Path], *, split: str, candidates: int, queries: int | None,
+    max_length: int, reference: Path | None,
 ) -> dict[str, Any]:  # fmt: skip
     """The result of `ettin-bench quality`, whose options these are; of several sets their means, and each."""
     is_nano = NANOBEIR in sets and not NANOBEIR.is_dir()
-    if (run_file or is_nano) and len(sets) != 1:
-        raise UsageError(f"{'nanobeir' if is_nano else '--run'} goes with one set: name it with --data, once")
-    settings: dict[str, Any] = {"candidates": candidates, "max_length": max_length}
-    settings["always_rerank_positives"] = is_nano or rerank_positives
+    if is_nano and len(sets) > 1:
+        raise UsageError("nanobeir goes with no other set: name it alone, --data nanobeir")
+    settings = {"candidates": candidates, "max_length": max_length, "always_rerank_positives": is_nano}
     parts: list[dict[str, Any]] = []
-    tasks = nanobeir_tasks(candidates, queries) if is_nano else (
-        beir_task(folder, split, run_file, candidates, queries, rerank_positives) for folder in sets
-    )  # fmt: skip
+    folders = (beir_task(folder, split, candidates, queries) for folder in sets)
+    tasks = nanobeir_tasks(candidates, queries) if is_nano else folders
     for task in tasks:
         figures = {**settings, "data": task.data.name, "queries": len(task.candidates)}
-        rows = task_rows(task, artifacts, settings, reference)
+        rows = task_rows(task, artifacts, max_length, reference)
         parts.append({**figures, "first_stage_ndcg10": task.first_stage_ndcg10, "rows": rows})
     if len(parts) == 1:
         return parts[0]
@@ -163,56 +144,27 @@ def measured_quality(
     return {**settings, **means, "rows": rows, "sets": parts}
 
 
-def task_rows(
-    task: Task, artifacts: Sequence[Path], settings: Mapping[str, Any], reference: Path | None
-) -> list[dict[str, Any]]:
-    """The figures of the reference, if there is one, and of each artifact.
-
-    The reference is the checkpoint's folder; or an earlier result, whose reference's nDCG@10 is compared with.
-    """
+def task_rows(task: Task, artifacts: Sequence[Path], max_length: int, reference: Path | None) -> list[dict[str, Any]]:
+    """The figures of the reference, a checkpoint's folder, if there is one; and of each artifact."""
     rows: list[dict[str, Any]] = []
     gold: Quality | None = None
-    if reference and reference.suffix == ".json":
-        rows.append(_earlier_row(reference, task, settings))
-        gold = Quality({}, rows[0]["ndcg10_by_query"])
-    elif reference:
+    if reference:
+        import torch
+
+        from ettin.export.checkpoint import read_checkpoint
+        from ettin.export.gold import load_gold
+
         with console.step(f"{task.data.name}: rerank with the reference"):
-            gold = task.rerank(_gold(reference, settings["max_length"]))
+            model = load_gold(read_checkpoint(reference))
+            model.max_seq_length = max_length
+            options = {"batch_size": 8, "activation_fn": torch.nn.Identity()}
+            gold = task.rerank(lambda pairs: model.predict([list(pair) for pair in pairs], **options))
         rows.append({"artifact": REFERENCE, **quality_figures(gold, None)})
     for path in artifacts:
         with load(path) as runtime, console.step(f"{task.data.name}: rerank with {path}"):
-            scorer = partial(runtime.predict, max_length=settings["max_length"], activation_fn="identity")
+            scorer = partial(runtime.predict, max_length=max_length, activation_fn="identity")
             rows.append({**about(runtime), **quality_figures(task.rerank(scorer), gold)})
     return rows
-
-
-def _earlier_row(file: Path, task: Task, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The reference's figures of an earlier result; it must be of the same pairs."""
-    result = read_result(file)["result"]
-    wanted = {"data": task.data.name, **settings}
-    for part in result.get("sets", [result]):
-        if all(part.get(key, False) == value for key, value in wanted.items()):
-            for row in part["rows"]:
-                if row["artifact"] == REFERENCE and row["ndcg10_by_query"].keys() == task.candidates.keys():
-                    return dict(row)
-    shown = ", ".join(f"{key} {value}" for key, value in settings.items())
-    raise InputError(
-        f"{file}: no reference's quality on {task.data.name} with {len(task.candidates)} queries, {shown}. "
-        "Name the checkpoint: --reference DIR"
-    )
-
-
-def _gold(folder: Path, max_length: int) -> Scorer:
-    """sentence-transformers in fp32, raw logits."""
-    import torch
-
-    from ettin.export.checkpoint import read_checkpoint
-    from ettin.export.gold import load_gold
-
-    model = load_gold(read_checkpoint(folder))
-    model.max_seq_length = max_length
-    identity = torch.nn.Identity()
-    return lambda pairs: model.predict([list(pair) for pair in pairs], batch_size=8, activation_fn=identity)
 
 
 def quality_figures(quality: Quality, gold: Quality | None) -> dict[str, Any]:
@@ -220,9 +172,8 @@ def quality_figures(quality: Quality, gold: Quality | None) -> dict[str, Any]:
     figures: dict[str, Any] = {**quality.means, "seconds": quality.seconds, "ndcg10_by_query": quality.by_query}
     if gold is not None:
         figures |= change_figures([_differences(quality.by_query, gold.by_query)])
-        if len(gold.scores):
-            figures |= score_error(quality.scores, gold.scores).figures()
-            figures["kendall"] = float(kendalltau(quality.scores, gold.scores).statistic)
+        figures |= score_error(quality.scores, gold.scores).figures()
+        figures["kendall"] = float(kendalltau(quality.scores, gold.scores).statistic)
     return figures
 
 
@@ -235,15 +186,10 @@ def mean_rows(sets: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             values = [row.get(key) for row in rows]
             if None not in values:
                 mean[key] = float(_MERGED.get(key, np.mean)(values))
-        mean["ndcg10_by_query"] = {
-            f"{part['data']}: {query}": value
-            for part, row in zip(sets, rows, strict=True)
-            for query, value in row["ndcg10_by_query"].items()
-        }
         if all("ndcg10_change" in row for row in rows):
-            golds = [part["rows"][0]["ndcg10_by_query"] for part in sets]
-            pairs = zip((row["ndcg10_by_query"] for row in rows), golds, strict=True)
-            mean |= change_figures([_differences(by_query, gold) for by_query, gold in pairs])
+            pairs = zip(rows, (part["rows"][0] for part in sets), strict=True)
+            by_query = [(row["ndcg10_by_query"], gold["ndcg10_by_query"]) for row, gold in pairs]
+            mean |= change_figures([_differences(*pair) for pair in by_query])
         means.append(mean)
     return means
 

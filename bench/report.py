@@ -75,11 +75,9 @@ def _figure(key: str, form: str) -> Callable[[Result], str]:
 
 
 def _error(row: Result) -> str:
-    return f"{row['nan']} scores are NaN" if row["nan"] else f"{row.get('max_abs_error') or 0:.0e}".replace("0e+00", "")
-
-
-def _memory(row: Result) -> str:
-    return f"{row['peak_rss_mib']:.0f} MiB" + (f", GPU {row['peak_gpu_mib']:.0f}" if row.get("peak_gpu_mib") else "")
+    if row["nan"]:
+        return f"{row['nan']} scores are NaN"
+    return f"{row['max_abs_error']:.0e}" if row.get("max_abs_error") else ""  # the reference itself has none
 
 
 def _percentiles(row: Result) -> str:
@@ -96,13 +94,15 @@ _CONTEST: dict[str, Callable[[Result], str]] = {
     "p50 / p95 / p99, {} documents": _percentiles,
     "one query, {} documents": _figure("latency_p50_ms", "{:.0f} ms"),
     "load": _figure("load_s", "{:.1f} s"),
-    "peak memory": _memory,
+    "peak memory": lambda row: (
+        _figure("peak_rss_mib", "{:.0f} MiB")(row) + _figure("peak_gpu_mib", ", GPU {:.0f}")(row)
+    ),
     "size": _figure("size_mib", "{:.0f} MiB"),
     "largest error": _error,
 }
 
 
-def _contest(*left_out: str, keep_empty: bool = False) -> Callable[[Sequence[Result]], Rows]:
+def _contest(*left_out: str) -> Callable[[Sequence[Result]], Rows]:
     """A table with a line for each contestant of one run."""
     columns = {title: show for title, show in _CONTEST.items() if not title.startswith(left_out)}
 
@@ -121,7 +121,7 @@ def _contest(*left_out: str, keep_empty: bool = False) -> Callable[[Sequence[Res
                     row["times"] = "{median:.2f} ({low:.2f} … {high:.2f})".format(**row["ratio"])
                 shown = [show(row) for show in columns.values()]
             rows.append([label(row["name"], "best" in row.get("batch", {})), *shown])
-        kept = [index for index, _ in enumerate(rows[0]) if keep_empty or any(row[index] for row in rows[1:])]
+        kept = [index for index, _ in enumerate(rows[0]) if any(row[index] for row in rows[1:])]
         return [[row[index] for index in kept] for row in rows]
 
     return table
@@ -251,8 +251,8 @@ TABLES: dict[str, Callable[[Sequence[Result]], Rows]] = {
     "load": _load,
     "gpu": _gpu,
     # Kinds of earlier results:
-    "cpu": _contest("batch", "padding", "of peak", "p50", "size", keep_empty=True),
-    "peers": _contest("batch", "padding", "of peak", "p50", "size", keep_empty=True),
+    "cpu": _contest("batch", "padding", "of peak", "p50", "size"),
+    "peers": _contest("batch", "padding", "of peak", "p50", "size"),
     "throughput": _contest("one query", "largest error"),
     "lengths": _lengths,
 }

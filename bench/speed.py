@@ -1,13 +1,12 @@
 """Speed of artifacts, alone or beside what a user would run instead: one contest, or one for each length."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ettin.artifacts.errors import UsageError
 from ettin.artifacts.manifest import Manifest
 from ettin.bench.contest import Contest, Contestant, figures
 from ettin.bench.machine import artifact_name, size_mib
@@ -17,17 +16,10 @@ from ettin.bench.workloads import pairs_to_score, text_name
 from ettin.export.sizes import DEMO, SIZES
 from ettin.export.sources import opened
 from ettin.runtimes import console
+from ettin.runtimes.cpu import isa_limit
 from ettin.runtimes.graph import ModelShape
 from ettin.runtimes.tokenizer import PairTokenizer
 
-# What limits oneDNN, and torch's own kernels and MKL, to an instruction set. MLAS (OpenVINO's f32 GEMM, all of ONNX
-# Runtime) obeys nothing, and torch knows no VNNI.
-ISAS: dict[str, tuple[str, str | None]] = {
-    "all": ("ALL", None),
-    "amx": ("AVX512_CORE_AMX", None),
-    "avx512_vnni": ("AVX512_CORE_VNNI", "avx512"),
-    "avx2_vnni": ("AVX2_VNNI", "avx2"),
-}
 BEFORE = " (before)"  # ends the name of an artifact that runs in the environment of an earlier version
 # What peers compute in, by their first argument.
 _PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "bf16 FA2 padded": "bf16", "bf16 FA2 unpadded": "bf16"}
@@ -50,30 +42,35 @@ class SpeedRun:
     max_length: int = 512
     lengths: Sequence[int] = ()
     device: str = "cpu"
-    isa: str = "all"
-    load: Mapping[str, Any] = field(default_factory=dict)
+    load: Sequence[tuple[str, str]] = ()
     best_batch: bool = False
 
     def measured(self) -> dict[str, Any]:
-        """The result of one contest; with `lengths`, "lengths" holds one for each.
-
-        Raises:
-            UsageError: options that do not go together.
-        """
+        """The result of one contest; with `lengths`, "lengths" holds one for each."""
         weights = {Manifest.read(path).source.weights for path in self.artifacts}
         common = {
             "name": Manifest.read(self.artifacts[0]).name,
             "data": text_name(self.data),
             "weights": "random" if "random" in weights else "checkpoint",
             "device": self.device,
-            "isa": self.isa,
-            "load": dict(self.load),
+            "isa": (isa_limit() or "all").lower(),
+            "load": self._settings,
             "rounds": self.rounds,
         }
-        with checkpoint_folder(self.checkpoint) as folder:
+        with ExitStack() as stack:
+            folder, named = None, self.checkpoint
+            if named:
+                size, other = (named, None) if named in (DEMO, *SIZES) else (None, named)
+                checkpoint = opened(size=size, checkpoint=other, random_weights=named in SIZES)
+                folder = stack.enter_context(checkpoint).folder
             if not self.lengths:
                 return {**common, **self._contest(folder, self.max_length)}
             return {**common, "lengths": [self._contest(folder, length, True) for length in self.lengths]}
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """Of artifacts, see `ettin.runtimes.load`."""
+        return {name: int(value) if value.isdigit() else value for name, value in self.load}
 
     def _contest(self, checkpoint: Path | None, max_length: int, is_filled: bool = False) -> dict[str, Any]:
         shape = ModelShape.from_json(Manifest.read(self.artifacts[0]).source.shape)
@@ -81,19 +78,15 @@ class SpeedRun:
         pairs = pairs_to_score(self.data, self.count or by_length, max_length if is_filled else None)
         tokenizer = PairTokenizer(self.artifacts[0] / "tokenizer.json")
         lengths = [len(ids) for ids in tokenizer.pairs(pairs, max_length)]
-        onednn, torch = ISAS[self.isa]
-        environment = {} if self.isa == "all" else {"ONEDNN_MAX_CPU_ISA": onednn}
-        environment |= {"ATEN_CPU_CAPABILITY": torch, "MKL_ENABLE_INSTRUCTIONS": torch.upper()} if torch else {}
         candidates, requests = min(100, len(pairs)), -(-self.requests // self.rounds)
-        contest = Contest(pairs, candidates, max_length, self.rounds, requests, environment)
+        contest = Contest(pairs, candidates, max_length, self.rounds, requests, warm="cache_dir" in self._settings)
         with peer_entries(self.peers, checkpoint, self.artifacts, self.environments, self.device) as others:
             entries = [*self._artifact_entries(), *others]
             for entry in entries:
                 entry.searches |= self.best_batch
             with console.step(f"{self.rounds} rounds of {len(pairs)} pairs, at most {max_length} tokens"):
                 contest.run(entries)
-        # Peaks are measured without the limit of instruction sets that contestants may have.
-        peaks = (cpu_peaks() if self.device == "cpu" else gpu_peaks()) if self.best_batch and self.isa == "all" else {}
+        peaks = (cpu_peaks() if self.device == "cpu" else gpu_peaks()) if self.best_batch else {}
         gigaflop = sum(pair_flops(shape, length) for length in lengths) / len(pairs) / 1e9
         return {
             "pairs": len(pairs),
@@ -108,7 +101,7 @@ class SpeedRun:
         }
 
     def _artifact_entries(self) -> list[Contestant]:
-        settings = json.dumps({"device": self.device, **self.load})
+        settings = json.dumps({"device": self.device, **self._settings})
         entries = []
         for path in self.artifacts:
             name, arguments = artifact_name(path), [str(path), settings]
@@ -140,20 +133,3 @@ def pairs_for(shape: ModelShape, device: str) -> int:
     """Pairs of a pass, such that it takes seconds: 8 to 400 on a CPU, 512 to 4096 on a GPU, fewer of larger models."""
     least, most, work = (8, 400, 7e9) if device == "cpu" else (512, 4096, 1e11)
     return max(least, min(most, int(work / shape.num_parameters)))
-
-
-@contextmanager
-def checkpoint_folder(named: str | None) -> Iterator[Path | None]:
-    """The folder of a checkpoint: a folder, "demo", or a released size with the random weights of `ettin-export`.
-
-    Raises:
-        UsageError: none of these.
-        CheckpointError: a folder that is not a checkpoint.
-    """
-    if named == DEMO or named in SIZES:
-        with opened(size=named, random_weights=named != DEMO) as checkpoint:
-            yield checkpoint.folder
-    elif named is None or Path(named).is_dir():
-        yield Path(named) if named else None
-    else:
-        raise UsageError(f"'{named}' is neither a folder nor one of: {DEMO}, {', '.join(SIZES)}")

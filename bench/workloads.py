@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -83,32 +84,6 @@ def bm25_candidates(data: RetrievalSet, count: int, limit: int | None = None) ->
     return {key: [ids[index] for index in row] for key, row in zip(keys, rows.tolist(), strict=True)}
 
 
-def run_candidates(data: RetrievalSet, file: Path, count: int, limit: int | None = None) -> dict[str, list[str]]:
-    """The same by a run file in trec_eval's form, whose scores decide.
-
-    Raises:
-        InputError: not a run file, a document that the set does not have, or none of its queries.
-    """
-    import ir_measures
-
-    ranked: dict[str, list[tuple[float, str]]] = {}
-    try:
-        for row in ir_measures.read_trec_run(str(file)):
-            ranked.setdefault(row.query_id, []).append((-row.score, row.doc_id))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file}: not a run file, expected 'query Q0 document rank score name' ({error})") from None
-    keys = [key for key in data.queries if key in ranked][:limit]
-    if not keys:
-        raise InputError(f"{file}: ranks none of the queries of {data.name}")
-    candidates = {
-        key: [document for _, document in sorted(ranked[key], key=lambda row: row[0])[:count]] for key in keys
-    }
-    for document in {document for row in candidates.values() for document in row}:
-        if document not in data.documents:
-            raise InputError(f"{file}: ranks document '{document}', which {data.name} does not have")
-    return candidates
-
-
 def text_name(data: Path | None) -> str:
     """What a result calls the text."""
     return data.name if data else "generated"
@@ -162,19 +137,13 @@ def _generated(count: int) -> list[tuple[str, str]]:
     lengths = np.interp(np.random.default_rng(0).permutation(places), np.linspace(0, 1, len(_WORDS)), _WORDS)
     pairs = []
     for index, length in enumerate(lengths.round().astype(int)):
-        document: list[str] = []
-        step = index
-        while len(document) < length:
-            document += words[step % len(words)]
-            step += 1
-        pairs.append((passages[index % len(passages)]["question"], " ".join(document[:length])))
+        document = chain.from_iterable(islice(cycle(words), index, None))
+        pairs.append((passages[index % len(passages)]["question"], " ".join(islice(document, length))))
     return pairs
 
 
 def _joined(documents: list[str], start: int, characters: int) -> str:
     parts: list[str] = []
-    size = 0
-    while size < characters:
+    while sum(map(len, parts)) < characters:
         parts.append(documents[(start + len(parts)) % len(documents)])
-        size += len(parts[-1]) + 1
     return " ".join(parts)

@@ -270,7 +270,7 @@ def main() -> None:
                 result[name] = part()
                 note(f"{name}: tried {result[name]['tried']}, failures {result[name]['failures']}")
     if given.json:
-        write_result(given.json, "soak", "make soak", result)
+        write_result(given.json, "soak", result, "make soak")
     if any(part["failures"] for part in result.values()):
         sys.exit(1)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from ettin.artifacts.errors import ServerError, UsageError
+from ettin.artifacts.errors import ServerError
 from ettin.bench.cli import command
 from ettin.bench.load import Asked, Tally, ettin_serve
 
@@ -53,11 +53,6 @@ def test_wrong_and_lost_answers_are_counted() -> None:
     figures = tally.figures()
     assert (figures["answers"], figures["pairs"], figures["wrong"], figures["lost"]) == (3, 6, 2, 1)
     assert figures["first_errors"] == ["ConnectionError: gone"] and figures["latency_ms"].keys() == {"2"}
-
-
-def test_unknown_server(demo_artifacts: dict[tuple[str, str], Path]) -> None:
-    done = CliRunner().invoke(command, ["load", str(demo_artifacts["onnx", "fp32"]), "--server", "ftp"])
-    assert isinstance(done.exception, UsageError) and "unknown server 'ftp'" in str(done.exception)
 
 
 def test_server_that_does_not_start(tmp_path: Path) -> None:

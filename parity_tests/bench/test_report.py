@@ -33,7 +33,7 @@ def test_every_committed_result_is_read() -> None:
 
 
 def test_command(tmp_path: Path) -> None:
-    write_result(tmp_path / "r.json", "cpu", "ettin-bench", {"candidates": 7, "contestants": [OURS, ROW, TRACED]})
+    write_result(tmp_path / "r.json", "cpu", {"candidates": 7, "contestants": [OURS, ROW, TRACED]})
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- table: cpu r.json -->\nstale\n<!-- end of table -->\nafter\n")
     stale = run("ettin-bench", "report", "page.md", "--check", cwd=tmp_path)
@@ -46,7 +46,7 @@ def test_command(tmp_path: Path) -> None:
 
 
 def test_marks_that_name_something_else(tmp_path: Path) -> None:
-    write_result(tmp_path / "r.json", "cpu", "ettin-bench", {"candidates": 7, "contestants": [OURS]})
+    write_result(tmp_path / "r.json", "cpu", {"candidates": 7, "contestants": [OURS]})
     (tmp_path / "other.json").write_text("{}")
     (tmp_path / "later.json").write_text((tmp_path / "r.json").read_text().replace('"schema": 1', '"schema": 2'))
     for mark, message in (
@@ -62,7 +62,7 @@ def test_marks_that_name_something_else(tmp_path: Path) -> None:
 
 def test_ratio_with_its_range(tmp_path: Path) -> None:
     ours = {**OURS, "ratio": {"to": "st-fp32", "median": 6.5, "low": 6.25, "high": 7.0}, "batch": {}}
-    write_result(tmp_path / "r.json", "speed", "ettin-bench", {"candidates": 7, "contestants": [ours, ROW]})
+    write_result(tmp_path / "r.json", "speed", {"candidates": 7, "contestants": [ours, ROW]})
     text = filled("<!-- table: speed r.json -->\n<!-- end of table -->", tmp_path)
     assert "6.50 (6.25 … 7.00)" in text and "padding" not in text and "1e-01" in text
 
@@ -88,12 +88,12 @@ def test_plots_that_a_page_shows(tmp_path: Path) -> None:
             assert shown == re.findall(r"<text[^>]*>([^<]*)</text>", (RESULTS / "plots" / name).read_text()), name
     for file in results.glob("*-lengths-*.json"):
         file.unlink()
-    with pytest.raises(InputError, match="no result of kind lengths"):
+    with pytest.raises(InputError, match="a plot of lengths has no result"):
         CliRunner().invoke(command, ["report", str(results / "README.md")], catch_exceptions=False)
 
 
 def test_result_says_where_and_how_it_was_measured(tmp_path: Path) -> None:
-    write_result(tmp_path / "new" / "r.json", "cpu", "ettin-bench speed x", {"figure": 1})
+    write_result(tmp_path / "new" / "r.json", "cpu", {"figure": 1}, "ettin-bench speed x")
     content = json.loads((tmp_path / "new" / "r.json").read_text())
     assert content["command"] == "ettin-bench speed x" and content["result"] == {"figure": 1}
     assert content["machine"].keys() >= {"cpu", "cpus_usable", "isa", "isa_limit", "python", "system", "versions"}

@@ -9,17 +9,14 @@ import pytest
 from ettin.artifacts.errors import DownloadError, InputError
 from ettin.bench.workloads import (
     NATURAL_QUESTIONS,
-    RetrievalSet,
     bm25_candidates,
     pairs_to_score,
     read_beir,
-    run_candidates,
 )
 from ettin.export.sizes import DEMO_FOLDER
 from ettin.runtimes.tokenizer import PairTokenizer
 
 WORDS = ("alpha", "beta", "gamma")
-DATA = RetrievalSet("tiny/test", {f"d{index}": f"text {index}" for index in range(6)}, {"q1": "one", "q2": "two"}, {})
 
 
 def write_set(folder: Path) -> None:
@@ -91,18 +88,3 @@ def test_bm25_finds_words_in_common(tmp_path: Path) -> None:
     candidates = bm25_candidates(read_beir(tmp_path / "set"), 2)
     assert candidates["q1"][0] == "d1" and [len(keys) for keys in candidates.values()] == [2, 2]
     assert list(bm25_candidates(read_beir(tmp_path / "set"), 2, limit=1)) == ["q0"]
-
-
-def test_run_file_ranks_by_score(tmp_path: Path) -> None:
-    file = tmp_path / "run"
-    file.write_text("q1 Q0 d3 1 0.5 x\nq1 Q0 d1 2 7 x\nq1 Q0 d0 3 -1 x\nq9 Q0 d0 1 1 x\n")
-    assert run_candidates(DATA, file, 2) == {"q1": ["d1", "d3"]}
-    file.write_text("q1 d3 0.5\n")
-    with pytest.raises(InputError, match="not a run file, expected 'query Q0 document rank score name'"):
-        run_candidates(DATA, file, 2)
-    file.write_text("q1 Q0 elsewhere 1 1 x\n")
-    with pytest.raises(InputError, match=r"ranks document 'elsewhere', which tiny/test does not have"):
-        run_candidates(DATA, file, 2)
-    file.write_text("q9 Q0 d0 1 1 x\n")
-    with pytest.raises(InputError, match="ranks none of the queries of tiny/test"):
-        run_candidates(DATA, file, 2)
