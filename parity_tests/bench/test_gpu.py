@@ -33,25 +33,22 @@ TRIAL = ["--device", "cpu", "--size", "tiny", "--minutes", "0.02"]
 # As on a machine with torch and transformers alone: neither this project nor what only it needs.
 BARE = """
 import runpy, sys
-allowed = sys.argv[1]
-class Missing:
-    names = {"sentence_transformers", "onnx", "onnxruntime", "openvino", "scipy", "matplotlib", "ir_measures",
-             "datasets"}
-    needed = {"pydantic", "pydantic_core", "click", "tabulate", "annotated_types", "typing_inspection"}
+from importlib.machinery import PathFinder
+folder, needed = sys.argv[1], {needed}
+class OnlyBundled:
     def find_spec(self, name, path=None, target=None):
-        root = name.partition(".")[0]
-        if root in self.names or root in self.needed and path is None and not self.bundled(root):
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-    def bundled(self, root):
-        import pathlib
-        return (pathlib.Path(allowed) / root).exists() or (pathlib.Path(allowed) / (root + ".py")).exists()
-sys.meta_path = [each for each in sys.meta_path if "editable" not in repr(each).lower()]
-sys.meta_path.insert(0, Missing())
-sys.path = [each for each in sys.path if "editable" not in each]
+        if name in needed:
+            spec = PathFinder.find_spec(name, [folder])
+            if spec is None:
+                raise ModuleNotFoundError("not in the bundle: " + name, name=name)
+            return spec
+sys.meta_path = [OnlyBundled(), *(each for each in sys.meta_path if "editable" not in repr(each).lower())]
+sys.path = [folder, *(each for each in sys.path if "editable" not in each)]
+for name in ("sentence_transformers", "onnx", "onnxruntime", "openvino", "scipy", "matplotlib", "datasets"):
+    sys.modules[name] = None
 sys.argv = sys.argv[1:]
-sys.path.insert(0, allowed)
-runpy.run_path(allowed, run_name="__main__")
-"""
+runpy.run_path(folder, run_name="__main__")
+""".replace("{needed}", repr({name.replace("-", "_") for name in bundle._WHEELS}))
 
 
 @pytest.fixture(autouse=True)
