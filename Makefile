@@ -18,7 +18,7 @@ demo: $(INSTALLED)  ## export the embedded checkpoint, rank with it, print parit
 	$(BIN)/ettin-export --size demo --target openvino --force
 	$(BIN)/ettin-rerank $(DEMO) --query "Which planet is known as the Red Planet?" examples/planets.txt
 	$(BIN)/ettin-verify $(DEMO)
-	$(BIN)/ettin-bench throughput $(DEMO)
+	$(BIN)/ettin-bench speed $(DEMO)
 
 test: $(INSTALLED)  ## what CI runs
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile

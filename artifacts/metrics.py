@@ -68,32 +68,3 @@ def ndcg(ranked: Sequence[str], gains: Mapping[str, float], k: int = 10) -> floa
     if ideal.size == 0:
         return 0.0
     return float((found * discounts[: found.size]).sum() / (ideal * discounts[: ideal.size]).sum())
-
-
-def average_precision(ranked: Sequence[str], gains: Mapping[str, float]) -> float:
-    """Average precision of one query over all of `ranked`; a relevant document that is not in it counts as never found.
-
-    Args:
-        ranked: document ids, best first.
-        gains: relevance by document id; more than 0 is relevant.
-    """
-    relevant = {key for key, gain in gains.items() if gain > 0}
-    places = [place for place, each in enumerate(ranked, 1) if each in relevant]
-    if not relevant:
-        return 0.0
-    return sum(found / place for found, place in enumerate(places, 1)) / len(relevant)
-
-
-def reciprocal_rank(ranked: Sequence[str], gains: Mapping[str, float], k: int = 10) -> float:
-    """1 / place of the first relevant document; 0 if there is none up to place `k`."""
-    return next((1 / place for place, each in enumerate(ranked[:k], 1) if gains.get(each, 0.0) > 0), 0.0)
-
-
-def mean_metrics(rankings: Sequence[Sequence[str]], gains: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Means over queries: "ndcg10", "map", "mrr10"."""
-    pairs = list(zip(rankings, gains, strict=True))
-    return {
-        "ndcg10": float(np.mean([ndcg(ranked, each) for ranked, each in pairs])),
-        "map": float(np.mean([average_precision(ranked, each) for ranked, each in pairs])),
-        "mrr10": float(np.mean([reciprocal_rank(ranked, each) for ranked, each in pairs])),
-    }

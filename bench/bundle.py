@@ -1,46 +1,77 @@
-"""One folder that `gpu.py` runs from on a bare machine: code, a checkpoint, a sample of text."""
+"""One folder that runs `ettin-bench` on a machine with a GPU where only torch and transformers are installed."""
 
-import importlib
 import json
 import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
+from ettin import artifacts, bench, export, graph, runtimes
 from ettin.artifacts.errors import OutputError
 from ettin.artifacts.publishing import check_output, staged
 
-_PACKAGES = ("artifacts", "bench", "export", "runtimes")
 _LIMIT_MIB = 50
+# What the project needs and transformers does not bring. tokenizers, numpy and tqdm come with transformers, in the
+# versions that it wants.
+_WHEELS = (
+    "annotated-types", "click", "packaging", "pydantic", "pydantic-core", "tabulate", "typing-extensions",
+    "typing-inspection",
+)  # fmt: skip
+_MAIN = '''"""Measures this machine's GPU: python FOLDER [options of ettin-bench gpu]."""
+
+import os
+import sys
+
+here = os.path.abspath(sys.path[0])
+os.environ["PYTHONPATH"] = here  # for the processes of the contestants
+
+from ettin.bench.cli import main
+
+sys.argv[1:1] = ["gpu", "--checkpoint", f"{here}/checkpoint", "--data", f"{here}/pairs.jsonl"]
+main()
+'''
 
 
-def assemble(output: Path, checkpoint: Path, pairs: Sequence[tuple[str, str]], force: bool = False) -> int:
-    """Writes the folder.
+def write_bundle(output: Path, checkpoint: Path, pairs: Sequence[tuple[str, str]], python: str = "3.12") -> int:
+    """Writes the folder: this project, the packages that it needs, a checkpoint for parity and a sample of text.
 
-    Args:
-        output: the folder.
-        checkpoint: a trained checkpoint for parity; its tokenizer serves for speed, too.
-        pairs: query and document, the text.
-        force: replace a folder that is there.
-
-    Returns:
-        Its size, in bytes.
+    It is for Linux on x86_64 with the given version of CPython. Returns its size in bytes.
 
     Raises:
-        OutputError: the folder is there, can't be written or would be over 50 MiB.
+        OutputError: the folder is there, can't be written or would be over 50 MiB; or pip could not bring a package.
     """
-    check_output(output, force)
-    with staged(output, force) as stage:
-        for name in _PACKAGES:
-            source = Path(str(importlib.import_module(f"ettin.{name}").__file__)).parent
-            ignored = shutil.ignore_patterns("__pycache__", "*.pyc", "results")
-            shutil.copytree(source, stage / "ettin" / name, ignore=ignored)
-        bench = stage / "ettin" / "bench"
-        shutil.copytree(checkpoint, bench / "checkpoint")
-        with (bench / "pairs.jsonl").open("w", encoding="utf-8") as file:
-            for query, document in pairs:
-                file.write(json.dumps({"query": query, "document": document}) + "\n")
+    check_output(output, False)
+    with staged(output, False) as stage:
+        for package in (artifacts, bench, export, graph, runtimes):
+            source = Path(str(package.__file__)).parent
+            ignored = shutil.ignore_patterns("__pycache__", "*.pyc", "*.so", "results", "kernels")
+            shutil.copytree(source, stage / "ettin" / source.name, ignore=ignored)
+        fetch_packages(stage, python)
+        shutil.copytree(checkpoint, stage / "checkpoint")
+        lines = [json.dumps({"query": query, "document": document}) for query, document in pairs]
+        (stage / "pairs.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        (stage / "__main__.py").write_text(_MAIN, encoding="utf-8")
         size_bytes = sum(path.stat().st_size for path in stage.rglob("*") if path.is_file())
         if size_bytes > _LIMIT_MIB << 20:
             size_mib = size_bytes >> 20
-            raise OutputError(f"{output}: {size_mib} MiB, expected at most {_LIMIT_MIB}: name a smaller checkpoint")
+            raise OutputError(f"{output}: {size_mib} MiB, expected at most {_LIMIT_MIB}: name a smaller --checkpoint")
     return size_bytes
+
+
+def fetch_packages(folder: Path, python: str) -> None:
+    """Unpacks wheels of the versions that are installed here, for Linux on x86_64 and the given CPython."""
+    with tempfile.TemporaryDirectory() as scratch:
+        platforms = [f"--platform=manylinux{form}_x86_64" for form in ("2014", "_2_17", "_2_28")]
+        target = ["--only-binary=:all:", "--no-deps", f"--python-version={python}", *platforms, "-d", scratch]
+        command = [sys.executable, "-m", "pip", "download", "-q", *target]
+        pinned = [f"{name}=={version(name)}" for name in _WHEELS]
+        done = subprocess.run([*command, *pinned], capture_output=True, text=True, check=False)
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or ["it gave no reason"])[-1]
+            raise OutputError(f"pip could not bring {', '.join(pinned)} ({reason})")
+        for wheel in sorted(Path(scratch).glob("*.whl")):
+            zipfile.ZipFile(wheel).extractall(folder)

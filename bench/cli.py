@@ -1,36 +1,148 @@
 """`ettin-bench`: measures artifacts on this machine."""
 
-from dataclasses import asdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
-from ettin.artifacts.errors import MissingDependency, UsageError
-from ettin.bench.bundle import assemble
-from ettin.bench.cli_cpu import cpu, everything, lengths
-from ettin.bench.cli_quality import parity, quality
-from ettin.bench.cli_results import compare_results, report, tables
-from ettin.bench.cli_shared import about, show_and_write
-from ettin.bench.cli_speed import make_peers, peers, throughput
-from ettin.bench.texts import pairs_to_score, text_name
-from ettin.export.source.sizes import DEMO_FOLDER
-from ettin.runtimes import load
-from ettin.runtimes.batch import Batch
+from ettin.artifacts.errors import InputError, MissingDependency, UsageError
+from ettin.artifacts.manifest import Manifest
+from ettin.artifacts.writing import write_file
+from ettin.bench.machine import about, artifact_name, size_mib, write_result
+from ettin.bench.peers import PEERS
+from ettin.bench.report import TABLES, filled
+from ettin.bench.speed import SpeedRun
+from ettin.bench.workloads import pairs_to_score, text_name
+from ettin.export.source.sizes import DEMO_FOLDER, SIZES
+from ettin.runtimes import Batch, load
 from ettin.runtimes.commands import console
 from ettin.runtimes.machine import isa_limit
+
+_PATH = click.Path(path_type=Path)
+_SETTINGS = click.Choice(["threads", "streams", "cache_dir"])
+_ARTIFACTS = click.argument("artifacts", nargs=-1, required=True, type=_PATH)
+_DATA = click.option("--data", type=_PATH, help="BEIR folder, JSON lines of query and document, or nq.  [default: own]")
+_JSON = click.option("--json", "json_path", type=_PATH, help="Write the result there, too.")
+_MAX_LENGTH = click.option("--max-length", default=512, show_default=True, help="Tokens that pairs are truncated to.")
+_CANDIDATES = click.option("--candidates", type=int, default=100, show_default=True, help="Documents of a query.")
 
 
 @click.group()
 def command() -> None:
-    """Measure artifacts: speed, and ranking quality."""
+    """Measure artifacts: speed, ranking quality, servers under load."""
+
+
+def _show_and_write(path: Path | None, kind: str, result: dict[str, Any]) -> None:
+    """Shows a result as the table that a README would have, and writes it."""
+    head, *rows = TABLES[kind]([result])
+    console.table(rows, head)
+    write_result(path, kind, result)
+
+
+@contextmanager
+def _needs(extra: str) -> Iterator[None]:
+    """Says which extra to install where an import fails."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        command_name = f"ettin-bench {click.get_current_context().info_name}"
+        raise MissingDependency(command_name, str(error.name), extra) from None
+
+
+@command.command(
+    epilog=console.example_epilog(
+        "ettin-bench speed ettin-reranker-demo/openvino-int8",
+        "ettin-bench speed ettin-reranker-demo/* --checkpoint demo --peer st-fp32 --peer st-fp32-tuned",
+    )
+)
+@_ARTIFACTS
+@click.option("--checkpoint", help="What they were made from, for peers: a folder, demo, or a size (random weights).")
+@click.option("--peer", "peers", multiple=True, type=click.Choice(list(PEERS)), help="Repeatable.")
+@click.option("--environments", type=_PATH, help="Folder of the peers' own environments, made where they are missing.")
+@click.option("--before", type=_PATH, help="Interpreter of an earlier version's environment: run artifacts there, too.")
+@_DATA
+@click.option("--pairs", "count", type=click.IntRange(1), help="Pairs of a pass.  [default: by size of the model]")
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Timed passes of each contestant.")
+@click.option("--requests", type=click.IntRange(1), default=21, show_default=True, help="Latency requests, of each.")
+@_MAX_LENGTH
+@click.option("--length", "lengths", multiple=True, type=int, help="Repeatable: a contest of pairs of so many tokens.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--load", multiple=True, type=(_SETTINGS, str), help="Repeatable, for artifacts: threads 4, streams 1.")
+@click.option("--best-batch", is_flag=True, help="Search everybody's best batch first, as the release did.")
+@_JSON
+def speed(json_path: Path | None, **options: Any) -> None:
+    """Pairs per second, latency, load time, memory and error of ARTIFACTS, alone or beside peers.
+
+    All score the same pairs at their natural lengths, round by round, a process each. "×" is the speed divided by that
+    of st-fp32 (else of the first contestant) in the same round: median and range. "of peak" is the model's work in that
+    time against this machine's fastest matrix product of that precision. ONEDNN_MAX_CPU_ISA (with ATEN_CPU_CAPABILITY
+    and MKL_ENABLE_INSTRUCTIONS for torch) limits the instruction set of everybody but ONNX Runtime.
+    """
+    _show_and_write(json_path, "speed", SpeedRun(**options).measured())
+
+
+@command.command(epilog=console.example_epilog("ettin-bench quality my-model/* --data scifact --reference my-model"))
+@_ARTIFACTS
+@click.option("--data", "sets", multiple=True, type=_PATH, help="BEIR folder, repeatable; or nanobeir (from the hub).")
+@click.option("--split", default="test", show_default=True, help="test or train.")
+@_CANDIDATES
+@click.option("--queries", type=click.IntRange(1), help="Queries of a set, at most.  [default: all]")
+@_MAX_LENGTH
+@click.option("--reference", type=_PATH, help="The checkpoint's folder: compare with PyTorch in fp32.")
+@_JSON
+def quality(json_path: Path | None, **options: Any) -> None:
+    """Ranking quality of ARTIFACTS on sets with judged queries; without --data, what was proven at their export.
+
+    nDCG@10, MAP and MRR@10; the change of nDCG@10 against the reference comes with its 95% interval, a paired bootstrap
+    over queries. Of several sets, the mean; beside NanoBEIR's stands the published one.
+    """
+    if not options["sets"]:
+        _show_and_write(json_path, "parity", _parity(options["artifacts"]))
+        return
+    with _needs("bench"):
+        from ettin.bench.quality import measured_quality
+    _show_and_write(json_path, "quality", measured_quality(**options))
+
+
+def _parity(artifacts: tuple[Path, ...]) -> dict[str, Any]:
+    """What the manifests of artifacts say of their proof."""
+    rows = []
+    for path in artifacts:
+        manifest = Manifest.read(path)
+        proven = manifest.parity.model_dump(mode="json", exclude={"reference", "rule"})
+        source = {"weights": manifest.source.weights, "weights_sha256": manifest.source.weights_sha256}
+        rows.append({"artifact": artifact_name(path), **source, **proven, "size_mib": size_mib(path)})
+    return {"data": ", ".join(sorted({Manifest.read(path).name for path in artifacts})), "rows": rows}
+
+
+@command.command("load", epilog=console.example_epilog("ettin-bench load ettin-reranker-demo/openvino-int8"))
+@click.argument("artifact", type=_PATH)
+@click.option("--server", "servers", multiple=True, type=click.Choice(["triton", "http"]), default=["triton", "http"])
+@click.option("--clients", type=click.IntRange(1), default=32, show_default=True, help="At the same time.")
+@click.option("--requests", type=click.IntRange(1), default=96, show_default=True, help="Of each of three rounds.")
+@_CANDIDATES
+@click.option("--minutes", type=float, default=5.0, show_default=True, help="Of mixed load, for each server.")
+@_DATA
+@_JSON
+def load_test(artifact: Path, data: Path | None, json_path: Path | None, **options: Any) -> None:
+    """Many clients against Triton and ettin-serve: throughput, latencies, lost and wrong answers, memory.
+
+    First every client asks for all candidates, in rounds beside the runtime in process; then for one document or for
+    all, at random.
+    """
+    with _needs("bench,serve,triton"):
+        from ettin.bench.load import measured_load
+    result = measured_load(artifact, pairs_to_score(data, 2000), **options)
+    _show_and_write(json_path, "load", {"data": text_name(data), **result})
 
 
 @command.command(epilog=console.example_epilog("ettin-bench profile ettin-reranker-17m-v1/openvino-int8"))
-@click.argument("artifact", type=click.Path(path_type=Path))
+@click.argument("artifact", type=_PATH)
 @click.option("--pairs", "count", default=6, show_default=True, help="Pairs in the batch.")
 @click.option("--tokens", default=176, show_default=True, help="Tokens of each.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the result there, too.")
+@_JSON
 def profile(artifact: Path, count: int, tokens: int, json_path: Path | None) -> None:
     """Where an openvino artifact spends its time, and its linear layers against this machine's measured peak.
 
@@ -38,77 +150,73 @@ def profile(artifact: Path, count: int, tokens: int, json_path: Path | None) -> 
     """
     with load(artifact, threads=1) as runtime:
         if runtime.manifest.target != "openvino":
-            raise UsageError(f"{artifact}: a profile of '{runtime.manifest.target}' is not made, only of 'openvino'")
-        from ettin.bench.profile import peak_gops, profiled
-        from ettin.runtimes.engines.on_openvino import OpenVinoRuntime
+            raise UsageError(f"{artifact}: target is '{runtime.manifest.target}', only 'openvino' can be profiled")
+        from ettin.bench.peaks import profile_figures
 
-        assert isinstance(runtime, OpenVinoRuntime)  # noqa: S101 (the target says so)
         texts = pairs_to_score(None, count, tokens)
         batch = Batch.of(runtime.tokenizer.pairs(texts, tokens), runtime.manifest.tokenizer.pad_token_id)
-        hint, facts = runtime.precision_hint, about(runtime)
-        parts = profiled(runtime, batch)
-    peaks = {"int8 linear": peak_gops(hint, int8=True), "float linear": peak_gops(hint, int8=False)}
-    total = sum(part.milliseconds for part in parts.values())
-    figures = []
-    for name, part in parts.items():
-        gops = part.operations / part.milliseconds / 1e6
-        share = gops / peaks[name] if gops else None
-        figures.append({"part": name, **asdict(part), "gops": gops, "share_of_peak": share})
-    click.echo(f"{count} × {tokens} tokens, one thread, {facts['runtime']}: {total:.1f} ms")
-    settings = {"pairs": count, "tokens": tokens, "isa_limit": isa_limit(), "peak_gops": peaks}
-    show_and_write(json_path, "profile", {**facts, **settings, "milliseconds": total, "parts": figures})
+        facts, figures = about(runtime), profile_figures(runtime, batch)
+    click.echo(f"{count} × {tokens} tokens, one thread, {facts['runtime']}: {figures['milliseconds']:.1f} ms")
+    settings = {"pairs": count, "tokens": tokens, "isa_limit": isa_limit()}
+    _show_and_write(json_path, "profile", {**facts, **settings, **figures})
 
 
-@command.command(
-    "load", epilog=console.example_epilog("ettin-bench load ettin-reranker-demo/openvino-int8 --minutes 1")
-)
-@click.argument("artifact", type=click.Path(path_type=Path))
-@click.option("--server", "servers", multiple=True, help="triton, http; may be repeated.  [default: both]")
-@click.option("--clients", type=click.IntRange(1), default=32, show_default=True, help="At the same time.")
-@click.option("--requests", type=click.IntRange(1), default=96, show_default=True, help="Of a throughput round.")
-@click.option("--candidates", type=click.IntRange(2), default=100, show_default=True, help="Documents of a request.")
-@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Interleaved, of the throughput.")
-@click.option("--minutes", type=float, default=5.0, show_default=True, help="Of mixed load, for each server.")
-@click.option("--data", type=click.Path(path_type=Path), help="Retrieval set in BEIR form.  [default: own text]")
-@click.option("--max-length", default=512, show_default=True, help="Tokens that pairs are truncated to.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the result there, too.")
-def load_test(
-    artifact: Path, servers: tuple[str, ...], clients: int, requests: int, candidates: int, rounds: int,
-    minutes: float, data: Path | None, max_length: int, json_path: Path | None,
+@command.command(epilog=console.example_epilog("ettin-bench report README.md"))
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.option("--check", is_flag=True, help="Change nothing; fail if a table is stale.")
+def report(files: tuple[Path, ...], check: bool) -> None:
+    """Make the marked tables of Markdown FILES again from the results that they name, and the plots that they show."""
+    for file in files:
+        before = file.read_text(encoding="utf-8")
+        after = filled(before, file.parent)
+        if check and after != before:
+            raise InputError(f"{file}: a table differs from its results. Run: ettin-bench report {file}")
+        if check:
+            continue
+        with _needs("bench"):
+            from ettin.bench.plots import draw_shown
+        if after != before:
+            write_file(file, after.encode())
+        draw_shown(file)
+
+
+@command.command("gpu", epilog=console.example_epilog("ettin-bench gpu --json h100.json"))
+@click.option("--size", "sizes", multiple=True, type=click.Choice([*SIZES, "tiny"]), default=list(SIZES))
+@click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True, help="cpu: a trial.")
+@click.option("--minutes", type=float, default=6.0, show_default=True, help="For the search for the best batches.")
+@click.option("--checkpoint", type=_PATH, default=DEMO_FOLDER, help="Trained, for parity.  [default: embedded]")
+@_DATA
+@click.option("--golden", type=_PATH, help="Write FlashAttention-2's scores there, for parity_tests/goldens/.")
+@click.option("--bundle", type=_PATH, help="Measure nothing: write a folder that does, where only torch is installed.")
+@_JSON
+def gpu_test(
+    sizes: tuple[str, ...], device: str, minutes: float, checkpoint: Path, data: Path | None, golden: Path | None,
+    bundle: Path | None, json_path: Path | None,
 ) -> None:  # fmt: skip
-    """Many clients against Triton and ettin-serve: throughput, latencies, lost and wrong answers, memory.
+    """Parity with FlashAttention-2 and fp32 on a GPU, then speed of every size: the release's settings and ours.
 
-    First every client asks for all candidates, in rounds beside the runtime in process; then for one document or for
-    all, at random.
+    Nothing here has run on a GPU yet.
     """
-    try:
-        from ettin.bench.load import run
-    except ModuleNotFoundError as error:
-        raise MissingDependency("ettin-bench load", str(error.name), "bench,serve,triton") from None
-    pairs = pairs_to_score(data, 2000)
-    with console.step(f"{rounds} rounds of {requests} requests, then {minutes:g} min of mixed load"):
-        found = run(
-            artifact, servers or ("triton", "http"), pairs, clients=clients, requests=requests, candidates=candidates,
-            rounds=rounds, minutes=minutes, max_length=max_length,
-        )  # fmt: skip
-    show_and_write(json_path, "load", {"data": text_name(data), **found})
+    if bundle:
+        from ettin.bench.bundle import write_bundle
 
+        size_bytes = write_bundle(bundle, checkpoint, pairs_to_score(data, 2000))
+        console.note(f"  {size_bytes / 2**20:.0f} MiB. On the machine with the GPU: python {bundle} --json result.json")
+        click.echo(bundle)
+        return
+    from ettin.bench.gpu import MAX_LENGTH, opened_model, parity, size_speeds
+    from ettin.bench.peaks import gpu_peaks
 
-@command.command("gpu-bundle", epilog=console.example_epilog("ettin-bench gpu-bundle for-the-gpu"))
-@click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--checkpoint", type=click.Path(path_type=Path), help="Trained, for parity.  [default: the embedded one]")
-@click.option("--data", type=click.Path(path_type=Path), help="Retrieval set in BEIR form.  [default: own text]")
-@click.option("--pairs", "count", default=2000, show_default=True, help="Pairs of text.")
-@click.option("--force", is_flag=True, help="Replace a folder that is already there.")
-def gpu_bundle(folder: Path, checkpoint: Path | None, data: Path | None, count: int, force: bool) -> None:
-    """Write one folder that measures a GPU where only torch and transformers are installed."""
-    size_bytes = assemble(folder, checkpoint or DEMO_FOLDER, pairs_to_score(data, count), force)
-    console.note(f"  {size_bytes / 2**20:.0f} MiB. On the machine with the GPU: python {folder}/ettin/bench/gpu.py")
-    click.echo(folder)
-
-
-for each in (throughput, quality, parity, cpu, peers, make_peers, lengths, everything, compare_results, report, tables):
-    command.add_command(each)
+    with opened_model(checkpoint, device) as model, console.step("parity"):
+        rows, cases = parity(model, list(dict.fromkeys(pairs_to_score(data, 220))))
+    write_result(golden, "fa2-golden", cases)
+    result: dict[str, Any] = {"data": text_name(data), "max_length": MAX_LENGTH, "parity": rows, "sizes": {}}
+    result["peak_gflop_per_s"] = peaks = gpu_peaks() if device == "cuda" else {}
+    for name in sizes:
+        with console.step(name):
+            result["sizes"][name] = size_speeds(name, device, data, checkpoint, minutes / len(sizes), peaks)
+        write_result(json_path, "gpu", result)
+    _show_and_write(json_path, "gpu", result)
 
 
 def main() -> NoReturn:

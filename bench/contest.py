@@ -1,277 +1,212 @@
-"""Contestants on the same pairs: each in a process of its own, rounds interleaved."""
+"""The one harness that times things: contestants score the same pairs round by round, each in a process of its own.
+
+A contest first searches the best batch of those contestants that want one. Then all processes start afresh, score
+everything once without being timed, and take turns: one pass over all pairs and some latency requests a round. The
+speed of a machine changes from minute to minute; in interleaved rounds the change meets every contestant, so ratios
+within a round are more stable than any number.
+"""
 
 import json
 import os
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import numpy as np
 
-from ettin.artifacts.errors import EttinError, UsageError
-from ettin.artifacts.manifest import Manifest
+from ettin.artifacts.errors import EttinError
 from ettin.artifacts.metrics import score_error
-from ettin.runtimes.commands import console
-from ettin.runtimes.tokenizer import PairTokenizer
 
-Pairs = Sequence[tuple[str, str]]
-_CONTESTANT = Path(__file__).parent / "contestant.py"
-_ENOUGH_FOR_P99 = 20  # requests; the 99th percentile of fewer is their maximum
+_PROGRAM = Path(__file__).with_name("contestants.py")
+_MIN_FOR_P99 = 20  # requests; the 99th percentile of fewer is their maximum
+_GAIN = 1.02  # a smaller one is none
+_LOSSES = 2  # doublings without a gain, after which the search for a batch ends
 
 
 @dataclass
 class Contestant:
-    """One entry.
+    """One entry of a contest, and what the contest measured of it."""
 
-    Args:
-        name: in the table.
-        kind: see `contestant.KINDS`.
-        arguments: of that kind.
-        batch: what it is told to cut batches by: tokens for artifacts, pairs for others; None: its own choice.
-        python: the interpreter of the environment that it lives in.
-    """
-
-    name: str
-    kind: str
-    arguments: list[str]
-    batch: int | None = None
-    python: str = sys.executable
+    name: str  # artifacts have a "/" in theirs
+    kind: str  # one of `contestants.KINDS`
+    arguments: list[str]  # of that kind
+    searches: bool = False  # its best batch is searched first
+    python: str = sys.executable  # interpreter of the environment that it runs in
+    problem: str | None = None  # why it can't take part, or why it stopped
+    batch: int | None = None  # maximum, in tokens for artifacts and in pairs for others; None: its own default
+    search: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
     passes_s: list[float] = field(default_factory=list)
     latencies_s: list[float] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
-    facts: dict[str, Any] = field(default_factory=dict)
-    problem: str | None = None
-
-
-# What a user would run instead: kind and arguments, after the checkpoint's folder.
-PEERS: dict[str, tuple[str, ...]] = {
-    "st-fp32": ("cross-encoder", "float32", "32"),
-    "st-fp32-tuned": ("cross-encoder", "float32", "best"),
-    "st-bf16": ("cross-encoder", "bfloat16", "32"),
-    "traced": ("traced", "default"),
-    "traced-f32": ("traced", "f32"),
-    "traced-int8": ("traced", "int8"),
-}
-
-# Whose scores the others' are compared with, whichever takes part.
-_REFERENCES = ("st-fp32", "st-fp32-tuned", "sentence-transformers fp32")
-
-
-def artifact_name(path: Path) -> str:
-    """What an artifact is called in a result."""
-    return f"{path.resolve().parent.name}/{path.name}"
-
-
-def artifact_entries(artifacts: Sequence[Path], settings: Mapping[str, Any]) -> list[Contestant]:
-    """Our artifacts.
-
-    Args:
-        artifacts: their folders.
-        settings: for `load`.
-    """
-    return [Contestant(artifact_name(path), "artifact", [str(path), json.dumps(dict(settings))]) for path in artifacts]
-
-
-def contestants(
-    artifacts: Sequence[Path], settings: Mapping[str, Any], checkpoint: Path | None, peers: Sequence[str]
-) -> list[Contestant]:
-    """Our artifacts, and the peers that were asked for.
-
-    Args:
-        artifacts: their folders.
-        settings: for `load`.
-        checkpoint: what the peers are made from.
-        peers: see `PEERS`.
-
-    Raises:
-        UsageError: an unknown peer, or peers without a checkpoint.
-    """
-    unknown = [peer for peer in peers if peer not in PEERS]
-    if unknown:
-        raise UsageError(f"unknown peer '{unknown[0]}', expected some of: {', '.join(PEERS)}")
-    if peers and checkpoint is None:
-        raise UsageError("peers are made from the checkpoint: name it with --checkpoint DIR")
-    others = [Contestant(peer, PEERS[peer][0], [str(checkpoint), *PEERS[peer][1:]]) for peer in peers]
-    return artifact_entries(artifacts, settings) + others
 
 
 @dataclass(frozen=True)
 class Contest:
-    """What all contestants do.
+    """What all contestants do."""
 
-    Args:
-        pairs: what a pass scores.
-        candidates: documents of a latency request, each with the first query of its documents.
-        max_length: tokens that pairs are truncated to.
-        rounds: passes of each, interleaved, after one that is not counted.
-        requests: latency requests after each pass, different ones.
-        environment: variables that every process starts with.
-        warm: load our artifacts once before, so that they find their cache filled.
-    """
-
-    pairs: Pairs
-    candidates: int
-    max_length: int
-    rounds: int
-    requests: int = 1
-    environment: Mapping[str, str] = field(default_factory=dict)
-    warm: bool = False
+    pairs: Sequence[tuple[str, str]]  # scored in a pass
+    candidates: int  # documents of a latency request
+    max_length: int  # tokens that pairs are truncated to
+    rounds: int  # timed passes of each contestant
+    requests: int = 1  # latency requests in a round, each with other documents
+    warm: bool = False  # load everything once before, so that a model cache is filled
+    search_until: float = float("inf")  # `time.monotonic()` at which the search for batches ends
+    together: bool = False  # start all processes at the same time; their load times then mean little
 
     def run(self, entries: Sequence[Contestant]) -> None:
-        """Runs the rounds and fills the entries; one that fails says why and takes no further part."""
-        with ExitStack() as stack:
-            running = []
-            for entry in entries:
-                if entry.problem is not None:
-                    continue
-                try:
-                    if self.warm and entry.kind == "artifact":
-                        with self.started(entry):
-                            pass
-                    running.append((entry, stack.enter_context(self.started(entry))))
-                except EttinError as error:
-                    entry.problem = str(error)
-            for turn in range(self.rounds + 1):
-                for entry, child in running:
+        """Fills in the entries. One that fails keeps the reason as its `problem` and takes no further part."""
+        if self.warm or any(entry.searches for entry in entries):
+            with self._started(entries) as running:
+                for index, (entry, process) in enumerate(running):
+                    if entry.problem is None and entry.searches and entry.facts["first_batch"]:
+                        self.search_batch(entry, process, len(running) - index)
+        with self._started(entries) as running:
+            for number in range(self.rounds + 1):
+                for entry, process in running:
                     if entry.problem is None:
-                        self._turn(entry, child, turn)
+                        self._round(entry, process, is_timed=number > 0)
 
     @contextmanager
-    def started(self, entry: Contestant) -> Iterator["Child"]:
-        """An entry's process, loaded; its facts are filled in.
+    def _started(self, entries: Sequence[Contestant]) -> Iterator[list[tuple[Contestant, "ContestantProcess"]]]:
+        """The processes of all entries without a problem, loaded; they end with the block."""
+        work = {"pairs": list(self.pairs), "candidates": self.candidates, "max_length": self.max_length}
+        with ExitStack() as stack:
+            running = []
+            for entry in (entry for entry in entries if entry.problem is None):
+                process = ContestantProcess(entry.python)
+                stack.callback(process.end)
+                process.tell({"kind": entry.kind, "arguments": entry.arguments, "batch": entry.batch, **work})
+                running.append((entry, process))
+                if not self.together:
+                    self._await_load(entry, process)
+            for entry, process in running if self.together else ():
+                self._await_load(entry, process)
+            yield running
 
-        Raises:
-            EttinError: it died, with the last line that it wrote.
+    @staticmethod
+    def _await_load(entry: Contestant, process: "ContestantProcess") -> None:
+        try:
+            entry.facts = process.answer()
+        except EttinError as error:
+            entry.problem = str(error)
+
+    def search_batch(self, entry: Contestant, process: "ContestantProcess", left: int = 1) -> None:
+        """Doubles the batch until that brings nothing, memory or time ends, or one batch holds everything.
+
+        The remaining time is shared by `left` searches.
         """
-        variables = {**os.environ, **self.environment, "TOKENIZERS_PARALLELISM": "true"}
-        # -P: the folder of the script holds modules named like those of the standard library.
-        process = subprocess.Popen(
-            [entry.python, "-P", str(_CONTESTANT)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=variables,
-        )  # fmt: skip
-        child = Child(process)
+        end = time.monotonic() + (self.search_until - time.monotonic()) / left
+        size, losses, stopped = entry.facts["first_batch"], 0, "no gain"
+        most = len(self.pairs) * (self.max_length if entry.facts["batch_unit"] == "tokens" else 1)
+        speeds: dict[int, float] = {}
         try:
-            settings = {"pairs": list(self.pairs), "candidates": self.candidates, "max_length": self.max_length}
-            order = {"kind": entry.kind, "arguments": entry.arguments, "batch": entry.batch, **settings}
-            entry.facts = child.ask(order)
-            yield child
-        finally:
-            process.kill()
-            process.communicate()
+            while losses < _LOSSES:
+                process.tell({"do": "batch", "batch": size})
+                # The faster one of two passes: kernels are compiled in the first.
+                speed = len(self.pairs) / min(process.ask({"do": "pass"})["seconds"] for _ in range(2))
+                losses = losses + 1 if speeds and speed < _GAIN * max(speeds.values()) else 0
+                speeds[size] = speed
+                if size >= most or time.monotonic() > end:
+                    stopped = "all pairs in one batch" if size >= most else "out of time"
+                    break
+                size *= 2
+        except EttinError as error:
+            stopped = str(error)
+        if not speeds:
+            entry.problem = stopped
+            return
+        entry.batch = max(speeds, key=lambda size: speeds[size])
+        probed = {str(size): speed for size, speed in speeds.items()}
+        entry.search = {"best": entry.batch, "probed": probed, "stopped": stopped}
 
-    def _turn(self, entry: Contestant, child: "Child", turn: int) -> None:
+    def _round(self, entry: Contestant, process: "ContestantProcess", is_timed: bool) -> None:
         try:
-            passed = child.ask({"do": "pass"})
-            latencies = [child.ask({"do": "latency", "request": at}) for at in range(self.requests)]
+            answers = [process.ask({"do": "pass"})]
+            answers += [process.ask({"do": "latency", "request": number}) for number in range(self.requests)]
         except EttinError as error:
             entry.problem = str(error)
             return
-        entry.facts |= {key: value for key, value in latencies[-1].items() if key not in ("seconds", "scores")}
-        entry.facts["padding_share"] = passed["padding_share"]
-        entry.scores = passed["scores"]
-        if turn:  # the first is not counted
-            entry.passes_s.append(passed["seconds"])
-            entry.latencies_s += [each["seconds"] for each in latencies]
+        entry.scores = answers[0]["scores"]
+        entry.facts["padding_share"] = answers[0]["padding_share"]
+        entry.facts |= {key: answers[-1][key] for key in ("peak_rss_mib", "peak_gpu_mib")}
+        if is_timed:
+            entry.passes_s.append(answers[0]["seconds"])
+            entry.latencies_s += [answer["seconds"] for answer in answers[1:]]
 
 
-@dataclass
-class Child:
-    """A running contestant; see `contestant.py` for what it can be asked."""
+class ContestantProcess:
+    """A contestant's process; `contestants.py` says what it can be asked."""
 
-    process: subprocess.Popen[str]
+    def __init__(self, python: str) -> None:
+        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 (see `end`)
+        command = [python, "-P", str(_PROGRAM)]  # -P: this folder does not go before the standard library
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._errors}
+        variables = {**os.environ, "TOKENIZERS_PARALLELISM": "true"}
+        self._process = subprocess.Popen(command, **pipes, text=True, env=variables)
+        self._orders, self._answers = cast(IO[str], self._process.stdin), cast(IO[str], self._process.stdout)
 
-    def tell(self, order: dict[str, Any]) -> None:
-        """Sends an order that has no answer."""
-        assert self.process.stdin  # noqa: S101 (pipes were asked for)
-        self.process.stdin.write(json.dumps(order) + "\n")
-        self.process.stdin.flush()
+    def tell(self, order: Mapping[str, Any]) -> None:
+        """Sends an order that has no answer. To a process that died nothing is sent: its next answer says why."""
+        with suppress(BrokenPipeError):
+            self._orders.write(json.dumps(order) + "\n")
+            self._orders.flush()
 
-    def ask(self, order: dict[str, Any]) -> dict[str, Any]:
-        """Sends an order and waits for its answer.
+    def ask(self, order: Mapping[str, Any]) -> dict[str, Any]:
+        """Sends an order and waits for its answer; see `answer`."""
+        self.tell(order)
+        return self.answer()
 
-        Raises:
-            EttinError: the process died; with the last line of its errors.
-        """
-        process = self.process
-        assert process.stdout and process.stderr  # noqa: S101 (pipes were asked for)
-        try:
-            self.tell(order)
-            for line in process.stdout:
-                if line.startswith('{"contestant"'):  # libraries print to stdout, too
-                    answer: dict[str, Any] = json.loads(line)["contestant"]
-                    return answer
-        except BrokenPipeError:
-            pass
-        code = process.wait()
-        reason = (process.stderr.read().strip().splitlines() or ["no message"])[-1]
-        raise EttinError(f"died with signal {-code}" if code < 0 else reason)
+    def answer(self) -> dict[str, Any]:
+        """The next answer; an EttinError with the last line of its errors if the process died."""
+        for line in self._answers:
+            if line.startswith('{"contestant"'):  # libraries print to stdout, too
+                answer: dict[str, Any] = json.loads(line)["contestant"]
+                return answer
+        code = self._process.wait()
+        self._errors.seek(0)
+        lines = self._errors.read().strip().splitlines() or ["no message"]
+        raise EttinError(f"died with signal {-code}" if code < 0 else lines[-1])
+
+    def end(self) -> None:
+        """Kills the process."""
+        self._process.kill()
+        self._process.communicate()
+        self._errors.close()
 
 
-def result(entry: Contestant, pairs: int, reference: Contestant | None) -> dict[str, Any]:
-    """The figures of one contestant; its scores are compared with the reference's, if that ran."""
+def figures(
+    entry: Contestant, pairs: int, reference: Contestant | None = None, baseline: Contestant | None = None
+) -> dict[str, Any]:
+    """What a result says of a contestant after a contest.
+
+    Its scores are compared with those of the reference, in logits. Its speed is divided by that of the baseline, round
+    by round: median and range of the ratios.
+    """
     if entry.problem is not None or not entry.passes_s:
         return {"name": entry.name, "problem": entry.problem}
-    milliseconds = 1000 * np.array(entry.latencies_s)
-    percentiles = (50, 95, 99) if len(milliseconds) >= _ENOUGH_FOR_P99 else (50, 95)
-    figures: dict[str, Any] = {
+    latencies_ms = 1000 * np.array(entry.latencies_s)
+    percentiles = (50, 95, 99) if len(latencies_ms) >= _MIN_FOR_P99 else (50, 95)
+    values: dict[str, Any] = {
         "name": entry.name,
-        **entry.facts,
+        **{key: value for key, value in entry.facts.items() if key not in ("batch_unit", "first_batch")},
+        "batch": {"unit": entry.facts.get("batch_unit"), **entry.search},
         "pairs_per_s": pairs / float(np.median(entry.passes_s)),
-        "pairs_per_s_best": pairs / min(entry.passes_s),
         "passes_s": entry.passes_s,
-        "latencies_ms": milliseconds.round(2).tolist(),
-        **{f"latency_p{each}_ms": float(np.percentile(milliseconds, each)) for each in percentiles},
+        "latencies_ms": latencies_ms.round(2).tolist(),
+        **{f"latency_p{each}_ms": float(np.percentile(latencies_ms, each)) for each in percentiles},
         "nan": int(np.isnan(entry.scores).sum()),
     }
-    if reference and reference.scores and not figures["nan"]:
-        figures |= score_error(entry.scores, reference.scores).figures()
-    return figures
-
-
-def measured(
-    contest: Contest, entries: Sequence[Contestant], artifacts: Sequence[Path], lengths: Sequence[int]
-) -> list[dict[str, Any]]:
-    """Runs a contest and says who took part, on stderr.
-
-    Args:
-        contest: what is run.
-        entries: the contestants.
-        artifacts: ours among them.
-        lengths: tokens of each pair; see `token_lengths`.
-
-    Returns:
-        The figures of each contestant, errors against sentence-transformers in fp32 if that took part.
-    """
-    count = len(contest.pairs)
-    with console.step(f"{contest.rounds} rounds of {count} pairs"):
-        contest.run(entries)
-    reference = next((entry for entry in entries if entry.name in _REFERENCES), None)
-    results = [result(entry, count, reference) for entry in entries]
-    sizes = {artifact_name(path): size_mib(path) for path in artifacts}
-    for each in results:
-        if "pairs_per_s" in each:
-            each["tokens_per_s"] = each["pairs_per_s"] * sum(lengths) / count
-            each["size_mib"] = sizes.get(each["name"])
-        console.note(f"{each['name']}: {each.get('description') or each['problem']}")
-    return results
-
-
-def token_lengths(contest: Contest, artifact: Path) -> list[int]:
-    """Tokens of each pair, as the artifact's tokenizer counts them."""
-    tokenizer = PairTokenizer(artifact / "tokenizer.json")
-    return [len(ids) for ids in tokenizer.pairs(contest.pairs, contest.max_length)]
-
-
-def weights_of(artifacts: Sequence[Path]) -> str:
-    """'random' if any artifact's weights are, else 'checkpoint'."""
-    found = {Manifest.read(path).source.weights for path in artifacts}
-    return "random" if "random" in found else "checkpoint"
-
-
-def size_mib(artifact: Path) -> float:
-    """Of an artifact's files."""
-    return round(sum(each.size_bytes for each in Manifest.read(artifact).files) / 2**20, 1)
+    if reference and reference.scores and not values["nan"]:
+        values |= score_error(entry.scores, reference.scores).figures()
+    if baseline and baseline is not entry and baseline.problem is None:
+        ratios = np.array(baseline.passes_s) / np.array(entry.passes_s)
+        median, low, high = float(np.median(ratios)), float(ratios.min()), float(ratios.max())
+        values["ratio"] = {"to": baseline.name, "median": median, "low": low, "high": high}
+    return values

@@ -1,187 +1,260 @@
-"""Parity and throughput on a GPU, with torch, transformers and this repository alone; no install.
+"""What is measured on a GPU: parity with FlashAttention-2 and fp32, golden scores, and speed of every released size.
 
-    python bench/gpu.py --minutes 8 --json results.json
-    python bench/gpu.py --device cpu --sizes tiny --minutes 1   # a trial where there is no GPU
-
-Throughput by the release's method: pairs at their natural lengths, max_length 512, tokenising included, batch size from
-8 doubled until out of memory (here: or no gain twice), three passes, their median. The settings are those of the
-release's ablation, run by a loop that does what sentence-transformers' `CrossEncoder.predict` does; and ours.
+Speed is a contest of the release's settings and ours, each at its best batch, on pairs at their natural lengths. The
+release's settings are run by a loop that does what sentence-transformers' `CrossEncoder.predict` does. With device
+"cpu" a stand-in for the kernel goes through the same code, for trials where there is no GPU.
 """
 
-# ruff: noqa: T201, E402
-import argparse
-import shlex
-import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-# A source checkout keeps the package's name in .dev, an assembled folder is a package itself. The script's own folder
-# must not come first: its profile.py is not the standard library's.
-_ROOT = next(root for root in (HERE.parent / ".dev", HERE.parents[1]) if (root / "ettin" / "bench").exists())
-if __name__ == "__main__":
-    sys.path[0] = str(_ROOT)
-
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import AutoConfig, ModernBertForSequenceClassification, PreTrainedTokenizerFast
 
-from ettin.artifacts.errors import EttinError
-from ettin.bench.gpu_speed import (
-    MAX_LENGTH,
-    best_of,
-    linear_flops_per_token,
-    matrix_peak_tflops,
-    settings,
+from ettin.artifacts.metrics import score_error
+from ettin.bench.contest import Contest, Contestant, figures
+from ettin.bench.peaks import pair_flops
+from ettin.bench.speed import pairs_for
+from ettin.bench.workloads import pairs_to_score
+from ettin.export.source.checkpoint import Checkpoint, read_checkpoint
+from ettin.export.source.sizes import SIZES
+from ettin.export.source.weights import Weights, read_weights, write_random_checkpoint
+from ettin.export.targets.to_transformers import classification_tensors, write_configs
+from ettin.graph.fold import inference_weights
+from ettin.graph.torch_ops import PackedGraph
+from ettin.runtimes.batch import Batch, BatchLimits
+from ettin.runtimes.engines.flash import (
+    FlashGraph,
+    Kernel,
+    attend_with,
+    flash_kernel,
+    flash_logits,
+    packed_inputs,
+    use_flash,
+    window_size,
 )
-from ettin.bench.gpu_subject import Pairs, Place, opened, parity, plain_varlen
-from ettin.bench.machine import write_result
-from ettin.export.reference import natural_pairs, read_pairs
-from ettin.export.source.checkpoint import read_checkpoint
-from ettin.export.source.sizes import DEMO_FOLDER, SIZES
-from ettin.export.source.weights import write_random_checkpoint
-from ettin.graph import ModelShape
-from ettin.runtimes.engines.flash import flash_kernel
+from ettin.runtimes.scheduler import Scheduler
 from ettin.runtimes.tokenizer import PairTokenizer
 
-_TINY = ModelShape(
-    vocab_size=8192, hidden_size=64, intermediate_size=96, num_heads=2, global_layers=(True, False, False, True),
-    window_tokens=64, rope_theta_global=160_000.0, rope_theta_local=160_000.0, norm_eps=1e-5, head_norm_eps=1e-5,
-    max_tokens=7999, pad_token_id=0,
-)  # fmt: skip
+Pairs = Sequence[tuple[str, str]]
+# Takes pairs, tokens that they are truncated to, and a maximum batch; returns scores.
+Predict = Callable[[Pairs, int, int], NDArray[np.float32]]
+
+MAX_LENGTH = 512
+_GOLD, _REFERENCE, _COMPILED = "fp32 SDPA", "bf16 FA2 unpadded", "ours, torch.compile"
+_TINY = replace(
+    SIZES["17m"].shape, hidden_size=64, intermediate_size=96, num_heads=2, global_layers=(True, False, False, True)
+)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs parity, then throughput, size after size; prints tables and writes JSON after each."""
-    options = _options(arguments)
+def plain_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, *,
+    scale: float, window_size: tuple[int, int],
+) -> Tensor:  # fmt: skip
+    """What `torch.nn.attention.varlen.varlen_attn` computes, one sequence at a time: for trials without a GPU."""
+    parts = []
+    for (q_start, q_end), (start, end) in zip(pairwise(cu_q.tolist()), pairwise(cu_k.tolist()), strict=True):
+        assert q_end - q_start <= max_q and end - start <= max_k  # noqa: S101 (the real kernel would read beyond)
+        scores = torch.einsum("qhd,khd->hqk", q[q_start:q_end], k[start:end]) * scale
+        if window_size != (-1, -1):
+            key = torch.arange(end - start)
+            query = torch.arange(q_end - q_start)[:, None] + (end - start) - (q_end - q_start)
+            seen = (query - key <= window_size[0]) & (key - query <= window_size[1])
+            scores = scores.masked_fill(~seen, float("-inf"))
+        parts.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[start:end]))
+    return torch.cat(parts)
+
+
+@dataclass
+class TorchModel:
+    """One checkpoint, which can be run in any setting."""
+
+    checkpoint: Checkpoint
+    weights: Weights
+    tokenizer_file: Path
+    configs: Path  # a folder with the configs of transformers' class
+    device: str  # "cuda" or "cpu"
+    kernel: Kernel  # FlashAttention-2, or its stand-in
+
+    @cached_property
+    def folded(self) -> dict[str, Tensor]:
+        """The weights of our graphs."""
+        return inference_weights(self.weights.encoder, self.weights.head, self.checkpoint.shape)
+
+
+@contextmanager
+def opened_model(folder: Path, device: str) -> Iterator[TorchModel]:
+    """A checkpoint's folder on a device, "cuda" or "cpu"; a HardwareError if no GPU runs the kernel."""
     torch.backends.cuda.matmul.allow_tf32 = False
-    started = time.monotonic()
-    place = Place(options.device, flash_kernel() if options.device == "cuda" else plain_varlen)
-    pairs, text = _texts(options.pairs)
-    checkpoint = options.checkpoint or (HERE / "checkpoint" if (HERE / "checkpoint").exists() else DEMO_FOLDER)
-    tokenizer_folder = options.tokenizer or checkpoint
-    found: dict[str, Any] = {
-        "text": text,
-        "max_length": MAX_LENGTH,
-        "tokenizer": tokenizer_folder.name,
-        "sizes": {},
-    }
-    command, card = shlex.join(["python", *sys.argv]), _card(place)
-    with opened(read_checkpoint(checkpoint), place) as subject:
-        tokenizer = PairTokenizer(checkpoint / "tokenizer.json")
-        measured = parity(subject, tokenizer, pairs[:256], MAX_LENGTH)
-        cases = measured.pop("cases")
-        found["parity"] = {"weights": f"trained: {checkpoint.name}"} | measured
-        golden = {"weights_sha256": subject.checkpoint.weights_sha256(), "cases": cases}
-    _show_parity(found["parity"])
-    write_result(options.golden, "fa2-golden", command, golden, card)
-    write_result(options.json, "gpu", command, found, card)
-
-    peak = found["matrix_peak_tflops"] = matrix_peak_tflops(place)
-    sizes = options.sizes.split(",")
-    deadline = started + 60 * options.minutes
-    for number, size in enumerate(sizes):
-        until = _fair(deadline, len(sizes) - number)
-        found["sizes"][size] = _measured(size, place, pairs, tokenizer_folder, until, peak)
-        _show_speed(size, found["sizes"][size])
-        write_result(options.json, "gpu", command, found, card)
-    print(f"{time.monotonic() - started:.0f} s in all")
+    kernel = flash_kernel() if device == "cuda" else plain_varlen
+    checkpoint = read_checkpoint(folder)
+    with tempfile.TemporaryDirectory() as configs:
+        write_configs(checkpoint, Path(configs))
+        yield TorchModel(checkpoint, read_weights(checkpoint), folder / "tokenizer.json", Path(configs), device, kernel)
 
 
-def _measured(
-    size: str, place: Place, pairs: Pairs, tokenizer_folder: Path, deadline: float, peak: float | None
+def _use_padded_flash(model: Any, kernel: Kernel) -> None:
+    """As transformers uses FlashAttention-2 on padded batches: linear layers see padding, attention does not."""
+
+    def attention(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, *, scaling: float,
+        sliding_window: int | None, **_: Any,
+    ) -> tuple[Tensor, None]:  # fmt: skip
+        lengths = attention_mask.sum(-1, dtype=torch.int32)
+        bounds = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+        real = attention_mask.flatten().nonzero()[:, 0]
+        longest = int(lengths.max())
+        q, k, v = (heads.transpose(1, 2).flatten(0, 1)[real] for heads in (query, key, value))
+        window = window_size(sliding_window)
+        mixed = kernel(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=window)
+        padded = torch.zeros_like(query.transpose(1, 2).flatten(0, 1)).index_copy_(0, real, mixed)
+        return padded.unflatten(0, attention_mask.shape), None  # type: ignore[no-untyped-call]
+
+    attend_with(model, "ettin_padded", attention, lambda *_, attention_mask=None, **__: attention_mask)
+
+
+def stock_predict(subject: TorchModel, *, dtype: torch.dtype, attention: str) -> Predict:
+    """Transformers' own class in the loop of sentence-transformers 6.2: sort by characters, tokenise and score batches.
+
+    The attention is "sdpa", "flash-padded" or "flash" (without padding).
+    """
+    config = AutoConfig.from_pretrained(subject.configs)
+    config._attn_implementation = "sdpa"
+    with torch.device("meta"):
+        model = ModernBertForSequenceClassification(config)
+    model.load_state_dict(classification_tensors(subject.checkpoint, subject.weights), assign=True)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its tables are in no checkpoint
+    model = model.to(subject.device, dtype).eval()
+    if attention != "sdpa":
+        (use_flash if attention == "flash" else _use_padded_flash)(model, subject.kernel)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(subject.tokenizer_file))
+
+    @torch.inference_mode()
+    def predict(pairs: Pairs, max_length: int, batch: int) -> NDArray[np.float32]:
+        order = sorted(range(len(pairs)), key=lambda index: -len(pairs[index][0]) - len(pairs[index][1]))
+        parts = []
+        for start in range(0, len(pairs), batch):
+            texts = [list(pairs[index]) for index in order[start : start + batch]]
+            rows = tokenizer(texts, truncation="longest_first", max_length=max_length)["input_ids"]
+            ragged = Batch.of([np.array(ids, np.int32) for ids in rows], 0)
+            if attention == "flash":
+                parts.append(flash_logits(model, ragged, subject.device))
+            else:
+                ids, mask = (torch.from_numpy(array).to(subject.device) for array in ragged.padded())
+                parts.append(model(input_ids=ids, attention_mask=mask).logits[:, 0])
+        scores = np.empty(len(pairs), np.float32)
+        scores[order] = torch.cat(parts).float().cpu().numpy()
+        return scores
+
+    return predict
+
+
+def our_predict(subject: TorchModel, *, compiled: bool) -> Predict:
+    """Our graph on FlashAttention-2 in bf16, under the scheduler of every runtime."""
+    graph = FlashGraph(subject.folded, subject.checkpoint.shape, subject.kernel, torch.bfloat16).to(subject.device)
+    run = torch.compile(graph, dynamic=True) if compiled else graph
+    tokenizer = PairTokenizer(subject.tokenizer_file)
+
+    @torch.inference_mode()
+    def score(batch: Batch) -> NDArray[np.float32]:
+        return np.asarray(run(*packed_inputs(batch, subject.device), batch.longest).float().cpu().numpy())
+
+    def predict(pairs: Pairs, max_length: int, tokens: int) -> NDArray[np.float32]:
+        scheduler = Scheduler(tokenizer, score, BatchLimits(2, tokens, in_parallel=False), 0)
+        try:
+            return scheduler.logits(pairs, max_length)
+        finally:
+            scheduler.close()
+
+    return predict
+
+
+def packed_predict(subject: TorchModel, *, dtype: torch.dtype) -> Predict:
+    """The packed graph, what TensorRT engines are built from, run by torch operation by operation."""
+    weights = {name: tensor.to(dtype) for name, tensor in subject.folded.items()}
+    graph = PackedGraph(weights, subject.checkpoint.shape).to(subject.device)
+    tokenizer = PairTokenizer(subject.tokenizer_file)
+
+    @torch.inference_mode()
+    def predict(pairs: Pairs, max_length: int, batch: int) -> NDArray[np.float32]:
+        sequences = tokenizer.pairs(pairs, max_length)
+        parts = []
+        for start in range(0, len(sequences), batch):
+            feeds = Batch.of(sequences[start : start + batch], 0).packed()
+            parts.append(graph(**{name: torch.from_numpy(array).to(subject.device) for name, array in feeds.items()}))
+        return np.asarray(torch.cat(parts)[:, 0].float().cpu().numpy())
+
+    return predict
+
+
+# By name: what batches are counted in, where the search for the best one begins, and what makes a setting ready.
+SETTINGS: dict[str, tuple[str, int, Callable[[TorchModel], Predict]]] = {
+    _GOLD: ("pairs", 8, partial(stock_predict, dtype=torch.float32, attention="sdpa")),
+    "bf16 SDPA": ("pairs", 8, partial(stock_predict, dtype=torch.bfloat16, attention="sdpa")),
+    "bf16 FA2 padded": ("pairs", 8, partial(stock_predict, dtype=torch.bfloat16, attention="flash-padded")),
+    _REFERENCE: ("pairs", 8, partial(stock_predict, dtype=torch.bfloat16, attention="flash")),
+    "ours": ("tokens", 4096, partial(our_predict, compiled=False)),
+    _COMPILED: ("tokens", 4096, partial(our_predict, compiled=True)),
+}
+
+
+def parity(model: TorchModel, pairs: Pairs) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Errors of every setting, and of the packed graph, against fp32 on the same device, in logits.
+
+    The reference is FlashAttention-2 in bf16; a path of ours passes with a mean error of at most 1.5 times its own.
+    Returns the figures, and a golden: token ids of the pairs with their scores in fp32 and by the reference.
+    """
+    ready = {name: (ready, 32 if unit == "pairs" else 8192) for name, (unit, _, ready) in SETTINGS.items()}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        ready[f"packed graph, {name}"] = partial(packed_predict, dtype=dtype), 32
+    del ready[_COMPILED]
+    scores = {name: prepare(model)(pairs, MAX_LENGTH, batch) for name, (prepare, batch) in ready.items()}
+    gold = scores.pop(_GOLD)
+    errors = {name: score_error(values, gold) for name, values in scores.items()}
+    own = errors[_REFERENCE].mean_abs
+    rows = {name: {**error.figures(), "of_reference": error.mean_abs / own} for name, error in errors.items()}
+    sequences = PairTokenizer(model.tokenizer_file).pairs(pairs, MAX_LENGTH)
+    cases = [
+        {"ids": ids.tolist(), "fp32": fp32, "fa2": fa2}
+        for ids, fp32, fa2 in zip(sequences, gold.tolist(), scores[_REFERENCE].tolist(), strict=True)
+    ]
+    weights = {"weights": model.checkpoint.name, "weights_sha256": model.checkpoint.weights_sha256()}
+    figures = {**weights, "pairs": len(pairs), "gold_std": float(gold.std()), "rows": rows}
+    return figures, {**weights, "cases": cases}
+
+
+def size_speeds(
+    size: str, device: str, data: Path | None, tokenizer: Path, minutes: float, peaks: dict[str, float]
 ) -> dict[str, Any]:
+    """A contest of all settings on one size, released or "tiny", with random weights.
+
+    The search for the best batches takes so many minutes; data: see `pairs_to_score`; peaks: see `gpu_peaks`.
+    """
     shape = _TINY if size == "tiny" else SIZES[size].shape
-    rows: dict[str, Any] = {}
+    pairs = pairs_to_score(data, pairs_for(shape, device) if device == "cuda" else 8)
     with tempfile.TemporaryDirectory() as scratch:
-        write_random_checkpoint(Path(scratch), shape, 0, tokenizer_folder)
-        with opened(read_checkpoint(Path(scratch), is_random=True), place) as subject:
-            file = Path(scratch) / "tokenizer.json"
-            tokens = sum(len(each) for each in PairTokenizer(file).pairs(pairs, MAX_LENGTH)) / len(pairs)
-            entries = settings(subject, file)
-            for number, (name, (ready, first)) in enumerate(entries.items()):
-                until = _fair(deadline, len(entries) - number)
-                predict = ready()
-                rows[name] = best_of(predict, first, pairs, place, until)
-                del predict
-                if place.device == "cuda":
-                    torch.cuda.empty_cache()
-    for row in rows.values():
-        if "pairs_per_s" in row and peak:
-            row["share_of_peak"] = row["pairs_per_s"] * tokens * linear_flops_per_token(shape) / peak / 1e12
-    return {"weights": "random", "tokens_per_pair": tokens, "rows": rows}
-
-
-def _fair(deadline: float, left: int) -> float:
-    """When the next of `left` measurements must end."""
-    now = time.monotonic()
-    return now + (deadline - now) / left
-
-
-def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=8.0, help="for all of it (default: 8)")
-    parser.add_argument("--sizes", default=",".join(SIZES), help=f"of {', '.join(SIZES)}, tiny (default: the released)")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a trial")
-    parser.add_argument("--pairs", type=Path, help="JSON lines with query and document (default: those that are here)")
-    parser.add_argument("--checkpoint", type=Path, help="trained, for parity (default: the one that is here)")
-    parser.add_argument("--tokenizer", type=Path, help="folder, for speed (default: the checkpoint's)")
-    parser.add_argument("--json", type=Path, help="write the result there")
-    parser.add_argument("--golden", type=Path, help="write FlashAttention-2's scores there, for parity_tests/goldens/")
-    options = parser.parse_args(arguments)
-    unknown = set(options.sizes.split(",")) - {*SIZES, "tiny"}
-    if unknown:
-        parser.error(f"unknown size {', '.join(sorted(unknown))}")
-    return options
-
-
-def _texts(path: Path | None) -> tuple[list[tuple[str, str]], str]:
-    path = path or (HERE / "pairs.jsonl" if (HERE / "pairs.jsonl").exists() else None)
-    if path is None:
-        return [(pair.query, pair.document) for pair in natural_pairs()], "the project's own passages"
-    return [(pair.query, pair.document) for pair in read_pairs(path)], path.name
-
-
-def _card(place: Place) -> dict[str, object]:
-    if place.device != "cuda":
-        return {"device": place.device}
-    properties = torch.cuda.get_device_properties(0)
-    return {
-        "device": place.device,
-        "gpu": properties.name,
-        "arch": f"sm_{properties.major}{properties.minor}",
-        "gpu_mib": properties.total_memory >> 20,
-        "cuda": torch.version.cuda,
-    }
-
-
-def _show_parity(found: dict[str, Any]) -> None:
-    print(f"\nerror against fp32, {found['pairs']} pairs, weights {found['weights']}")
-    print(f"{'':36}{'largest':>10}{'mean':>10}{'of FA2':>8}")
-    for name, row in found["rows"].items():
-        print(f"{name:36}{row['max_abs_error']:10.1e}{row['mean_abs_error']:10.1e}{row['of_reference']:8.2f}")
-
-
-def _show_speed(size: str, found: dict[str, Any]) -> None:
-    rows = found["rows"]
-    base = rows["bf16 FA2 unpadded"].get("pairs_per_s")
-    print(f"\n{size}, random weights, {found['tokens_per_pair']:.0f} tokens a pair")
-    print(f"{'':24}{'pairs/s':>10}{'× FA2':>8}{'batch':>8}{'MiB':>8}{'of peak':>9}  stopped")
-    for name, row in rows.items():
-        speed = row.get("pairs_per_s")
-        figures = (
-            f"{speed:10.0f}" if speed else f"{'–':>10}",
-            f"{speed / base:8.2f}" if speed and base else f"{'–':>8}",
-            f"{row.get('batch', '–')!s:>8}",
-            f"{row.get('peak_gpu_mib') or '–'!s:>8}",
-            f"{row['share_of_peak']:9.1%}" if "share_of_peak" in row else f"{'–':>9}",
-        )
-        print(f"{name:24}{''.join(figures)}  {row['stopped']}")
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except (EttinError, OSError) as error:
-        sys.exit(f"error: {error}")
+        write_random_checkpoint(Path(scratch), shape, 0, tokenizer)
+        names = [name for name in SETTINGS if device == "cuda" or name != _COMPILED]
+        entries = [Contestant(name, "torch", [scratch, name, device], searches=True) for name in names]
+        end = time.monotonic() + 60 * minutes
+        candidates = min(100, len(pairs))
+        Contest(pairs, candidates, MAX_LENGTH, 3, search_until=end, together=True).run(entries)
+        lengths = [len(ids) for ids in PairTokenizer(Path(scratch) / "tokenizer.json").pairs(pairs, MAX_LENGTH)]
+    baseline = next(entry for entry in entries if entry.name == _REFERENCE)
+    rows = [figures(entry, len(pairs), entries[0], baseline) for entry in entries]
+    flops = sum(pair_flops(shape, length) for length in lengths) / len(pairs)
+    for row in rows:
+        peak = peaks.get("fp32" if row["name"].startswith("fp32") else "bf16")
+        row["share_of_peak"] = row["pairs_per_s"] * flops / peak / 1e9 if peak and "pairs_per_s" in row else None
+    common = {"weights": "random", "pairs": len(pairs), "candidates": candidates}
+    return {**common, "tokens_per_pair": sum(lengths) / len(pairs), "contestants": rows}

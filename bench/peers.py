@@ -1,122 +1,143 @@
-"""What a user would pick instead, each in an environment of its own: how that is made, and who lives there."""
+"""What a user would run instead of an artifact, and the environments of those that need one of their own."""
 
 import json
 import os
 import shutil
 import subprocess
-import sys
-import sysconfig
 import tempfile
 import venv
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from ettin.artifacts.errors import EttinError, OutputError, UsageError
+from ettin.artifacts.errors import EttinError, UsageError
 from ettin.artifacts.manifest import Manifest
 from ettin.bench.contest import Contestant
 from ettin.runtimes.commands import console
 from ettin.runtimes.machine import own_source
 
-_MARK = "peer.json"  # what an environment was made from; written last
-
-# llama.cpp's AMX products die (SIGILL, 0.3.36 with GCC 12 on a Xeon that has AMX); everything else of the processor
-# stays in use. Compilers take these options where there is no AMX, too.
-_NO_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
+_CHECKPOINT = "checkpoint"
+_MARK = "packages.json"  # what an environment was made from; written last
 
 
 @dataclass(frozen=True)
 class Peer:
-    """A way to run these models that is not ours.
+    """A way to run these models that is not ours."""
 
-    Args:
-        kind: see `contestant.KINDS`.
-        source: what it runs: "checkpoint", or a target of ours.
-        packages: what pip installs; "SELF[extras]" is this project, "torch" the version that is installed here.
-        arguments: of the kind, after what it runs; "{entry}" is the file that the artifact's engine opens.
-        variables: of pip, for packages that are compiled.
-        sources: packages whose source is unpacked beside the environment.
-    """
-
-    kind: str
-    source: str
-    packages: tuple[str, ...]
-    arguments: tuple[str, ...] = ()
-    variables: tuple[tuple[str, str], ...] = ()
-    sources: tuple[str, ...] = ()
-
-    @property
-    def environment(self) -> str:
-        """Peers of the same packages share one."""
-        return self.kind
+    kind: str  # one of `contestants.KINDS`
+    arguments: tuple[str, ...] = ()  # of that kind after what it runs, see `_prepare`
+    source: str = _CHECKPOINT  # what it runs: "checkpoint", or a target of ours
+    searches: bool = False  # its best batch is searched in any case
+    needs_gpu: bool = False
+    # What pip installs into its own environment: "SELF[extras]" is this project, "torch" the version that is installed
+    # here; empty: it runs in this environment.
+    packages: tuple[str, ...] = ()
 
 
-_SENTENCE_TRANSFORMERS = ("torch", "sentence-transformers")
+_LLAMA_CPP = "llama-cpp-python==0.3.36"
+# llama.cpp's AMX products die (SIGILL, 0.3.36 with GCC 12 on a Xeon that has AMX); everything else of the processor
+# stays in use. Compilers take these options where there is no AMX, too.
+_NO_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
+_PIP_VARIABLES = {"CMAKE_ARGS": f"-DCMAKE_C_FLAGS='{_NO_AMX}' -DCMAKE_CXX_FLAGS='{_NO_AMX}'"}
+
 PEERS: dict[str, Peer] = {
-    "sentence-transformers fp32": Peer("cross-encoder", "checkpoint", _SENTENCE_TRANSFORMERS, ("float32",)),
-    "sentence-transformers bf16": Peer("cross-encoder", "checkpoint", _SENTENCE_TRANSFORMERS, ("bfloat16",)),
-    "Optimum": Peer("optimum", "onnx", ("torch", "optimum-onnx[onnxruntime]")),
-    "fastembed": Peer("fastembed", "onnx", ("fastembed",), ("{entry}",)),
-    "FlashRank": Peer("flashrank", "onnx", ("FlashRank",)),
-    "llama.cpp q8_0": Peer(
-        "llama-cpp", "transformers", ("torch", "transformers", "sentencepiece", "llama-cpp-python==0.3.36"),
-        variables=(("CMAKE_ARGS", f"-DCMAKE_C_FLAGS='{_NO_AMX}' -DCMAKE_CXX_FLAGS='{_NO_AMX}'"),),
-        sources=("llama-cpp-python==0.3.36",),
+    "st-fp32": Peer("cross-encoder", ("float32", "{device}")),
+    "st-fp32-tuned": Peer("cross-encoder", ("float32", "{device}"), searches=True),
+    "st-bf16": Peer("cross-encoder", ("bfloat16", "{device}")),
+    "fa2-padded": Peer("torch", ("bf16 FA2 padded", "{device}"), needs_gpu=True),
+    "fa2-unpadded": Peer("torch", ("bf16 FA2 unpadded", "{device}"), needs_gpu=True),
+    "traced": Peer("traced", ("default",)),
+    "traced-f32": Peer("traced", ("f32",)),
+    "traced-int8": Peer("traced", ("int8",), packages=("torch", "SELF[export,openvino]", "nncf")),
+    "optimum": Peer("optimum", source="onnx", packages=("torch", "optimum-onnx[onnxruntime]")),
+    "fastembed": Peer("fastembed", ("{entry}",), source="onnx", packages=("fastembed",)),
+    "llama.cpp": Peer(
+        "llama-cpp", source="transformers", packages=("torch", "transformers", "sentencepiece", _LLAMA_CPP)
     ),
-    "OpenVINO, traced": Peer("traced", "checkpoint", ("torch", "SELF[export,openvino]", "nncf"), ("default",)),
-    "OpenVINO, stock NNCF int8": Peer("traced", "checkpoint", ("torch", "SELF[export,openvino]", "nncf"), ("int8",)),
-}  # fmt: skip
+}
 
 
-def make_environments(root: Path, names: Sequence[str]) -> dict[str, str]:
-    """Makes what is not there yet; one that can't be made leaves nothing behind.
+@contextmanager
+def peer_entries(
+    names: Sequence[str], checkpoint: Path | None, artifacts: Sequence[Path], environments: Path | None, device: str
+) -> Iterator[list[Contestant]]:
+    """Contestants, one for each peer and thing that it runs; one that can't take part has its reason.
 
-    Args:
-        root: folder of the environments.
-        names: peers.
-
-    Returns:
-        By peer, why its environment could not be made.
+    What they were converted to goes away with the block. A missing environment is made, which takes minutes.
     """
-    problems = {}
     for name in names:
-        peer = PEERS[name]
-        folder = root / peer.environment
-        if (folder / _MARK).exists():
-            continue
-        try:
-            with console.step(f"{name}: {folder}"):
-                _make(peer, folder)
-        except EttinError as error:
-            problems[name] = str(error)
-    return problems
+        _check(name, checkpoint, environments, device)
+    with tempfile.TemporaryDirectory() as scratch:
+        entries = []
+        for name in names:
+            peer = PEERS[name]
+            ours = [path for path in artifacts if Manifest.read(path).target == peer.source]
+            sources = [checkpoint] if checkpoint and peer.source == _CHECKPOINT else ours
+            for source in sources:
+                entry = Contestant(name, peer.kind, [], searches=peer.searches)
+                entry.name += f", {source.name}" if len(sources) > 1 else ""
+                try:
+                    _prepare(entry, name, source, environments, device, Path(scratch))
+                except EttinError as error:
+                    entry.problem = str(error)
+                entries.append(entry)
+            if not sources:
+                reason = f"runs '{peer.source}', of which there is none among the artifacts"
+                entries.append(Contestant(name, peer.kind, [], problem=reason))
+        yield entries
 
 
-def _make(peer: Peer, folder: Path) -> None:
-    try:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        venv.create(folder, with_pip=True)
-        pip = [str(python_of(folder)), "-m", "pip", "--disable-pip-version-check", "-q"]
-        # pip keeps what it compiled, whatever variables it was compiled with.
-        fresh = ["--no-cache-dir"] if peer.variables else []
-        for package in peer.packages:  # one after the other: torch's version is settled before others ask for it
-            _run([*pip, "install", *fresh, _wanted(package)], dict(peer.variables))
-        for package in peer.sources:
-            _unpack_source(pip, package, folder / "src")
-        lines = _run([*pip, "freeze"], {}).splitlines()
-        installed = [line.partition(" @ ")[0] for line in lines]  # where a package came from is a path of this machine
-        (folder / _MARK).write_text(json.dumps({"packages": peer.packages, "installed": installed}, indent=1))
-    except BaseException as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise OutputError(f"{folder}: can't be made ({error.strerror or error})") from error
-        raise
+def _check(name: str, checkpoint: Path | None, environments: Path | None, device: str) -> None:
+    peer = PEERS[name]
+    if peer.source == _CHECKPOINT and checkpoint is None:
+        raise UsageError(f"peer '{name}' runs the checkpoint: name it with --checkpoint")
+    if peer.packages and environments is None:
+        raise UsageError(f"peer '{name}' needs an environment of its own: name a folder for it with --environments DIR")
+    if peer.needs_gpu and device != "cuda":
+        raise UsageError(f"peer '{name}' needs a GPU: --device cuda")
 
 
-def _wanted(package: str) -> str:
+def _prepare(entry: Contestant, name: str, source: Path, environments: Path | None, device: str, scratch: Path) -> None:
+    """Makes a peer's environment and what it runs, and fills in the entry.
+
+    Of its arguments, "{device}" is the device and "{entry}" the file that an artifact's engine opens.
+    """
+    peer, path = PEERS[name], source
+    if peer.packages and environments:
+        folder = environments / name
+        if not (folder / _MARK).exists():
+            with console.step(f"make {folder}"):
+                make_environment(peer.packages, folder)
+        entry.python = str(python_of(folder))
+        if peer.kind == "llama-cpp":
+            path = scratch / f"{source.resolve().parent.name}-q8_0.gguf"
+            (script,) = (folder / "src").glob("*/vendor/llama.cpp/convert_hf_to_gguf.py")
+            _run([entry.python, str(script), str(source), "--outtype", "q8_0", "--outfile", str(path)])
+    values = {"{device}": device} | ({} if peer.source == _CHECKPOINT else {"{entry}": Manifest.read(source).entry})
+    entry.arguments = [str(path), *(values.get(word, word) for word in peer.arguments)]
+
+
+def make_environment(packages: Sequence[str], folder: Path) -> None:
+    """Makes an environment with these packages; llama.cpp's source, which converts models, lies in it.
+
+    Raises:
+        EttinError: pip failed, with the last line that it wrote; the folder is made again the next time.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    venv.create(folder, with_pip=True)
+    pip = [str(python_of(folder)), "-m", "pip", "--disable-pip-version-check", "-q"]
+    if _LLAMA_CPP in packages:
+        pip.append("--no-cache-dir")  # it keeps what it compiled, whatever variables it was compiled with
+        _run([*pip, "download", "--no-deps", "--no-binary=:all:", "-d", str(folder), _LLAMA_CPP])
+        (archive,) = folder.glob("llama_cpp_python*")
+        shutil.unpack_archive(archive, folder / "src", filter="data")
+    if packages:
+        _run([*pip, "install", *map(_requirement, packages)])
+    (folder / _MARK).write_text(json.dumps(packages))
+
+
+def _requirement(package: str) -> str:
     if package == "torch":
         import torch
 
@@ -127,88 +148,13 @@ def _wanted(package: str) -> str:
     return f"{name}{package.removeprefix('SELF')}" + (f"=={version}" if version else "")
 
 
-def _unpack_source(pip: Sequence[str], package: str, folder: Path) -> None:
-    with tempfile.TemporaryDirectory() as scratch:
-        _run([*pip, "download", "--no-deps", "--no-binary=:all:", "-d", scratch, package], {})
-        (archive,) = Path(scratch).iterdir()
-        shutil.unpack_archive(archive, folder, filter="data")
-
-
-def _run(command: Sequence[str], variables: dict[str, str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **variables}, check=False)
+def _run(command: Sequence[str]) -> None:
+    variables = {**os.environ, **_PIP_VARIABLES}
+    done = subprocess.run(command, capture_output=True, text=True, env=variables, check=False)
     if done.returncode:
         raise EttinError((done.stderr.strip().splitlines() or ["no message"])[-1])
-    return done.stdout
 
 
 def python_of(folder: Path) -> Path:
     """The interpreter of an environment."""
-    scripts = sysconfig.get_path("scripts", scheme="venv", vars={"base": str(folder)})
-    return Path(scripts) / f"python{'.exe' if sys.platform == 'win32' else ''}"
-
-
-@contextmanager
-def peer_entries(
-    names: Sequence[str], root: Path, checkpoint: Path | None, artifacts: Sequence[Path]
-) -> Iterator[list[Contestant]]:
-    """Contestants, one for each peer and thing that it runs; those that can't take part have their reason.
-
-    Args:
-        names: peers; what they were converted to is gone at the end.
-        root: folder of the environments.
-        checkpoint: for those that run the checkpoint.
-        artifacts: for those that run one of ours.
-
-    Raises:
-        UsageError: an unknown peer.
-    """
-    unknown = [name for name in names if name not in PEERS]
-    if unknown:
-        raise UsageError(f"unknown peer '{unknown[0]}', expected some of: {', '.join(PEERS)}")
-    with tempfile.TemporaryDirectory() as scratch:
-        entries = []
-        for name in names:
-            peer, folder = PEERS[name], root / PEERS[name].environment
-            sources: list[Path | None] = [checkpoint] if peer.source == "checkpoint" and checkpoint else []
-            sources += [path for path in artifacts if Manifest.read(path).target == peer.source]
-            title = name
-            for source in sources or [None]:
-                if source and len(sources) > 1:
-                    title = f"{name}, {source.name}"
-                entry = Contestant(title, peer.kind, [], python=str(python_of(folder)))
-                entries.append(entry)
-                if source is None:
-                    entry.problem = f"runs '{peer.source}', of which none was named"
-                elif not (folder / _MARK).exists():
-                    entry.problem = f"{folder}: no environment. Run: ettin-bench make-peers {root}"
-                else:
-                    _prepared(entry, peer, source, folder, Path(scratch))
-        yield entries
-
-
-def _prepared(entry: Contestant, peer: Peer, source: Path, environment: Path, scratch: Path) -> None:
-    prepare: Callable[[Path, Path, Path], Path] = _CONVERTED.get(peer.kind, lambda source, *_: source)
-    try:
-        entry.arguments = [str(prepare(source, environment, scratch))]
-    except EttinError as error:
-        entry.problem = str(error)
-    for argument in peer.arguments:
-        entry.arguments.append(Manifest.read(source).entry if argument == "{entry}" else argument)
-
-
-def _gguf(source: Path, environment: Path, scratch: Path) -> Path:
-    """A checkpoint as llama.cpp's own script converts it."""
-    target = scratch / f"{source.resolve().parent.name}-q8_0.gguf"
-    (script,) = (environment / "src").glob("*/vendor/llama.cpp/convert_hf_to_gguf.py")
-    command = [str(python_of(environment)), str(script), str(source), "--outtype", "q8_0", "--outfile", str(target)]
-    _run(command, {})
-    return target
-
-
-_CONVERTED: dict[str, Callable[[Path, Path, Path], Path]] = {"llama-cpp": _gguf}
-
-
-def installed_in(root: Path, names: Sequence[str]) -> dict[str, Any]:
-    """What each peer's environment holds, as pip lists it."""
-    files = {name: root / PEERS[name].environment / _MARK for name in names}
-    return {name: json.loads(file.read_text())["installed"] for name, file in files.items() if file.exists()}
+    return folder / "bin" / "python"

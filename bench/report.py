@@ -1,241 +1,258 @@
-"""One page of all results: tables and plots, in one file that needs nothing else."""
+"""Results as Markdown tables: a marker in a file names the kind and the results, and this fills it in."""
 
-import io
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-import jinja2
-import matplotlib as mpl
-from matplotlib.figure import Figure
+from tabulate import tabulate
 
 from ettin.artifacts.errors import InputError
-from ettin.bench import plots, published
 from ettin.bench.machine import read_result
-from ettin.bench.tables import TABLES
 
-Record = dict[str, Any]
+# Published with the release (model cards and blog post): mean nDCG@10 over NanoBEIR's 13 sets with 100 candidates, and
+# pairs/s on Natural Questions at max_length 512 and the best batch, in the same order of sizes.
+NANOBEIR_NDCG10 = {"17m": 0.6746, "32m": 0.6825, "68m": 0.6915, "150m": 0.7086, "400m": 0.7193, "1b": 0.7237}
+PUBLISHED_PAIRS_PER_S = {
+    "H100, bf16 FlashAttention-2, unpadded": (7517, 6602, 4913, 3237, 1738, 928),
+    "RTX 3090, bf16 FlashAttention-2, unpadded": (9008, 4497, 1916, 982, 429, 189),
+    "i7-13700K, fp32": (267.4, 92.5, 31.2, 14.0, 5.2, 2.1),
+}
 
+_MARKED = re.compile(r"(<!-- table: (\w+) ([^>]+?) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+_NAMES = {
+    "st-fp32": "sentence-transformers fp32, its default batch of 32",
+    "st-fp32-tuned": "sentence-transformers fp32, its best batch size",
+    "st-bf16": "sentence-transformers bf16",
+    "traced": "the model traced into OpenVINO as it is, bf16",
+    "traced-f32": "the same, f32",
+    "traced-int8": "the same, int8 by stock NNCF",
+    "triton": "Triton, gRPC",
+    "http": "`ettin-serve`, HTTP",
+}
 
-@dataclass
-class Part:
-    """A piece of a section: one or more results.
-
-    Args:
-        title: what was measured.
-        records: the results.
-        pictures: figures and captions.
-        table: rows, the first is the head; empty: none.
-    """
-
-    title: str
-    records: Sequence[Record]
-    pictures: list[tuple[Figure, str]] = field(default_factory=list)
-    table: list[list[str]] = field(default_factory=list)
-
-
-_SECTIONS: dict[str, tuple[str, str]] = {
-    "trade": ("Throughput and quality", "Each point is a size. Dashed: figures published with the release (PyTorch). "
-              "Solid: pairs per second measured here (the fastest of several runs) with weights of the same shape, at "
-              "the quality published for the size; what int8 changes in ranking is measured below, on stand-ins."),
-    "throughput": ("Throughput at the best batch size", "The release's method: batches doubled until that brings "
-                   "nothing, then passes in turns, a process each. Of peak: the published model's work in that time, "
-                   "against the machine's fastest matrix product of that precision."),
-    "cpu": ("Throughput with default settings", "Tokenising included, natural lengths, a process each, in turns."),
-    "peers": ("What a user would pick instead", "Each in an environment of its own, same pairs, in turns."),
-    "lengths": ("Length scaling", "Every pair filled to the same number of tokens."),
-    "load": ("Under load", "Many clients at the same time; every score was compared with that pair scored alone."),
-    "quality": ("Ranking quality", "Reranking BM25's candidates; changes with paired bootstrap intervals (95 %)."),
-    "parity": ("Parity at export", "Every artifact against the reference, on the pairs that it was proven with."),
-    "profile": ("Where the time goes", "One batch on one thread."),
-    "gpu": ("GPUs", "Parity on the card, then the release's settings and ours."),
-}  # fmt: skip
+Result = dict[str, Any]
+Rows = list[list[str]]
 
 
-def read_results(paths: Sequence[Path]) -> list[Record]:
-    """Results, folders searched, in order of their names; those of kinds that a page has no place for are left out.
+def filled(text: str, root: Path) -> str:
+    """The text with every table made again that `<!-- table: KIND FILE… -->` and `<!-- end of table -->` mark.
 
     Raises:
-        InputError: not a result, or none at all.
+        InputError: an unknown kind, or a result that is missing or of another kind.
     """
-    found = sorted(file for path in paths for file in (path.rglob("*.json") if path.is_dir() else [path]))
-    records = []
-    for file in found:
-        record = read_result(file)
-        if record["kind"] in _SECTIONS:
-            records.append({**record, "file": file.name})
-    if not records:
-        raise InputError(f"{', '.join(map(str, paths))}: no results of ettin-bench. Make one: ettin-bench cpu --help")
-    return records
+
+    def table(match: re.Match[str]) -> str:
+        start, kind, names, end = match.groups()
+        if kind not in TABLES:
+            raise InputError(f"unknown table '{kind}', expected one of: {', '.join(TABLES)}")
+        try:
+            rows = TABLES[kind]([read_result(root / name)["result"] for name in names.split()])
+        except KeyError as error:
+            raise InputError(f"table '{kind}': its results lack {error}. Name results of that kind") from None
+        return f"{start}\n{tabulate(rows, headers='firstrow', tablefmt='github', disable_numparse=True)}\n\n{end}"
+
+    return _MARKED.sub(table, text)
 
 
-def page(records: Sequence[Record]) -> str:
-    """The HTML page."""
-    sections = []
-    for key, (title, about) in _SECTIONS.items():
-        parts = _parts(key, records)
-        if parts:
-            shown = [_shown(part, f"{key}-{number}") for number, part in enumerate(parts)]
-            sections.append({"key": key, "title": title, "about": about, "parts": shown})
-    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True).from_string(
-        files("ettin.bench").joinpath("report.html.j2").read_text(encoding="utf-8")
-    )
-    machines = sorted({_machine(record) for record in records})
-    return template.render(sections=sections, machines=machines, count=len(records)) + "\n"
+def label(name: str, is_searched: bool = False) -> str:
+    """What a table calls a contestant or an artifact, in Markdown."""
+    target, has_precision, precision = name.rsplit("/", 1)[-1].partition("-")
+    if "/" in name and has_precision:
+        return f"`{target}` {precision}"
+    return _NAMES.get(name, name).partition(", its default" if is_searched else "\n")[0]
 
 
-def write_pictures(records: Sequence[Record], folder: Path) -> list[Path]:
-    """The plots as SVG files, for a README."""
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    for key in _SECTIONS:
-        for number, part in enumerate(_parts(key, records)):
-            for at, (figure, _) in enumerate(part.pictures):
-                file = folder / f"{key}-{part.records[0]['file'].removesuffix('.json')}-{at}.svg"
-                if key == "trade":
-                    file = folder / f"trade-{number}.svg"
-                file.write_text(_svg(figure, file.stem), encoding="utf-8")
-                written.append(file)
-    return written
+def number(value: float) -> str:
+    """Three digits, and all of those before the point."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _parts(key: str, records: Sequence[Record]) -> list[Part]:
-    """Of one section."""
-    kinds = ("cpu", "throughput") if key == "trade" else (key,)
-    return _PARTS[key]([record for record in records if record["kind"] in kinds])
+def _figure(key: str, form: str) -> Callable[[Result], str]:
+    """A column that shows one figure of a row, where it is there."""
+    return lambda row: form.format(row[key]) if row.get(key) is not None else ""
 
 
-def _shown(part: Part, name: str) -> dict[str, Any]:
-    sources = [
-        f"{record['file']}\n$ {record['command']}\n{_machine(record)}, {_versions(record)}" for record in part.records
-    ]
-    return {
-        "title": part.title,
-        "machines": sorted({_machine(record) for record in part.records}),
-        "pictures": [(_svg(figure, f"{name}-{at}"), text) for at, (figure, text) in enumerate(part.pictures)],
-        "table": [[cell.replace("`", "") for cell in row] for row in part.table],
-        "sources": sources,
-    }
+def _error(row: Result) -> str:
+    if row["nan"]:
+        return f"{row['nan']} scores are NaN"
+    return f"{row['max_abs_error']:.0e}" if row.get("max_abs_error") else ""  # the reference itself has none
 
 
-def _svg(figure: Figure, name: str) -> str:
-    """The same for the same results; the name, different for every figure of a page, keeps their ids apart."""
-    target = io.StringIO()
-    with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
-        figure.savefig(target, format="svg", metadata={"Date": None, "Creator": None})
-    text = target.getvalue()
-    return text[text.index("<svg") :]
+def _percentiles(row: Result) -> str:
+    keys = ("latency_p50_ms", "latency_p95_ms", "latency_p99_ms")
+    return " / ".join(f"{row[key]:.0f}" for key in keys if key in row) + " ms"
 
 
-def _machine(record: Record) -> str:
-    machine = record["machine"]
-    where = machine.get("gpu") or f"{machine['cpu']}, {machine['cpus_usable']} cores"
-    isa = machine.get("isa") or []
-    return f"{where}{', AMX' if 'amx_int8' in isa else ''}"
+_CONTEST: dict[str, Callable[[Result], str]] = {
+    "pairs/s": lambda row: number(row["pairs_per_s"]),
+    "×": _figure("times", "{}"),
+    "batch": lambda row: f"{row['batch']['best']} {row['batch']['unit']}" if "best" in row.get("batch", {}) else "",
+    "padding": _figure("padding_share", "{:.0%}"),
+    "of peak": _figure("share_of_peak", "{:.0%}"),
+    "p50 / p95 / p99, {} documents": _percentiles,
+    "one query, {} documents": _figure("latency_p50_ms", "{:.0f} ms"),
+    "load": _figure("load_s", "{:.1f} s"),
+    "peak memory": lambda row: (
+        _figure("peak_rss_mib", "{:.0f} MiB")(row) + _figure("peak_gpu_mib", ", GPU {:.0f}")(row)
+    ),
+    "size": _figure("size_mib", "{:.0f} MiB"),
+    "largest error": _error,
+}
 
 
-def _versions(record: Record) -> str:
-    versions = record["machine"].get("versions", {})
-    return ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+def _contest(*left_out: str) -> Callable[[Sequence[Result]], Rows]:
+    """A table with a line for each contestant of one run."""
+    columns = {title: show for title, show in _CONTEST.items() if not title.startswith(left_out)}
+
+    def table(results: Sequence[Result]) -> Rows:
+        (result,) = results
+        if "lengths" in result:
+            return _lengths(results)
+        speeds = {row["name"]: row.get("pairs_per_s") for row in result["contestants"]}
+        base = speeds.get("st-fp32") or speeds.get("sentence-transformers fp32")
+        rows = [["what runs", *(title.format(result["candidates"]) for title in columns)]]
+        for row in result["contestants"]:
+            shown = ["–"] * (len(columns) - 1) + [str(row.get("problem"))[:80]]
+            if "pairs_per_s" in row:
+                row["times"] = f"{row['pairs_per_s'] / base:.1f}" if base else None
+                if "ratio" in row:
+                    row["times"] = "{median:.2f} ({low:.2f} … {high:.2f})".format(**row["ratio"])
+                shown = [show(row) for show in columns.values()]
+            rows.append([label(row["name"], "best" in row.get("batch", {})), *shown])
+        kept = [index for index, _ in enumerate(rows[0]) if any(row[index] for row in rows[1:])]
+        return [[row[index] for index in kept] for row in rows]
+
+    return table
 
 
-def _setting(result: Record) -> str:
-    words = [str(result.get("data", "")), f"{result['pairs']} pairs" if "pairs" in result else ""]
-    words += [f"max_length {result['max_length']}" if "max_length" in result else ""]
-    limit = result.get("isa", "all")
-    words += ["" if limit == "all" else f"limited to {limit.upper().replace('_', '-')}"]
-    words += ["random weights" if result.get("weights") == "random" else "trained weights"]
-    return ", ".join(filter(None, words))
+def _lengths(results: Sequence[Result]) -> Rows:
+    """One line for each length: pairs per second of every contestant."""
+    (result,) = results
+    names = [row["name"] for row in result["lengths"][0]["contestants"]]
+    rows = [["tokens", *map(label, names)]]
+    for step in result["lengths"]:
+        speeds = {row["name"]: number(row["pairs_per_s"]) for row in step["contestants"] if "pairs_per_s" in row}
+        rows.append([str(step["max_length"]), *(speeds.get(name, "–") for name in names)])
+    return rows
 
 
-def _trade(records: Sequence[Record]) -> list[Part]:
-    measured = [record for record in records if not record["result"].get("filled")]
-    return [Part("By size", measured, [(plots.trade(measured), "")])] if measured else []
+def _shapes(results: Sequence[Result]) -> Rows:
+    """One line for each run: int8 against sentence-transformers."""
+    rows = [["shape, weights", "instructions", "`openvino` int8", "fp32, batch 32", "×", "fp32, best batch", "×"]]
+    for result in results:
+        speeds = {row["name"]: row["pairs_per_s"] for row in result["contestants"]}
+        name = next(name for name in speeds if name.endswith("openvino-int8"))
+        peers = [speeds[peer] for peer in ("st-fp32", "st-fp32-tuned")]
+        kind = "random" if result["weights"] == "random" else "trained"
+        limit = "all" if result["isa"] == "all" else result["isa"].upper().replace("_", "-")
+        what = f"{name.split('/')[0]}, {kind} ({result['data'].split('-')[0]}, {result['pairs']} pairs)"
+        against = [text for speed in peers for text in (number(speed), f"{speeds[name] / speed:.1f}")]
+        rows.append([what, limit, number(speeds[name]), *against])
+    return rows
 
 
-def _speeds(records: Sequence[Record]) -> list[Part]:
-    parts = []
-    for record in sorted(records, key=_size):
-        result = record["result"]
-        name = next((row["name"].split("/")[0] for row in result["contestants"] if "/" in row["name"]), "")
-        pictures = [(plots.speeds(result), ""), (plots.memory(result), "")]
-        if any("probed" in row.get("batch", {}) for row in result["contestants"]):
-            pictures += [(plots.requests(result), ""), (plots.probes(result), "What a larger batch brings.")]
-        table = TABLES[record["kind"]]([result])
-        parts.append(Part(f"{name}: {_setting(result)}", [record], pictures, table))
-    return parts
+def _change(row: Result) -> str:
+    ends = row.get("ndcg10_change_95", [])
+    return f"{row['ndcg10_change']:+.4f} ({' … '.join(f'{end:+.4f}' for end in ends)})" if ends else ""
 
 
-def _size(record: Record) -> int:
-    """Released sizes in their order; what is none, before them."""
-    name = next((row["name"] for row in record["result"]["contestants"] if "/" in row["name"]), "")
-    size = name.split("/")[0].split("-")[0]
-    return published.SIZES.index(size) if size in published.SIZES else -1
+_QUALITY: dict[str, Callable[[Result], str]] = {
+    "nDCG@10": _figure("ndcg10", "{:.4f}"),
+    "change (95 %)": _change,
+    "largest error": _figure("max_abs_error", "{:.0e}"),
+    "Spearman": _figure("spearman", "{:.5f}"),
+    "Kendall": _figure("kendall", "{:.5f}"),
+    "MAP": _figure("map", "{:.4f}"),
+    "MRR@10": _figure("mrr10", "{:.4f}"),
+    "published": _figure("published_ndcg10", "{:.4f}"),
+}
 
 
-def _lengths(records: Sequence[Record]) -> list[Part]:
-    return [
-        Part(f"{record['result']['name']}: {_setting(record['result'])}", [record],
-             [(plots.lengths(record["result"]), "")], TABLES["lengths"]([record["result"]]))
-        for record in records
-    ]  # fmt: skip
+def _quality(results: Sequence[Result]) -> Rows:
+    """One line for each artifact (of several the latest), a group of columns for each set; of one set, all figures."""
+    sets: dict[str, dict[str, Result]] = {}
+    for result in results:
+        sets.setdefault(result["data"], {}).update({row["artifact"]: row for row in result["rows"]})
+    names = list(dict.fromkeys(name for by_artifact in sets.values() for name in by_artifact))
+    rows = [["what ranks"], *([label(name)] for name in names)]
+    for data, by_artifact in sets.items():
+        titles = list(_QUALITY)[: 4 if len(sets) > 1 else None]
+        titles = [title for title in titles if any(map(_QUALITY[title], by_artifact.values()))]
+        rows[0] += [data.replace("/", ", ") + ": " + titles[0], *titles[1:]]
+        for name, line in zip(names, rows[1:], strict=True):
+            line += [_QUALITY[title](by_artifact[name]) if name in by_artifact else "–" for title in titles]
+    return rows
 
 
-def _load(records: Sequence[Record]) -> list[Part]:
-    return [
-        Part(f"{record['result']['artifact']}: {_setting(record['result'])}", [record],
-             [(plots.latencies(record["result"]), "Dots: median, 95th and 99th percentile.")],
-             TABLES["load"]([record["result"]]))
-        for record in records
-    ]  # fmt: skip
+def _parity(results: Sequence[Result]) -> Rows:
+    """One line for each artifact."""
+    rows = [["target", "precision", "pairs", "largest / mean error", "Spearman", "size"]]
+    for row in (row for result in results for row in result["rows"]):
+        target, _, precision = label(row["artifact"]).partition(" ")
+        is_verified = row["status"] == "verified"
+        errors = f"{row['max_abs_error']:.0e} / {row['mean_abs_error']:.0e}" if is_verified else "unproven"
+        spearman = _figure("spearman", "{:.5f}")(row)
+        rows.append([target, precision, str(row["pairs"]), errors, spearman, f"{row['size_mib']:.0f} MiB"])
+    return rows
 
 
-def _plain(kind: str) -> Callable[[Sequence[Record]], list[Part]]:
-    """A table for each result."""
-
-    def parts(records: Sequence[Record]) -> list[Part]:
-        return [Part(_title(record["result"]), [record], table=TABLES[kind]([record["result"]])) for record in records]
-
-    return parts
-
-
-def _title(result: Record) -> str:
-    return ", ".join(filter(None, (str(result.get("artifact", "")), str(result.get("data", ""))))) or "All"
-
-
-def _gpu(records: Sequence[Record]) -> list[Part]:
-    parts = []
-    for record in records:
-        parity = record["result"].get("parity")
-        if parity:
-            rows = [["what", "largest error", "mean error", "of FlashAttention-2's"]]
-            rows += [
-                [name, f"{row['max_abs_error']:.1e}", f"{row['mean_abs_error']:.1e}", f"{row['of_reference']:.2f}"]
-                for name, row in parity["rows"].items()
-            ]
-            parts.append(Part(f"Parity, {parity['weights']}", [record], table=rows))
-        for size, found in record["result"]["sizes"].items():
-            rows = [["setting", "pairs/s", "batch", "peak memory, MiB"]]
-            rows += [
-                [name, f"{row['pairs_per_s']:.0f}" if "pairs_per_s" in row else row["stopped"],
-                 str(row.get("batch", "")), str(row.get("peak_gpu_mib") or "")]
-                for name, row in found["rows"].items()
-            ]  # fmt: skip
-            parts.append(Part(f"{size}, {found['weights']} weights", [record], table=rows))
-    return parts
+def _profile(results: Sequence[Result]) -> Rows:
+    """Where the time goes, a group of columns for each run."""
+    least_ms = results[0]["milliseconds"] / 50
+    rows = [["part"], *([part["part"]] for part in results[0]["parts"] if part["milliseconds"] > least_ms)]
+    for result in results:
+        rows[0] += [f"{(result['isa_limit'] or 'all').replace('_', '-')}: share", "of peak"]
+        parts = {part["part"]: part for part in result["parts"]}
+        for row in rows[1:]:
+            of_peak = _figure("share_of_peak", "{:.0%}")(parts[row[0]])
+            row += [f"{parts[row[0]]['milliseconds'] / result['milliseconds']:.0%}", of_peak]
+    return rows
 
 
-_PARTS: dict[str, Callable[[Sequence[Record]], list[Part]]] = {
-    "trade": _trade,
-    "throughput": _speeds,
-    "cpu": _speeds,
-    "peers": _speeds,
-    "lengths": _lengths,
+def _load(results: Sequence[Result]) -> Rows:
+    """One line for each server."""
+    latencies = ["p50 / p95 / p99, all candidates", "… one document"]
+    counts = ["answers", "wrong", "lost"]
+    rows = [["server", "pairs/s", "of the same in process", *latencies, *counts, "memory, first to last"]]
+    for result in results:
+        for name, row in result["servers"].items():
+            times_ms = [row["mixed"]["latency_ms"].get(str(count), {}) for count in (result["candidates"], 1)]
+            times = [" / ".join(f"{value / 1000:.2f}" for value in by_share.values()) + " s" for by_share in times_ms]
+            answers = [str(row["mixed"][key] + row["full"][key]) for key in counts]
+            memory = f"{row['memory_mib'][0]:.0f} – {row['memory_mib'][-1]:.0f} MiB"
+            share = f"{row['share_of_in_process']:.0%}"
+            rows.append([label(name), number(median(row["pairs_per_s"])), share, *times, *answers, memory])
+    return rows
+
+
+def _gpu(results: Sequence[Result]) -> Rows:
+    """One line for each setting: parity, and pairs per second of each size."""
+    (result,) = results
+    errors, sizes = result["parity"]["rows"], result["sizes"]
+    by_size = [{row["name"]: row for row in size["contestants"]} for size in sizes.values()]
+    rows = [["setting", "mean error", "of FlashAttention-2's", *(f"{size}, pairs/s" for size in sizes)]]
+    for name in dict.fromkeys(name for group in (errors, *by_size) for name in group):
+        error = errors.get(name, {})
+        rows.append([name, _figure("mean_abs_error", "{:.1e}")(error), _figure("of_reference", "{:.2f}")(error)])
+        for size in by_size:
+            row = size.get(name, {})
+            rows[-1].append(number(row["pairs_per_s"]) if "pairs_per_s" in row else str(row.get("problem", ""))[:80])
+    return rows
+
+
+TABLES: dict[str, Callable[[Sequence[Result]], Rows]] = {
+    "speed": _contest("one query"),
+    "shapes": _shapes,
+    "quality": _quality,
+    "parity": _parity,
+    "profile": _profile,
     "load": _load,
-    "quality": _plain("quality"),
-    "parity": _plain("parity"),
-    "profile": _plain("profile"),
     "gpu": _gpu,
+    # Kinds of earlier results:
+    "cpu": _contest("batch", "padding", "of peak", "p50", "size"),
+    "peers": _contest("batch", "padding", "of peak", "p50", "size"),
+    "throughput": _contest("one query", "largest error"),
+    "lengths": _lengths,
 }

@@ -19,7 +19,7 @@ import click
 import numpy as np
 
 from ettin.artifacts.metrics import ndcg
-from ettin.bench.beir import RetrievalSet, read_beir
+from ettin.bench.workloads import RetrievalSet, read_beir
 from ettin.runtimes import load
 
 Retrieve = Callable[[str, int], list[str]]

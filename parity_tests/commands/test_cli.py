@@ -193,12 +193,3 @@ def test_doctor_and_list(tmp_path: Path) -> None:
     assert doctor.returncode == 0 and "target openvino" in doctor.stdout and "usable" in doctor.stdout
     listed = run("ettin-export", "--list", cwd=tmp_path)
     assert "9e4aa35321a6" in listed.stdout and "transformers" in listed.stdout
-
-
-def test_bench_throughput_writes_a_result(demo_artifacts: dict[tuple[str, str], Path], tmp_path: Path) -> None:
-    done = run("ettin-bench", "throughput", demo_artifacts["openvino", "bf16"], "--pairs", "20", "--passes", "1",
-               "--requests", "1", "--json", "result.json", cwd=tmp_path)  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "result.json").read_text())
-    (row,) = result["result"]["contestants"]
-    assert row["pairs_per_s"] > 0 and row["batch"]["best"] >= 256 and result["machine"]["versions"]["openvino"]

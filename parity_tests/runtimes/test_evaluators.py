@@ -1,6 +1,5 @@
 """sentence-transformers' own evaluators on our runtimes, unchanged: metric for metric what CrossEncoder has."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +7,6 @@ import pytest
 from sentence_transformers.cross_encoder.evaluation import CrossEncoderNanoBEIREvaluator, CrossEncoderRerankingEvaluator
 
 from ettin.artifacts.errors import UsageError
-from ettin.artifacts.metrics import mean_metrics
-from ettin.bench.beir import read_beir
-from ettin.bench.first_stage import bm25_candidates
 from ettin.export.reference import natural_pairs
 from ettin.runtimes import load
 
@@ -42,37 +38,6 @@ def test_reranking_evaluator(
         assert runtime.evaluations.metrics["own"].keys() >= {"own_map", "own_mrr@10", "own_ndcg@10"}
     assert found.keys() == expected.keys() and 0.05 < expected["own_ndcg@10"] < 0.999
     assert found == pytest.approx(expected, abs=1e-9)
-
-
-@pytest.mark.parametrize("variant", FP32[:1], ids="-".join)
-def test_our_metrics_are_the_evaluators(
-    demo_artifacts: Artifacts, shared: Callable[[str], Path], variant: tuple[str, str]
-) -> None:
-    data = read_beir(shared("retrieval/cranfield"))
-    candidates = bm25_candidates(data, 30, 40)
-    judged = {query: {key for key, gain in data.qrels[query].items() if gain > 0} for query in candidates}
-    candidates = {query: found for query, found in candidates.items() if judged[query] & set(found)}
-    samples = [
-        {
-            "query": data.queries[query],
-            "positive": [data.documents[each] for each in judged[query] if each in set(found)],
-            "documents": [data.documents[each] for each in found],
-        }
-        for query, found in candidates.items()
-    ]
-    evaluator = CrossEncoderRerankingEvaluator(
-        samples, name="cranfield", always_rerank_positives=False, write_csv=False
-    )
-    with load(demo_artifacts[variant]) as runtime:
-        expected = evaluator(runtime)
-        rankings, relevant = [], []
-        for query, found in candidates.items():
-            hits = runtime.rank(data.queries[query], [data.documents[each] for each in found])
-            rankings.append([found[hit["corpus_id"]] for hit in hits])
-            relevant.append({each: 1.0 for each in judged[query] if each in set(found)})
-    ours = mean_metrics(rankings, relevant)
-    for key, name in (("map", "map"), ("mrr10", "mrr@10"), ("ndcg10", "ndcg@10")):
-        assert ours[key] == pytest.approx(expected[f"cranfield_{name}"], abs=1e-9), key
 
 
 def test_prompts_are_refused(demo_artifacts: Artifacts) -> None:

@@ -11,7 +11,7 @@ import pytest
 import tokenizers
 
 from ettin.artifacts.errors import DamagedArtifact, InputError, UsageError
-from ettin.bench.beir import read_beir
+from ettin.bench.workloads import read_beir
 from ettin.export.reference import natural_pairs
 from ettin.export.source.sizes import DEMO_FOLDER
 from ettin.runtimes import tokenizer as tokenizer_module

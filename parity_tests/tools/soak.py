@@ -29,8 +29,7 @@ import httpx
 import numpy as np
 from service import Service
 
-from ettin.bench.load import asked_of, mixed_load
-from ettin.bench.load_servers import SERVERS, Served
+from ettin.bench.load import SERVERS, ServedArtifact, mixed_load, requests_with_gold
 from ettin.bench.machine import write_result
 from ettin.export.reference import natural_pairs
 from ettin.runtimes import load
@@ -149,7 +148,7 @@ def stopped(service: Service) -> dict[str, Any]:
 
 
 @contextmanager
-def faults(name: str, served: Served) -> Iterator[Counter[str]]:
+def faults(name: str, served: ServedArtifact) -> Iterator[Counter[str]]:
     """Hostile and unlucky clients, one after the other until the end of the block; yields how often each attacked."""
     stop, counts, address = threading.Event(), Counter[str](), ("127.0.0.1", served.port)
 
@@ -217,8 +216,8 @@ def disconnect(address: campaign_http.Address) -> None:
 def loaded(artifact: Path, minutes: float) -> dict[str, Any]:
     """Mixed load from many clients through both servers at the same time, with faults beside it."""
     pairs = [(pair.query, pair.document) for pair in natural_pairs()]
-    with load(artifact) as runtime:
-        asked, tolerance = asked_of(runtime, pairs, 64, 30, 512)
+    with load(artifact, max_length=512) as runtime:
+        asked, tolerance = requests_with_gold(runtime, pairs, 64, 30)
 
     def serve(name: str) -> dict[str, Any]:
         with SERVERS[name](artifact, 512) as served:
@@ -271,7 +270,7 @@ def main() -> None:
                 result[name] = part()
                 note(f"{name}: tried {result[name]['tried']}, failures {result[name]['failures']}")
     if given.json:
-        write_result(given.json, "soak", "make soak", result)
+        write_result(given.json, "soak", result, "make soak")
     if any(part["failures"] for part in result.values()):
         sys.exit(1)
 
