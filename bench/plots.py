@@ -31,7 +31,7 @@ _SHOWN = re.compile(r"!\[[^\]]*\]\(([^)]+)\)")
 def draw_shown(file: Path) -> None:
     """Draws those plots of `PLOTS` that a Markdown file shows, from the results in the folder above the picture's."""
     for name in _SHOWN.findall(file.read_text(encoding="utf-8")):
-        picture = file.parent / name
+        picture = (file.parent / name).resolve()  # docs/plots is a link
         if picture.name in PLOTS:
             records = [read_result(path) for path in sorted(picture.parents[1].glob("*.json"))]
             target = io.StringIO()

@@ -9,10 +9,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-try:
-    from ettin.bench.report import filled
-except ImportError:  # its module before `ettin-bench report` replaced `ettin-bench tables`
-    from ettin.bench.tables import filled
+from ettin.bench.report import filled
 
 ROOT = Path(__file__).parents[2]
 # Read in the repository; the pages in docs/ are checked by MkDocs, and the test of remote files builds them.
@@ -75,7 +72,8 @@ def test_site_builds_strictly_and_loads_nothing_from_other_servers(tmp_path: Pat
 @pytest.mark.parametrize("page", [page for page in ALL_PAGES if "<!-- table:" in (ROOT / page).read_text("utf-8")])
 def test_tables_are_what_the_results_say(page: str) -> None:
     file = ROOT / page
-    assert filled(file.read_text(encoding="utf-8"), file.parent) == file.read_text(encoding="utf-8"), page
+    text = file.read_text(encoding="utf-8")
+    assert filled(text, file.parent) == text, f"run: ettin-bench report {page}"
 
 
 def test_rows_of_the_readme_are_rows_of_the_benchmarks() -> None:
