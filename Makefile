@@ -21,7 +21,7 @@ demo: $(INSTALLED)  ## export the embedded checkpoint, rank with it, print parit
 	$(BIN)/ettin-bench speed $(DEMO)
 
 test: $(INSTALLED)  ## what CI runs
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 test-slow: $(INSTALLED)  ## the tests that take minutes
 	$(BIN)/python -m pytest -q -m slow

@@ -4,6 +4,15 @@ from ettin.artifacts.errors import EttinError
 from ettin.artifacts.manifest import Manifest
 from ettin.artifacts.opened import OpenArtifact
 from ettin.artifacts.parity import ParityCase, read_parity
-from ettin.artifacts.targets import Target, target_named, targets
+from ettin.artifacts.targets import Target, registered_targets, target_named
 
-__all__ = ["EttinError", "Manifest", "OpenArtifact", "ParityCase", "Target", "read_parity", "target_named", "targets"]
+__all__ = [
+    "EttinError",
+    "Manifest",
+    "OpenArtifact",
+    "ParityCase",
+    "Target",
+    "read_parity",
+    "registered_targets",
+    "target_named",
+]

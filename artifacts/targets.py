@@ -131,7 +131,7 @@ def target_names() -> list[str]:
     return list(_registered())
 
 
-def targets() -> list[Target]:
+def registered_targets() -> list[Target]:
     """All registered targets, in alphabetical order of their names."""
     return [target_named(name) for name in target_names()]
 

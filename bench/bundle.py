@@ -21,19 +21,6 @@ _WHEELS = (
     "annotated-types", "click", "packaging", "pydantic", "pydantic-core", "tabulate", "typing-extensions",
     "typing-inspection",
 )  # fmt: skip
-_MAIN = '''"""Measures this machine's GPU: python FOLDER [options of ettin-bench gpu]."""
-
-import os
-import sys
-
-here = os.path.abspath(sys.path[0])
-os.environ["PYTHONPATH"] = here  # for the processes of the contestants
-
-from ettin.bench.cli import main
-
-sys.argv[1:1] = ["gpu", "--checkpoint", f"{here}/checkpoint", "--data", f"{here}/pairs.jsonl"]
-main()
-'''
 
 
 def write_bundle(output: Path, checkpoint: Path, pairs: Sequence[tuple[str, str]], python: str = "3.12") -> int:
@@ -54,7 +41,7 @@ def write_bundle(output: Path, checkpoint: Path, pairs: Sequence[tuple[str, str]
         shutil.copytree(checkpoint, stage / "checkpoint")
         lines = [json.dumps({"query": query, "document": document}) for query, document in pairs]
         (stage / "pairs.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        (stage / "__main__.py").write_text(_MAIN, encoding="utf-8")
+        shutil.copyfile(Path(__file__).with_name("bundle_main.py"), stage / "__main__.py")
         size_bytes = sum(path.stat().st_size for path in stage.rglob("*") if path.is_file())
         if size_bytes > _LIMIT_MIB << 20:
             size_mib = size_bytes >> 20

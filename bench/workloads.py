@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ettin.artifacts.errors import DownloadError, InputError, MissingDependency
-from ettin.export.reference import read_pairs, read_passages
+from ettin.export.proof_pairs import read_pairs, read_passages
 
 NATURAL_QUESTIONS = Path("nq")  # stands for the release's text, which comes from the hub
 _QUESTIONS_ID = "sentence-transformers/natural-questions"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from ettin.artifacts.errors import EttinError, HardwareError, MissingDependency, UsageError
-from ettin.artifacts.targets import target_named, target_names, targets
+from ettin.artifacts.targets import registered_targets, target_named, target_names
 from ettin.export import reports
 from ettin.export.options import BuildOptions, Job, Options
 from ettin.runtimes.commands import console
@@ -64,7 +64,7 @@ class Arguments:
             return [(self.target, target_named(self.target).checked_precision(self.precision))]
         variants = [
             (target.name, precision)
-            for target in targets()
+            for target in registered_targets()
             for precision in target.precisions
             if self.precision in (None, precision)
         ]
@@ -80,7 +80,7 @@ class Arguments:
         """
         build = BuildOptions(self.arch, self.build_kit, self.workspace, self.timing_cache)
         if build != BuildOptions() and not self.everything and not target_named(self.target).is_compiled:
-            compiled = " and ".join(target.name for target in targets() if target.is_compiled)
+            compiled = " and ".join(target.name for target in registered_targets() if target.is_compiled)
             raise UsageError(
                 f"--arch, --build-kit, --workspace and --timing-cache are for {compiled}, not for '{self.target}'"
             )

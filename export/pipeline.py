@@ -20,9 +20,10 @@ from ettin.artifacts.signatures import read_private_key
 from ettin.artifacts.targets import target_named
 from ettin.artifacts.tolerances import FP16_MAX_ACTIVATION, REDUCED_RATIO
 from ettin.export.options import Job, Options, Progress, Silent
+from ettin.export.proof_pairs import proof_pairs
 from ettin.export.quantise import LADDER, CalibrationText, Quantiser, calibration_text
 from ettin.export.record import About, unverified, write_manifest
-from ettin.export.reference import Gold, proof_pairs, score_gold
+from ettin.export.reference import Gold, score_gold
 from ettin.export.source.checkpoint import Checkpoint
 from ettin.export.writer import Lowered, Model, Writer, rewrite
 from ettin.runtimes.tokenizer import PairTokenizer

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ettin.artifacts.errors import InputError
-from ettin.export.reference import read_pairs, read_passages
+from ettin.export.proof_pairs import read_pairs, read_passages
 from ettin.graph import GraphForm, ModelShape, Scorer
 from ettin.graph.torch_ops import TorchOps
 from ettin.runtimes.batch import Ids

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ettin.artifacts.errors import HardwareError
-from ettin.artifacts.targets import Target, targets
+from ettin.artifacts.targets import Target, registered_targets
 from ettin.export.options import Job
 from ettin.export.source.sizes import SIZES
 from ettin.runtimes import machine
@@ -51,7 +51,7 @@ def show_list() -> None:
     sizes = [[size.name, f"{size.parameters:,}", size.hub_id, size.revision[:12]] for size in SIZES.values()]
     console.table([demo, *sizes], ["size", "parameters", "hub id", "pinned revision"])
     click.echo()
-    rows = [[target.name, ", ".join(target.precisions), target.runs_on] for target in targets()]
+    rows = [[target.name, ", ".join(target.precisions), target.runs_on] for target in registered_targets()]
     console.table(rows, ["target", "precisions (first: default)", "runs on"])
 
 
@@ -157,7 +157,7 @@ def _packages() -> Iterator[Finding]:
 
 
 def _targets() -> Iterator[Finding]:
-    for target in targets():
+    for target in registered_targets():
         to_run = _missing(target.runtime.packages)
         to_export = _missing((*_REFERENCE_PACKAGES, *target.writer.packages))
         if target.is_compiled and not to_export:

@@ -28,7 +28,7 @@ from ettin.artifacts.targets import Target
 from ettin.export import pipeline
 from ettin.export.options import Job, Options
 from ettin.export.pipeline import Export
-from ettin.export.reference import natural_pairs
+from ettin.export.proof_pairs import natural_pairs
 from ettin.export.source.checkpoint import Checkpoint
 from ettin.graph import GraphForm
 from ettin.runtimes import load

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from support import VARIANTS, quiet, shared_path
+from support import VARIANTS, shared_path
 
 from ettin.artifacts.errors import HardwareError, OutputError
 from ettin.artifacts.manifest import Manifest
@@ -22,7 +22,7 @@ from ettin.bench import bundle
 from ettin.bench.cli import command
 from ettin.bench.gpu import SETTINGS, opened_model, our_predict, packed_predict, stock_predict
 from ettin.export.pipeline import Export, Job, Options
-from ettin.export.reference import natural_pairs
+from ettin.export.proof_pairs import natural_pairs
 from ettin.export.source.checkpoint import read_checkpoint
 from ettin.export.source.sizes import DEMO_FOLDER
 from ettin.runtimes import Batch, load
@@ -169,7 +169,7 @@ def artifacts(
         name = golden.stem.removeprefix("fa2-")
         if name not in made:
             root = tmp_path_factory.mktemp(name)
-            export = Export(read_checkpoint(shared_path(f"checkpoints/{name}")), Options(), quiet)
+            export = Export(read_checkpoint(shared_path(f"checkpoints/{name}")), Options())
             made[name] = {variant: root / "-".join(variant) for variant in VARIANTS}
             for (target, precision), folder in made[name].items():
                 export.run(Job(target, precision, folder))

@@ -14,7 +14,6 @@ from sentence_transformers.cross_encoder.evaluation import (
     CrossEncoderNanoBEIREvaluator,
     CrossEncoderRerankingEvaluator,
 )
-from support import quiet
 
 from ettin.artifacts.errors import DownloadError, UsageError
 from ettin.artifacts.manifest import Manifest
@@ -111,7 +110,7 @@ def test_metrics_are_the_evaluators(demo_artifacts: Artifacts, shared: Callable[
 def test_scifact_ndcg_is_the_references(queries: int, shared: Callable[[str], Path], tmp_path: Path) -> None:
     """The main job on real input: an artifact reranks SciFact as PyTorch does."""
     checkpoint = read_checkpoint(shared("checkpoints/17m-lexical"))
-    assert Export(checkpoint, Options(max_length=512), quiet).run(Job("openvino", "fp32", tmp_path / "artifact"))
+    assert Export(checkpoint, Options(max_length=512)).run(Job("openvino", "fp32", tmp_path / "artifact"))
     data = read_beir(shared("retrieval/scifact"))
     candidates = bm25_candidates(data, 100, queries)
     assert len(candidates) == queries and all(len(keys) == 100 for keys in candidates.values())

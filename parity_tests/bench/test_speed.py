@@ -2,7 +2,6 @@
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +106,8 @@ def test_larger_models_get_fewer_pairs() -> None:
 def test_token_budget_is_the_users(demo_artifacts: Artifacts) -> None:
     with load(demo_artifacts["openvino", "fp32"], batch_tokens=64, threads=1) as runtime:
         sizes: list[int] = []
-        score: Callable[..., Any] = runtime.score
-        runtime.score = lambda batch: sizes.append(len(batch)) or score(batch)  # type: ignore[method-assign, func-returns-value]
+        score = runtime.score
+        runtime.scheduler._score = lambda batch: sizes.append(len(batch)) or score(batch)  # type: ignore[func-returns-value]
         runtime.predict([("a", "b")] * 40)
     assert runtime.limits.batch_tokens == 64 and sizes == [4] * 10
     with pytest.raises(UsageError, match="batch_tokens is 0, expected 1 or more"):

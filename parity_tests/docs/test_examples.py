@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ettin.export.reference import natural_pairs
+from ettin.export.proof_pairs import natural_pairs
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "retrieve_then_rerank.py"
 

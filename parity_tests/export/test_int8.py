@@ -17,8 +17,8 @@ from ettin.artifacts.parity import read_parity
 from ettin.artifacts.tolerances import INT8_NDCG_DROP, INT8_SPEARMAN, int8_rule
 from ettin.export.options import Job, Options
 from ettin.export.pipeline import Export
+from ettin.export.proof_pairs import proof_pairs
 from ettin.export.quantise import LADDER, Quantised, Quantiser, Scheme, calibration_text, group_errors, int8_rows
-from ettin.export.reference import proof_pairs
 from ettin.export.source.checkpoint import Checkpoint
 from ettin.export.source.weights import read_weights
 from ettin.export.targets.to_onnx import OnnxWriter

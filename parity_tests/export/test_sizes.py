@@ -8,7 +8,7 @@ from ettin.artifacts.manifest import Manifest
 from ettin.export import pipeline
 from ettin.export.options import Job, Options
 from ettin.export.pipeline import Export
-from ettin.export.reference import ProofPair, natural_pairs
+from ettin.export.proof_pairs import ProofPair, natural_pairs
 from ettin.export.source.resolve import opened
 
 TARGETS = ["onnx", "openvino", "transformers"]

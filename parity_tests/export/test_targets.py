@@ -10,7 +10,7 @@ from support import run
 
 from ettin.artifacts import targets as targets_module
 from ettin.artifacts.errors import UsageError
-from ettin.artifacts.targets import GROUP, target_named, target_names, targets
+from ettin.artifacts.targets import GROUP, registered_targets, target_named, target_names
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_a_target_from_another_package(toy_package: Path, tmp_path: Path) -> Non
 
 def test_the_targets_of_this_project() -> None:
     assert [name for name in target_names() if name != "toy"] == ["onnx", "openvino", "transformers", "trt", "trt-rtx"]
-    for target in targets():
+    for target in registered_targets():
         assert target.checked_precision(None) == target.precisions[0]
         with pytest.raises(UsageError, match=f"target '{target.name}' has no precision 'int4', expected one of: "):
             target.checked_precision("int4")

@@ -7,7 +7,7 @@ import pytest
 from sentence_transformers.cross_encoder.evaluation import CrossEncoderNanoBEIREvaluator, CrossEncoderRerankingEvaluator
 
 from ettin.artifacts.errors import UsageError
-from ettin.export.reference import natural_pairs
+from ettin.export.proof_pairs import natural_pairs
 from ettin.runtimes import load
 
 Artifacts = dict[tuple[str, str], Path]

@@ -9,7 +9,7 @@ from support import in_a_child
 from ettin.export import pipeline
 from ettin.export.options import Job, Options
 from ettin.export.pipeline import Export
-from ettin.export.reference import ProofPair, natural_pairs
+from ettin.export.proof_pairs import ProofPair, natural_pairs
 from ettin.export.source.resolve import opened
 
 LIMIT_MIB = 400

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from ettin.artifacts.errors import Closed, DamagedArtifact, EttinError, HardwareError, InputError, UsageError
-from ettin.export.reference import natural_pairs
+from ettin.export.proof_pairs import natural_pairs
 from ettin.runtimes import Batch, Runtime, load
 from ettin.runtimes.batch import cut
 

@@ -12,7 +12,7 @@ import tokenizers
 
 from ettin.artifacts.errors import DamagedArtifact, InputError, UsageError
 from ettin.bench.workloads import read_beir
-from ettin.export.reference import natural_pairs
+from ettin.export.proof_pairs import natural_pairs
 from ettin.export.source.sizes import DEMO_FOLDER
 from ettin.runtimes import tokenizer as tokenizer_module
 from ettin.runtimes.tokenizer import PairTokenizer, kept_tokens

@@ -31,7 +31,7 @@ from service import Service
 
 from ettin.bench.load import SERVERS, ServedArtifact, mixed_load, requests_with_gold
 from ettin.bench.machine import write_result
-from ettin.export.reference import natural_pairs
+from ettin.export.proof_pairs import natural_pairs
 from ettin.runtimes import load
 from ettin.runtimes.loading import checked_manifest
 

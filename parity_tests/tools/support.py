@@ -13,15 +13,14 @@ import pytest
 
 from ettin.artifacts.files import list_files
 from ettin.artifacts.manifest import _digest
-from ettin.artifacts.targets import targets
+from ettin.artifacts.targets import registered_targets
 from ettin.graph import ModelShape
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 COMMANDS = Path(sys.executable).parent
 # What any machine can run.
-VARIANTS = [
-    (target.name, precision) for target in targets() if not target.is_compiled for precision in target.precisions
-]
+_RUNNABLE = [target for target in registered_targets() if not target.is_compiled]
+VARIANTS = [(target.name, precision) for target in _RUNNABLE for precision in target.precisions]
 
 # A shape that is tiny and unlike the released ones: another window, two RoPE bases, a local last layer, 3 heads of 32.
 TINY = ModelShape(
