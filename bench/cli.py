@@ -23,7 +23,9 @@ from ettin.runtimes.machine import isa_limit
 _PATH = click.Path(path_type=Path)
 _SETTINGS = click.Choice(["threads", "streams", "cache_dir"])
 _ARTIFACTS = click.argument("artifacts", nargs=-1, required=True, type=_PATH)
-_DATA = click.option("--data", type=_PATH, help="BEIR folder, JSON lines of query and document, or nq.  [default: own]")
+_DATA = click.option(
+    "--data", type=_PATH, help="BEIR folder, JSON lines, or nq (hub).  [default: texts of this package]"
+)
 _JSON = click.option("--json", "json_path", type=_PATH, help="Write the result there, too.")
 _MAX_LENGTH = click.option("--max-length", default=512, show_default=True, help="Tokens that pairs are truncated to.")
 _CANDIDATES = click.option("--candidates", type=int, default=100, show_default=True, help="Documents of a query.")
@@ -58,19 +60,19 @@ def _needs(extra: str) -> Iterator[None]:
     )
 )
 @_ARTIFACTS
-@click.option("--checkpoint", help="What they were made from, for peers: a folder, demo, or a size (random weights).")
-@click.option("--peer", "peers", multiple=True, type=click.Choice(list(PEERS)), help="Repeatable.")
+@click.option("--checkpoint", help="Checkpoint for the peers: a folder, demo, or a size (with random weights).")
+@click.option("--peer", "peers", multiple=True, type=click.Choice(list(PEERS)), help="Compare with it. Repeatable.")
 @click.option("--environments", type=_PATH, help="Folder of the peers' own environments, made where they are missing.")
 @click.option("--before", type=_PATH, help="Interpreter of an earlier version's environment: run artifacts there, too.")
 @_DATA
 @click.option("--pairs", "count", type=click.IntRange(1), help="Pairs of a pass.  [default: by size of the model]")
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Timed passes of each contestant.")
-@click.option("--requests", type=click.IntRange(1), default=21, show_default=True, help="Latency requests, of each.")
+@click.option("--requests", type=click.IntRange(1), default=21, show_default=True, help="Requests to each contestant.")
 @_MAX_LENGTH
-@click.option("--length", "lengths", multiple=True, type=int, help="Repeatable: a contest of pairs of so many tokens.")
+@click.option("--length", "lengths", multiple=True, type=int, help="Compare at pairs of this many tokens. Repeatable.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
-@click.option("--load", multiple=True, type=(_SETTINGS, str), help="Repeatable, for artifacts: threads 4, streams 1.")
-@click.option("--best-batch", is_flag=True, help="Search everybody's best batch first, as the release did.")
+@click.option("--load", multiple=True, type=(_SETTINGS, str), help="Setting: threads 4, streams 1. Repeatable.")
+@click.option("--best-batch", is_flag=True, help="First search the best batch size of each contestant.")
 @_JSON
 def speed(json_path: Path | None, **options: Any) -> None:
     """Pairs per second, latency, load time, memory and error of ARTIFACTS, alone or beside peers.
@@ -120,10 +122,10 @@ def _parity(artifacts: tuple[Path, ...]) -> dict[str, Any]:
 @command.command("load", epilog=console.example_epilog("ettin-bench load ettin-reranker-demo/openvino-int8"))
 @click.argument("artifact", type=_PATH)
 @click.option("--server", "servers", multiple=True, type=click.Choice(["triton", "http"]), default=["triton", "http"])
-@click.option("--clients", type=click.IntRange(1), default=32, show_default=True, help="At the same time.")
-@click.option("--requests", type=click.IntRange(1), default=96, show_default=True, help="Of each of three rounds.")
+@click.option("--clients", type=click.IntRange(1), default=32, show_default=True, help="Number of clients.")
+@click.option("--requests", type=click.IntRange(1), default=96, show_default=True, help="Requests in each round.")
 @_CANDIDATES
-@click.option("--minutes", type=float, default=5.0, show_default=True, help="Of mixed load, for each server.")
+@click.option("--minutes", type=float, default=5.0, show_default=True, help="Minutes of mixed load on each server.")
 @_DATA
 @_JSON
 def load_test(artifact: Path, data: Path | None, json_path: Path | None, **options: Any) -> None:
@@ -141,7 +143,7 @@ def load_test(artifact: Path, data: Path | None, json_path: Path | None, **optio
 @command.command(epilog=console.example_epilog("ettin-bench profile ettin-reranker-17m-v1/openvino-int8"))
 @click.argument("artifact", type=_PATH)
 @click.option("--pairs", "count", default=6, show_default=True, help="Pairs in the batch.")
-@click.option("--tokens", default=176, show_default=True, help="Tokens of each.")
+@click.option("--tokens", default=176, show_default=True, help="Tokens of each pair.")
 @_JSON
 def profile(artifact: Path, count: int, tokens: int, json_path: Path | None) -> None:
     """Where an openvino artifact spends its time, and its linear layers against this machine's measured peak.
@@ -165,7 +167,7 @@ def profile(artifact: Path, count: int, tokens: int, json_path: Path | None) -> 
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.option("--check", is_flag=True, help="Change nothing; fail if a table is stale.")
 def report(files: tuple[Path, ...], check: bool) -> None:
-    """Make the marked tables of Markdown FILES again from the results that they name, and the plots that they show."""
+    """Rewrite the marked tables and the plots of Markdown FILES from the results that they name."""
     for file in files:
         before = file.read_text(encoding="utf-8")
         after = filled(before, file.parent)
@@ -183,11 +185,11 @@ def report(files: tuple[Path, ...], check: bool) -> None:
 @command.command("gpu", epilog=console.example_epilog("ettin-bench gpu --json h100.json"))
 @click.option("--size", "sizes", multiple=True, type=click.Choice([*SIZES, "tiny"]), default=list(SIZES))
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True, help="cpu: a trial.")
-@click.option("--minutes", type=float, default=6.0, show_default=True, help="For the search for the best batches.")
-@click.option("--checkpoint", type=_PATH, default=DEMO_FOLDER, help="Trained, for parity.  [default: embedded]")
+@click.option("--minutes", type=float, default=6.0, show_default=True, help="Minutes for the search for batch sizes.")
+@click.option("--checkpoint", type=_PATH, default=DEMO_FOLDER, help="Trained one, for parity.  [default: demo]")
 @_DATA
-@click.option("--golden", type=_PATH, help="Write FlashAttention-2's scores there, for parity_tests/goldens/.")
-@click.option("--bundle", type=_PATH, help="Measure nothing: write a folder that does, where only torch is installed.")
+@click.option("--golden", type=_PATH, help="File for the scores of FlashAttention-2.")
+@click.option("--bundle", type=_PATH, help="Write a folder that measures where only torch and transformers are.")
 @_JSON
 def gpu_test(
     sizes: tuple[str, ...], device: str, minutes: float, checkpoint: Path, data: Path | None, golden: Path | None,

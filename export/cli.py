@@ -92,17 +92,23 @@ class Arguments:
 @click.option("--checkpoint", help="A fine-tune instead: folder or hub id.")
 @click.option("--revision", help="Hub commit, branch or tag of --checkpoint.")
 @click.option("--target", default="openvino", show_default=True, help=f"What to write: {', '.join(target_names())}.")
-@click.option("--precision", help="int8, bf16, fp16 or fp32, as the target has them; see --list.  [default: its first]")
+@click.option("--precision", help="int8, bf16, fp16 or fp32; --list shows those of each target.  [default: its first]")
 @click.option(
     "--all", "everything", is_flag=True, help="Every target (of --precision, if given) that this machine can build."
 )
-@click.option("--output", type=click.Path(path_type=Path), help="Folder.  [default: ./NAME/TARGET-PRECISION]")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Folder of the artifact.  [default: ./NAME/TARGET-PRECISION, and -ARCH if it is named]",
+)
 @click.option("--max-length", type=int, help="Tokens that pairs are truncated to.  [default: the checkpoint's]")
 @click.option(
-    "--verify-pairs", type=click.Path(path_type=Path), help="JSON lines with query and document, verified too."
+    "--verify-pairs", type=click.Path(path_type=Path), help="JSON lines with query and document to verify on, too."
 )
 @click.option(
-    "--calibration", type=click.Path(path_type=Path), help="JSON lines to calibrate int8 on.  [default: own texts]"
+    "--calibration",
+    type=click.Path(path_type=Path),
+    help="JSON lines to calibrate int8 on.  [default: texts of this package]",
 )
 @click.option("--force", is_flag=True, help="Replace an artifact that is already there.")
 @click.option("--allow-unverified", is_flag=True, help="Publish what can't be run here; it loads after ettin-verify.")
@@ -113,11 +119,11 @@ class Arguments:
 )
 @click.option("--workspace", type=click.IntRange(1), help="TensorRT: MiB of scratch memory.  [default: all]")
 @click.option(
-    "--timing-cache", type=click.Path(path_type=Path, dir_okay=False), help="TensorRT: file that makes rebuilds faster."
+    "--timing-cache", type=click.Path(path_type=Path, dir_okay=False), help="trt: file that makes rebuilds faster."
 )
 @click.option("--random-weights", is_flag=True, help="The size's shape with random weights: for trying hardware.")
-@click.option("--seed", default=0, show_default=True, help="Of the random weights.")
-@click.option("--tokenizer", type=click.Path(path_type=Path), help="Folder with a tokenizer for random weights.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the random weights.")
+@click.option("--tokenizer", type=click.Path(path_type=Path), help="Folder with the tokenizer of random weights.")
 @click.option("--dry-run", is_flag=True, help="Read and check, say what would be done, write nothing.")
 @click.option("--list", "show_list", is_flag=True, help="Sizes, targets and precisions.")
 @click.option("--doctor", "show_doctor", is_flag=True, help="What works on this machine, and how to fix what does not.")

@@ -134,7 +134,9 @@ def _anonymous(entry: tarfile.TarInfo) -> tarfile.TarInfo:
 
 @click.command(epilog=console.example_epilog("ettin-pack ettin-reranker-demo/openvino-int8 --wheels"))
 @click.argument("artifact", type=click.Path(path_type=Path))
-@click.option("--output", type=click.Path(path_type=Path), help="The archive.  [default: CHECKPOINT-TARGET.tar.gz]")
+@click.option(
+    "--output", type=click.Path(path_type=Path), help="The archive.  [default: CHECKPOINT-TARGET-PRECISION.tar.gz]"
+)
 @click.option(
     "--wheels", is_flag=True, help="Include all packages, for this system and Python; needs the package index."
 )
