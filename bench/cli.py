@@ -23,9 +23,7 @@ from ettin.runtimes.machine import isa_limit
 _PATH = click.Path(path_type=Path)
 _SETTINGS = click.Choice(["threads", "streams", "cache_dir"])
 _ARTIFACTS = click.argument("artifacts", nargs=-1, required=True, type=_PATH)
-_DATA = click.option(
-    "--data", type=_PATH, help="BEIR folder, JSON lines, or nq (hub).  [default: texts of this package]"
-)
+_DATA = click.option("--data", type=_PATH, help="BEIR folder, JSON lines, or nq (hub).  [default: texts of ours]")
 _JSON = click.option("--json", "json_path", type=_PATH, help="Write the result there, too.")
 _MAX_LENGTH = click.option("--max-length", default=512, show_default=True, help="Tokens that pairs are truncated to.")
 _CANDIDATES = click.option("--candidates", type=int, default=100, show_default=True, help="Documents of a query.")
