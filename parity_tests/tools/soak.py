@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -251,12 +252,13 @@ def main() -> None:
     os.environ.pop("ETTIN_API_KEY", None)
     with tempfile.TemporaryDirectory(prefix="ettin-soak-") as folder:
         scratch = Path(folder)
-        artifacts = {variant: scratch / "artifacts" / variant for variant in VARIANTS}
+        kept = Path(os.environ.get("ETTIN_TEST_ARTIFACTS", scratch / "artifacts"))  # as in conftest.py
+        artifacts = {variant: kept / variant for variant in VARIANTS}
         for variant, output in artifacts.items():
-            note(f"export {variant}")
-            export(variant, output)
-        (scratch / "killed").mkdir()
-        export("onnx-fp32", scratch / "killed" / "artifact")
+            if not output.exists():
+                note(f"export {variant}")
+                export(variant, output)
+        shutil.copytree(artifacts["onnx-fp32"], scratch / "killed" / "artifact")
         parts: dict[str, Callable[[], dict[str, Any]]] = {
             "attacks": lambda: attacks(artifacts["onnx-int8"]),
             "load": lambda: loaded(artifacts["openvino-int8"], given.minutes),
