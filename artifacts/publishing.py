@@ -142,22 +142,22 @@ def _owned(output: Path) -> tuple[Path, int]:
             lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         except FileNotFoundError:
             continue  # another process removed the folder above, or this one while it was empty
-        is_held = _hold(lock)
+        is_held = _hold(lock, wait=True)  # another process that cleans up may look at it for a moment
         try:
             is_there = os.path.samestat(os.fstat(lock), (folder / _LOCK).stat())
         except FileNotFoundError:
             is_there = False
-        if is_there and is_held is not False:
+        if is_there:
             if is_held:
                 os.write(lock, _machine())
             return folder, lock
         os.close(lock)
 
 
-def _hold(lock: int) -> bool | None:
-    """Takes a lock without waiting. None: this file system has no locks."""
+def _hold(lock: int, wait: bool = False) -> bool | None:
+    """Takes a lock; False if another process holds it and `wait` is not set. None: this file system has no locks."""
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:

@@ -12,8 +12,9 @@ Example, in the `pyproject.toml` of another package:
 
 import functools
 import importlib
+from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, distributions
 from typing import Any
 
 from ettin.artifacts.errors import MissingDependency, UsageError
@@ -109,10 +110,19 @@ class Target:
         return precision
 
 
+def _entries() -> Iterator[EntryPoint]:
+    """The entry points of all distributions. The library's own list looks at one of several with the same name alone.
+
+    A checkout that is the current folder may hold the metadata of an earlier installation, which has none.
+    """
+    for distribution in distributions():
+        yield from distribution.entry_points.select(group=GROUP)
+
+
 @functools.cache
 def _registered() -> dict[str, EntryPoint]:
     registered: dict[str, EntryPoint] = {}
-    for entry in entry_points(group=GROUP):
+    for entry in _entries():
         other = registered.setdefault(entry.name, entry)
         if other.value != entry.value:
             raise UsageError(
@@ -144,6 +154,11 @@ def target_named(name: str) -> Target:
         UsageError: no such target (lists the registered ones), or its description can't be imported.
     """
     entry = _registered().get(name)
+    if not _registered():
+        raise UsageError(
+            "no target is registered, so the installation of ettin-export is incomplete or older than its code. Run: "
+            "pip install --force-reinstall --no-deps ettin-export (in a checkout: pip install -e .)"
+        )
     if entry is None:
         raise UsageError(f"unknown target '{name}', expected one of: {', '.join(target_names())}")
     try:

@@ -1,6 +1,7 @@
 """Publishing: whole or absent, never a moment without, and nothing of others is touched."""
 
 import errno
+import fcntl
 import os
 import random
 import shutil
@@ -15,9 +16,7 @@ from typing import Any
 import pytest
 from support import COMMANDS, wait_until
 
-from ettin.artifacts import publishing as publish
-from ettin.artifacts import publishing as staging
-from ettin.artifacts import writing
+from ettin.artifacts import publishing, writing
 from ettin.artifacts.errors import DamagedArtifact, OutputError, ParityError
 from ettin.artifacts.opened import OpenArtifact
 from ettin.artifacts.publishing import NEW, OLD, staged, workspace
@@ -29,10 +28,10 @@ from ettin.runtimes.loading import checked_manifest, of_current
 PUBLISH_AGAIN_AND_AGAIN = """
 import shutil, sys
 from pathlib import Path
-from ettin.artifacts import publishing as publish
+from ettin.artifacts import publishing
 from ettin.artifacts.publishing import staged
 if sys.argv[3] == "two renames":
-    publish.exchange = lambda first, second: False
+    publishing.exchange = lambda first, second: False
 print("ready", flush=True)
 while True:
     with staged(Path(sys.argv[2]), force=True) as stage:
@@ -52,13 +51,13 @@ with staged(Path(sys.argv[1]), force=True) as stage:
 DIE_BETWEEN_TWO_RENAMES = """
 import os, sys
 from pathlib import Path
-from ettin.artifacts import publishing as publish
+from ettin.artifacts import publishing
 output, rename = Path(sys.argv[1]), Path.rename
 def die_after(self, target):
     rename(self, target)
     os.kill(os.getpid(), 9)
-publish.exchange = lambda first, second: False
-with publish.staged(output, force=True) as stage:
+publishing.exchange = lambda first, second: False
+with publishing.staged(output, force=True) as stage:
     (stage / "manifest.json").write_text("new")
     Path.rename = die_after
 """
@@ -135,7 +134,7 @@ def test_failed_export_leaves_nothing_and_loses_nothing(tmp_path: Path, reason: 
 @pytest.mark.parametrize("way", ["one exchange", "two renames"])
 def test_existing_output_is_kept_unless_forced(tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if way == "two renames":
-        monkeypatch.setattr(publish, "exchange", lambda first, second: False)
+        monkeypatch.setattr(publishing, "exchange", lambda first, second: False)
     output = published(tmp_path / "out", "old")
     with pytest.raises(OutputError, match="left as it is. Replace it with --force"), staged(output):
         pass
@@ -165,7 +164,7 @@ def test_failed_rename_gives_the_old_one_back(tmp_path: Path, monkeypatch: pytes
             raise OSError(28, "No space left on device")
         return original(self, target)
 
-    monkeypatch.setattr(publish, "exchange", lambda first, second: False)
+    monkeypatch.setattr(publishing, "exchange", lambda first, second: False)
     monkeypatch.setattr(Path, "rename", fail_into_place)
     with pytest.raises(OutputError, match="the disk is full"), staged(output, force=True) as stage:
         write_artifact(stage, "new")
@@ -180,7 +179,7 @@ def test_an_output_that_cannot_be_moved_is_one_line(tmp_path: Path, monkeypatch:
     def fail(first: Path, second: Path) -> bool:
         raise OSError(errno.EBUSY, "Device or resource busy")
 
-    monkeypatch.setattr(publish, "exchange", fail)
+    monkeypatch.setattr(publishing, "exchange", fail)
     with pytest.raises(OutputError, match="can't be replaced .*busy.*--output DIR"), staged(output, force=True):
         pass
     assert (output / "manifest.json").read_text() == "old"
@@ -207,7 +206,7 @@ def test_read_only_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     def fail(*_: Any, **__: Any) -> str:
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(staging.tempfile, "mkdtemp", fail)
+    monkeypatch.setattr(publishing.tempfile, "mkdtemp", fail)
     with pytest.raises(OutputError, match="Read-only file system"), staged(tmp_path / "out"):
         pass
 
@@ -230,7 +229,7 @@ def test_a_process_id_that_lives_again_keeps_nothing(tmp_path: Path) -> None:
     """Who holds the lock counts, not which process ids there are."""
     left = tmp_path / ".out.partial-abcdefgh"
     left.mkdir()
-    (left / "lock").write_bytes(staging._machine())
+    (left / "lock").write_bytes(publishing._machine())
     (left / "1").write_text("a process of this id runs, always")
     published(tmp_path / "out", "new")
     assert names(tmp_path) == ["out"]
@@ -263,7 +262,7 @@ def test_another_machines_workspace_is_kept_for_a_day(
     assert names(tmp_path) == [left, "out"]
     age(tmp_path / left, 25 * 3600)
     if not is_shared:
-        monkeypatch.setattr(staging, "_hold", lambda lock: None)
+        monkeypatch.setattr(publishing, "_hold", lambda lock, wait=False: None)
     with staged(output, force=True) as stage:
         write_artifact(stage, "newer")
     assert names(tmp_path) == (["out"] if is_shared else [left, "out"])
@@ -313,6 +312,23 @@ def test_another_machines_swap_is_given_a_minute(tmp_path: Path) -> None:
 
 def test_a_workspace_that_was_killed_while_it_got_its_lock(tmp_path: Path) -> None:
     (tmp_path / ".out.partial-abcdefgh").mkdir()
+    published(tmp_path / "out", "new")
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_workspace_whose_lock_another_process_looks_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever cleans up holds the lock of a new workspace for a moment, before its owner does."""
+    make = publishing.tempfile.mkdtemp
+
+    def made_and_looked_at(**named: Any) -> str:
+        folder = make(**named)
+        lock = os.open(Path(folder) / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        threading.Timer(0.2, os.close, [lock]).start()
+        monkeypatch.setattr(publishing.tempfile, "mkdtemp", make)
+        return folder
+
+    monkeypatch.setattr(publishing.tempfile, "mkdtemp", made_and_looked_at)
     published(tmp_path / "out", "new")
     assert names(tmp_path) == ["out"]
 
@@ -418,7 +434,7 @@ def test_files_and_folders_are_on_disk_before_they_get_their_place(
         return exchange(first, second)
 
     monkeypatch.setattr(writing.os, "fsync", note_sync)
-    monkeypatch.setattr(publish, "exchange", note_exchange)
+    monkeypatch.setattr(publishing, "exchange", note_exchange)
     output = published(tmp_path / "out", "old")
     done.clear()
     with staged(output, force=True) as stage:

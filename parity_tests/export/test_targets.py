@@ -1,6 +1,8 @@
 """Targets are descriptions that any package can register."""
 
 import shutil
+import subprocess
+import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -58,7 +60,7 @@ def test_the_targets_of_this_project() -> None:
 @pytest.fixture
 def registered(monkeypatch: pytest.MonkeyPatch) -> list[EntryPoint]:
     entries: list[EntryPoint] = []
-    monkeypatch.setattr(targets_module, "entry_points", lambda group: entries)
+    monkeypatch.setattr(targets_module, "_entries", lambda: entries)
     for function in (targets_module._registered, target_named):
         function.cache_clear()
     yield entries  # type: ignore[misc]
@@ -70,6 +72,20 @@ def test_a_name_is_registered_once(registered: list[EntryPoint]) -> None:
     registered += [EntryPoint("toy", "toy_target:TOY", GROUP), EntryPoint("toy", "another:TOY", GROUP)]
     with pytest.raises(UsageError, match="target 'toy' is registered twice, as toy_target:TOY and as another:TOY"):
         target_names()
+
+
+def test_metadata_of_an_earlier_installation_hides_nothing(tmp_path: Path) -> None:
+    """As in a checkout: `python -c` looks into the current folder first."""
+    (tmp_path / "ettin_export.egg-info").mkdir()
+    (tmp_path / "ettin_export.egg-info" / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: ettin-export\n")
+    code = "from ettin.artifacts.targets import target_names; print(*target_names())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("onnx openvino transformers")
+
+
+def test_no_registered_target_is_a_broken_installation(registered: list[EntryPoint]) -> None:
+    with pytest.raises(UsageError, match="no target is registered, .* Run: pip install --force-reinstall"):
+        target_named("onnx")
 
 
 @pytest.mark.parametrize(
