@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+import uvicorn
 from campaign_http import (
     HEAD,
     HOSTILE_SHAPES,
@@ -34,6 +35,7 @@ from ettin.artifacts.errors import UsageError
 from ettin.runtimes import load
 from ettin.runtimes.commands.serve import command
 from ettin.runtimes.request import Scored
+from ettin.runtimes.serving import server
 from ettin.runtimes.serving.app import create_app
 from ettin.runtimes.serving.bodies import parsed
 from ettin.runtimes.serving.gate import Health
@@ -174,6 +176,21 @@ def test_slow_bodies_beyond_the_limit_of_requests(address: Address) -> None:
 
 def test_answers_that_nobody_reads(address: Address) -> None:
     read_answers_slowly(address, 5, 180, 4)
+
+
+def test_memory_goes_back_when_a_client_leaves_without_another_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    times: list[int] = []
+    monkeypatch.setattr(server, "give_memory_back", lambda: times.append(1))
+    running = server._Server(uvicorn.Config(lambda: None), Health(Stub(), 10), 0)
+
+    def tick(counter: int) -> int:
+        asyncio.run(running.on_tick(counter))
+        return len(times)
+
+    running.server_state.connections = {object()}  # type: ignore[assignment]
+    assert tick(20) == tick(21) == tick(40) == 1
+    running.server_state.connections = set()
+    assert tick(60) == tick(80) == 2
 
 
 def test_limits_need_open_files() -> None:

@@ -58,7 +58,7 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._health, self._drain_s = health, drain_s
         self._drain_end_s: float | None = None
-        self._trimmed_requests = 0
+        self._trimmed_after = (0, 0, 0)  # requests, requests in progress, connections
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         """A signal to stop has arrived. A second one ends the draining."""
@@ -73,9 +73,12 @@ class _Server(uvicorn.Server):
         """Says whether to stop. Called ten times per second."""
         if self._drain_end_s is not None and time.monotonic() >= self._drain_end_s:
             self.should_exit = True
-        if counter % _TRIM_TICKS == 0 and self._trimmed_requests != self.server_state.total_requests:
-            self._trimmed_requests = self.server_state.total_requests
-            await asyncio.to_thread(give_memory_back)
+        if counter % _TRIM_TICKS == 0:
+            state = self.server_state
+            work = (state.total_requests, len(state.tasks), len(state.connections))
+            if work != self._trimmed_after:  # a client that leaves an answer unread frees it without a request
+                self._trimmed_after = work
+                await asyncio.to_thread(give_memory_back)
         return await super().on_tick(counter)
 
 
