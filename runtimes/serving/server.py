@@ -1,7 +1,7 @@
 """The server process: uvicorn with limits for connections, from its first connection until it has drained."""
 
 import asyncio
-import selectors
+import select
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -157,12 +157,12 @@ class _Connection(H11Protocol):
         oldest.transport.abort()
 
     def _has_unread_bytes(self) -> bool:
-        with selectors.DefaultSelector() as selector:
-            try:
-                selector.register(self.transport.get_extra_info("socket"), selectors.EVENT_READ)
-            except ValueError:  # it is being closed
-                return False
-            return bool(selector.select(0))
+        poll = select.poll()  # needs no file of its own, of which a flood leaves few
+        try:
+            poll.register(self.transport.get_extra_info("socket"), select.POLLIN)
+        except ValueError:  # it is being closed
+            return False
+        return bool(poll.poll(0))
 
     def _is_busy(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
