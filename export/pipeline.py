@@ -21,7 +21,7 @@ from ettin.artifacts.targets import target_named
 from ettin.artifacts.tolerances import FP16_MAX_ACTIVATION, REDUCED_RATIO
 from ettin.export.options import Job, Options, Progress, Silent
 from ettin.export.proof_pairs import proof_pairs
-from ettin.export.quantise import LADDER, CalibrationText, Quantiser, calibration_text
+from ettin.export.quantise import LADDER, CalibrationText, Quantiser, calibration_text, linear_layers
 from ettin.export.record import About, unverified, write_manifest
 from ettin.export.reference import Gold, score_gold
 from ettin.export.source.checkpoint import Checkpoint
@@ -151,12 +151,17 @@ class Export:
         text = self._calibration_text
         for scheme in LADDER:
             with self.progress.step(f"quantise {scheme.name}"):
-                model = replace(self._model, quantised=self._quantiser.quantised(scheme))
+                quantised = self._quantiser.quantised(scheme)
+            layers = linear_layers(self.checkpoint.shape)
             calibration = Calibration(
-                text=text.name, text_sha256=text.sha256, pairs=len(text.pairs), scheme=scheme.name, float_linears=()
+                text=text.name,
+                text_sha256=text.sha256,
+                pairs=len(text.pairs),
+                scheme=scheme.name,
+                float_linears=tuple(name for name in layers if name not in quantised.input_max),
             )
             try:
-                return self._publish(job, writer, model, is_provable, calibration)
+                return self._publish(job, writer, replace(self._model, quantised=quantised), is_provable, calibration)
             except ParityError as error:
                 if scheme is LADDER[-1]:
                     raise
@@ -214,8 +219,6 @@ class Export:
         self, stage: Path, writer: Writer, precision: str, lowered: Lowered, calibration: Calibration | None,
         parity: Parity,
     ) -> None:  # fmt: skip
-        if calibration is not None:
-            calibration = calibration.model_copy(update={"float_linears": lowered.float_linears})
         about = About(writer.target.name, precision, self.max_length, self.options.command, self._weights_sha256)
         write_manifest(stage, self.checkpoint, about, lowered, parity, calibration)
 

@@ -3,7 +3,7 @@
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor
 from ettin.artifacts.manifest import Engine, Interface, Needs, TensorSpec
 from ettin.artifacts.targets import Target
 from ettin.export.options import BuildOptions
-from ettin.export.quantise import Quantised, linear_layers
+from ettin.export.quantise import Quantised
 from ettin.export.source.checkpoint import Checkpoint
 from ettin.export.source.weights import read_weights
 from ettin.graph.fold import inference_weights
@@ -86,7 +86,6 @@ class Lowered:
         interface: its inputs and outputs.
         needs: what a machine must have.
         graph: speed choices, for the manifest.
-        float_linears: int8: linear layers that stayed in floating point.
         engine: TensorRT: what it was compiled for.
     """
 
@@ -94,7 +93,6 @@ class Lowered:
     interface: Interface
     needs: Needs
     graph: dict[str, int | bool] = field(default_factory=dict)
-    float_linears: tuple[str, ...] = ()
     engine: Engine | None = None
 
 
@@ -122,11 +120,7 @@ class Writer(ABC):
     def lower(self, model: Model, precision: str, folder: Path) -> Lowered:
         """Writes everything that the engine and its tokenizer need into `folder`, which is empty."""
         shutil.copyfile(model.checkpoint.folder / "tokenizer.json", folder / "tokenizer.json")
-        lowered = self.write(model, precision, folder)
-        if model.quantised is None:
-            return lowered
-        layers = linear_layers(model.checkpoint.shape)
-        return replace(lowered, float_linears=tuple(name for name in layers if name not in model.quantised.input_max))
+        return self.write(model, precision, folder)
 
     @property
     def proof(self) -> "Writer":
