@@ -21,6 +21,9 @@ from ettin.runtimes.serving.limits import Limits
 _LOG = logging.getLogger("ettin.serve")
 REFUSE_TRUNCATED = "refuse_truncated"  # a parameter of requests to Triton
 DRAIN_S = 30.0  # that pending requests are given when a server stops
+# Scored once before a server is ready: a short pair and a long one.
+WARMUP_QUERY = "what is warmed up"
+WARMUP_DOCUMENTS = ("the model", "its kernels " * 40)
 
 
 class Backend(ABC):
@@ -69,7 +72,7 @@ class LocalBackend(Backend):
     def __init__(self, runtime: Runtime, limits: Limits) -> None:
         self.name = runtime.manifest.full_name
         self.description, self.max_length = runtime.description, runtime.max_length
-        runtime.predict([("what is warmed up", text) for text in ("the model", "its kernels " * 40)])
+        runtime.predict([(WARMUP_QUERY, document) for document in WARMUP_DOCUMENTS])
         self._runtime, self._limits = runtime, limits
         pairs = runtime.tokenizer.pairs([("is the engine alive", "yes")], runtime.max_length)
         self._probe_batch = Batch.of(pairs, runtime.manifest.tokenizer.pad_token_id)

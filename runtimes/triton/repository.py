@@ -19,6 +19,7 @@ from ettin.artifacts.opened import TOKENIZER_NAME, OpenArtifact
 from ettin.artifacts.publishing import NEW, workspace
 from ettin.artifacts.targets import target_named
 from ettin.artifacts.writing import sync, sync_tree
+from ettin.runtimes.serving.backends import WARMUP_DOCUMENTS, WARMUP_QUERY
 from ettin.runtimes.triton import ARTIFACT
 
 _ENGINE_SUFFIX = "-engine"
@@ -30,8 +31,6 @@ __all__ = ["TritonPythonModel"]
 '''
 
 _TYPES = {"int64": "TYPE_INT64", "float32": "TYPE_FP32"}
-# Scored once before a model is ready.
-_WARMUP_TEXTS = {"query": [b"what is warmed up"], "documents": [b"the model", b"its kernels " * 40]}
 _WARMUP_TOKENS = 64
 _ROWS = 64  # requests that are handed to the model at a time
 
@@ -206,9 +205,10 @@ def _front_config(stage: Path, name: str, manifest: Manifest, options: TritonOpt
         "parameters": {key: {"stringValue": value} for key, value in sorted(parameters.items())},
     }
     if not options.native:  # a model can't ask another before the server is ready
+        texts = {"query": [WARMUP_QUERY.encode()], "documents": [text.encode() for text in WARMUP_DOCUMENTS]}
         samples = {
-            tensor: (b"".join(struct.pack("<I", len(text)) + text for text in texts), "TYPE_STRING", [len(texts)])
-            for tensor, texts in _WARMUP_TEXTS.items()
+            tensor: (b"".join(struct.pack("<I", len(text)) + text for text in values), "TYPE_STRING", [len(values)])
+            for tensor, values in texts.items()
         }
         config["modelWarmup"] = [_warmup(stage, "two documents", 1, samples)]
     if options.response_cache:
