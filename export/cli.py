@@ -126,7 +126,12 @@ class Arguments:
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="Folder with the tokenizer of random weights.")
 @click.option("--dry-run", is_flag=True, help="Read and check, say what would be done, write nothing.")
 @click.option("--list", "show_list", is_flag=True, help="Sizes, targets and precisions.")
-@click.option("--doctor", "show_doctor", is_flag=True, help="What works on this machine, and how to fix what does not.")
+@click.option(
+    "--doctor",
+    "show_doctor",
+    is_flag=True,
+    help="Show what works on this machine, and how to repair what does not work.",
+)
 @click.version_option(package_name="ettin-export")
 def command(show_list: bool, show_doctor: bool, **options: Any) -> None:
     """Turn an Ettin reranker checkpoint into a fast artifact and prove that its scores are the reference's.
@@ -189,11 +194,10 @@ def _jobs(arguments: Arguments, variants: list[tuple[str, str]], name: str) -> l
     if arguments.output and not arguments.everything:
         return [Job(target, precision, arguments.output) for target, precision in variants]
     above = arguments.output or Path(name)
-    is_named = arguments.arch not in (None, "native")
+    arch = "" if arguments.arch in (None, "native") else f"-{arguments.arch}"
     return [
-        Job(target, precision, above / "-".join((target, precision, *([str(arguments.arch)] if named else []))))
+        Job(target, precision, above / f"{target}-{precision}{arch if target_named(target).is_compiled else ''}")
         for target, precision in variants
-        for named in [is_named and target_named(target).is_compiled]
     ]
 
 

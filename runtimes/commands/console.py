@@ -98,7 +98,7 @@ def example_epilog(*lines: str) -> str:
 
 
 class Console:
-    """Shows the progress of an export on stderr, see `ettin.export.pipeline.Progress`."""
+    """Shows the progress of an export on stderr, see `ettin.export.options.Progress`."""
 
     def step(self, what: str) -> AbstractContextManager[None]:
         """A step and the time that it takes."""
