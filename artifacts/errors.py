@@ -28,6 +28,11 @@ def shown(text: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
+def requirement(extra: str, distribution: str = "ettin-export") -> str:
+    """What pip installs an extra with; "" is no extra."""
+    return f"{distribution}[{extra}]" if extra else distribution
+
+
 class EttinError(Exception):
     """Base of all errors that are raised on purpose. The text is one line for the user, see `shown`."""
 
@@ -54,7 +59,7 @@ class MissingDependency(EttinError):
     """
 
     def __init__(self, what: str, package: str, extra: str, distribution: str = "ettin-export") -> None:
-        wanted = f"{distribution}[{extra}]" if extra else distribution
+        wanted = requirement(extra, distribution)
         super().__init__(f'{what} needs {package}, which is not installed. Run: pip install "{wanted}"')
 
 

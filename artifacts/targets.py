@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from importlib.metadata import EntryPoint, distributions
 from typing import Any
 
-from ettin.artifacts.errors import MissingDependency, UsageError
+from ettin.artifacts.errors import MissingDependency, UsageError, requirement
 
 GROUP = "ettin.targets"
 
@@ -37,6 +37,11 @@ class Component:
     packages: tuple[str, ...] = ()
     extra: str = ""
     distribution: str = "ettin-export"
+
+    @property
+    def requirement(self) -> str:
+        """What pip installs the packages with, such as "ettin-export[onnx]"."""
+        return requirement(self.extra, self.distribution)
 
     def load(self, what: str) -> Any:
         """Imports the class.
@@ -66,7 +71,6 @@ class Target:
         name: the word that users say.
         precisions: what it can be written in; the first is the default.
         runs_on: one line for lists.
-        devices: "cpu", "cuda" or both; the first is the default.
         runtime: a subclass of `ettin.runtimes.Runtime`.
         writer: a subclass of `ettin.export.writer.Writer`.
         is_compiled: its engine is compiled for one GPU architecture.
@@ -79,7 +83,6 @@ class Target:
     runs_on: str
     runtime: Component
     writer: Component
-    devices: tuple[str, ...] = ("cpu",)
     is_compiled: bool = False
     triton_backends: tuple[str, ...] = ("python",)
 
@@ -153,14 +156,15 @@ def target_named(name: str) -> Target:
     Raises:
         UsageError: no such target (lists the registered ones), or its description can't be imported.
     """
-    entry = _registered().get(name)
-    if not _registered():
+    registered = _registered()
+    if not registered:
         raise UsageError(
             "no target is registered, so the installation of ettin-export is incomplete or older than its code. Run: "
             "pip install --force-reinstall --no-deps ettin-export (in a checkout: pip install -e .)"
         )
-    if entry is None:
-        raise UsageError(f"unknown target '{name}', expected one of: {', '.join(target_names())}")
+    if name not in registered:
+        raise UsageError(f"unknown target '{name}', expected one of: {', '.join(registered)}")
+    entry = registered[name]
     try:
         target = entry.load()
     except Exception as error:

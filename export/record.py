@@ -79,7 +79,7 @@ def unverified() -> Parity:
 
 
 def card(manifest: Manifest) -> str:
-    """Markdown for whoever finds the folder."""
+    """The `README.md` of an artifact: how to use it, and what was proven about it."""
     source = manifest.source
     revision = f" at revision `{source.revision}`" if source.revision else ""
     scores = "raw logits" if manifest.activation == "identity" else "sigmoid(logit)"
@@ -96,7 +96,7 @@ Reranker `{source.id}`{revision}, exported by ettin-export {manifest.toolchain["
     {manifest.command}
 
 ```python
-# pip install "ettin-export[{target_named(manifest.target).runtime.extra}]"
+# pip install "{target_named(manifest.target).runtime.requirement}"
 from ettin.runtimes import load
 
 with load(".") as reranker:

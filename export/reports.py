@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import click
+from packaging.requirements import Requirement
 
-from ettin.artifacts.errors import HardwareError
+from ettin.artifacts.errors import HardwareError, requirement
 from ettin.artifacts.targets import Target, registered_targets
 from ettin.export.options import Job
 from ettin.export.source.sizes import SIZES
@@ -94,7 +95,10 @@ class Finding:
 
 
 def show_doctor() -> None:
-    """What is installed, what works here, and the fix for what does not. Nothing is changed, no engine is imported."""
+    """Prints what is installed, what works on this machine, and the command that repairs what does not.
+
+    It changes nothing and imports no engine.
+    """
     marks = {True: click.style("ok", fg="green"), False: click.style("no", fg="red"), None: ""}
     rows = []
     for finding in (*_machine(), *_packages(), *_targets(), *_servers()):
@@ -142,8 +146,13 @@ def _missing(modules: Sequence[str]) -> list[str]:
     return [module for module in dict.fromkeys(modules) if not _has(module)]
 
 
-def _install(*extras: str) -> str:
-    return f'pip install "ettin-export[{",".join(dict.fromkeys(extras))}]"' if extras else ""
+def _install(*requirements: str) -> str:
+    """The command that installs these: one word for each package, with all of its extras."""
+    extras: dict[str, list[str]] = {}
+    for needed in map(Requirement, requirements):
+        extras.setdefault(needed.name, []).extend(needed.extras)
+    words = [f'"{requirement(",".join(dict.fromkeys(names)), package)}"' for package, names in extras.items()]
+    return " ".join(["pip install", *words]) if words else ""
 
 
 def _packages() -> Iterator[Finding]:
@@ -170,8 +179,9 @@ def _targets() -> Iterator[Finding]:
             detail = f"export only with --allow-unverified: to run, no {', '.join(to_run)}"
         else:
             detail = "export and run"
-        extras = ([target.runtime.extra] if to_run else []) + (["export"] if to_export else [])
-        yield Finding(f"target {target.name}", not extras, detail, _install(*extras))
+        needed = [target.runtime.requirement] if to_run else []
+        needed += [requirement("export"), target.writer.requirement] if to_export else []
+        yield Finding(f"target {target.name}", not needed, detail, _install(*needed))
 
 
 def _compiled_detail(target: Target, to_run: list[str]) -> str:
@@ -194,4 +204,4 @@ def _servers() -> Iterator[Finding]:
     for what, extra, modules in _SERVERS:
         missing = _missing(modules)
         detail = f"no {', '.join(missing)}" if missing else "installed"
-        yield Finding(what, not missing, detail, _install(extra) if missing else "")
+        yield Finding(what, not missing, detail, _install(requirement(extra)) if missing else "")

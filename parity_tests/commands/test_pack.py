@@ -47,6 +47,11 @@ def test_requirements_are_what_is_installed() -> None:
     assert all(importlib.metadata.version(name) == version for name, version in pins.items())
 
 
+def test_a_target_of_another_package_brings_that_package() -> None:
+    project, *others = requirements({"serve"}, ["pytest"])
+    assert project.startswith("ettin-export[serve]==") and any(line.startswith("pytest==") for line in others)
+
+
 def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     real = importlib.metadata.distribution
 

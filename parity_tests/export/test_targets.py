@@ -13,6 +13,7 @@ from support import run
 from ettin.artifacts import targets as targets_module
 from ettin.artifacts.errors import UsageError
 from ettin.artifacts.targets import GROUP, registered_targets, target_named, target_names
+from ettin.export import reports
 
 
 @pytest.fixture
@@ -34,6 +35,7 @@ def test_a_target_from_another_package(toy_package: Path, tmp_path: Path) -> Non
     assert exported.returncode == 0, exported.stderr
     artifact = exported.stdout.strip()
     assert artifact == "ettin-reranker-demo/toy-fp32" and "from a toy file" in exported.stderr
+    assert '# pip install "toy-target"\n' in (tmp_path / artifact / "README.md").read_text()
     verified = run("ettin-verify", artifact, cwd=tmp_path, **environment)
     assert verified.returncode == 0 and "ok (max |Δ|" in verified.stdout, verified.stderr
     ranked = run("ettin-rerank", artifact, "--query", "red planet", "-", cwd=tmp_path, stdin="Venus\nMars is red\n",
@@ -47,6 +49,11 @@ def test_a_target_from_another_package(toy_package: Path, tmp_path: Path) -> Non
     assert "torch, from NumPy's own file format" in listed.stdout
     without = run("ettin-verify", artifact, cwd=tmp_path)
     assert without.returncode == 1 and "unknown target 'toy', expected one of: onnx, openvino" in without.stderr
+
+
+def test_the_doctor_names_the_package_of_each_extra() -> None:
+    command = reports._install("ettin-export[onnx]", "ettin-export[export]", "toy-target", "ettin-export[onnx]")
+    assert command == 'pip install "ettin-export[onnx,export]" "toy-target"' and reports._install() == ""
 
 
 def test_the_targets_of_this_project() -> None:

@@ -38,15 +38,17 @@ _MISSING = """
 """
 
 
-def requirements(extras: Iterable[str]) -> list[str]:
-    """This project and every package that it needs for `extras`, pinned to the installed versions, one on each line.
+def requirements(extras: Iterable[str], others: Iterable[str] = ()) -> list[str]:
+    """This project with `extras`, `others`, and every package that they need, pinned to the installed versions.
+
+    One on each line, this project first.
 
     Raises:
         MissingDependency: one of them is not installed.
     """
     listed = ",".join(sorted(extras))
     pins: dict[str, str] = {}
-    wanted, seen = [Requirement(f"{_PROJECT}[{listed}]")], set()
+    wanted, seen = [Requirement(f"{_PROJECT}[{listed}]"), *map(Requirement, others)], set()
     while wanted:
         requirement = wanted.pop()
         name, chosen = canonicalize_name(requirement.name), frozenset(requirement.extras)
@@ -81,7 +83,9 @@ def pack(artifact: OpenArtifact, archive: Path, *, with_wheels: bool, force: boo
     if archive.exists() and not force:
         raise OutputError(f"{archive}: exists, left as it is. Replace it with --force")
     manifest = artifact.manifest
-    lines = requirements({target_named(manifest.target).runtime.extra, "serve"})
+    runtime = target_named(manifest.target).runtime
+    is_ours = runtime.distribution == _PROJECT
+    lines = requirements({"serve", runtime.extra} if is_ours else {"serve"}, [] if is_ours else [runtime.requirement])
     readme = _README.format(
         name=f"{manifest.name}, {manifest.target} {manifest.precision}",
         system=sys.platform,
