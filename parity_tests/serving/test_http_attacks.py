@@ -170,6 +170,18 @@ def test_a_flood_does_not_close_a_connection_that_has_sent_its_request(service: 
         assert honest.recv(100).startswith(b"HTTP/1.1 200 ")
 
 
+def test_a_flood_that_goes_on_leaves_open_files(service: Service, address: Address) -> None:
+    """The queue is full again whenever the server has emptied it, before it could close a connection."""
+    hold_idle_connections(address, 104, 0.1)
+    with ExitStack() as stack:
+        for _ in range(800):
+            connection = stack.enter_context(socket.socket())
+            connection.setblocking(False)
+            connection.connect_ex(address)
+    assert service.http.get("/health").status_code == 200
+    assert "out of system resource" not in service.log()
+
+
 def test_slow_bodies_beyond_the_limit_of_requests(address: Address) -> None:
     send_slow_bodies(address, 90, 3)
 

@@ -7,7 +7,9 @@ from typing import Any
 from ettin.artifacts.errors import UsageError
 
 SPARE_CONNECTIONS = 64  # beyond the limit of requests: for health checks and for clients that are told to come again
-BACKLOG = 128  # connections that the kernel holds, and that asyncio accepts before any of them counts
+BACKLOG = 128  # connections that the kernel holds until they are accepted
+ACCEPTED_AT_ONCE = 16  # connections that one round of the event loop accepts
+_UNCOUNTED_CONNECTIONS = 4 * ACCEPTED_AT_ONCE  # asyncio counts and closes a connection up to four rounds later
 _OTHER_FILES = 64  # files that the engine and Python open
 
 
@@ -79,7 +81,7 @@ class Limits:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         if soft != hard:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        needed = self.max_connections + SPARE_CONNECTIONS + BACKLOG + _OTHER_FILES
+        needed = self.max_connections + SPARE_CONNECTIONS + _UNCOUNTED_CONNECTIONS + _OTHER_FILES
         if hard != resource.RLIM_INFINITY and hard < needed:
             raise UsageError(
                 f"--max-connections {self.max_connections} needs {needed} open files, the limit of this process is "

@@ -1,7 +1,6 @@
 """The server process: uvicorn with limits for connections, from its first connection until it has drained."""
 
 import asyncio
-import select
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ from ettin.runtimes.serving.app import create_app
 from ettin.runtimes.serving.backends import Backend
 from ettin.runtimes.serving.bodies import Bodies
 from ettin.runtimes.serving.gate import Health
-from ettin.runtimes.serving.limits import BACKLOG, SPARE_CONNECTIONS, Limits
+from ettin.runtimes.serving.limits import ACCEPTED_AT_ONCE, BACKLOG, SPARE_CONNECTIONS, Limits
 
 _TRIM_TICKS = 20  # of 0.1 s, between two times that free memory is given back to the system
 _FINISH_S = 30  # for requests in progress when the server stops
@@ -45,7 +44,7 @@ async def serve(
         access_log=False,
         proxy_headers=False,
         server_header=False,
-        backlog=BACKLOG,
+        backlog=ACCEPTED_AT_ONCE,
         timeout_graceful_shutdown=_FINISH_S,
     )
     await _Server(config, app.state.health, limits.drain_s).serve(sockets=[listening])
@@ -59,6 +58,12 @@ class _Server(uvicorn.Server):
         self._health, self._drain_s = health, drain_s
         self._drain_end_s: float | None = None
         self._trimmed_after = (0, 0, 0)  # requests, requests in progress, connections
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listens. asyncio takes one number for the kernel's queue and for what it accepts at once."""
+        await super().startup(sockets)
+        for listening in sockets or []:
+            listening.listen(BACKLOG)
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         """A signal to stop has arrived. A second one ends the draining."""
@@ -148,21 +153,13 @@ class _Connection(H11Protocol):
     def _make_room(self) -> None:
         """Closes the oldest connection without a request; if that is this one, refuses the oldest body instead.
 
-        A flood is accepted as a whole before anything is read, so a connection that has sent bytes is spared.
+        A connection's first bytes are read before the connections after it can fill the spare ones.
         """
-        oldest = next((connection for connection in self._idle if not connection._has_unread_bytes()), self)
+        oldest = next(iter(self._idle))
         if oldest is self and self._bodies.evict_oldest():
             return
         del self._idle[oldest]
         oldest.transport.abort()
-
-    def _has_unread_bytes(self) -> bool:
-        poll = select.poll()  # needs no file of its own, of which a flood leaves few
-        try:
-            poll.register(self.transport.get_extra_info("socket"), select.POLLIN)
-        except ValueError:  # it is being closed
-            return False
-        return bool(poll.poll(0))
 
     def _is_busy(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
