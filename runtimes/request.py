@@ -1,7 +1,6 @@
-"""A caller's pairs on their way through the scheduler, and how batches are chosen from all requests."""
+"""A caller's pairs on their way through the scheduler."""
 
 import time
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from numpy.typing import NDArray
 
 from ettin.artifacts.errors import EttinError, Expired, InputError, ScoringError
 from ettin.runtimes.arguments import Pair
-from ettin.runtimes.batch import BatchLimits, Ids, round_up
+from ettin.runtimes.batch import Ids
 from ettin.runtimes.processes import PAUSE_S
 from ettin.runtimes.tokenizer import CHARACTERS_PER_TOKEN, Encoded
 
@@ -25,7 +24,6 @@ _AHEAD_TOKENS = 1 << 20
 # characters take about 80 MiB meanwhile.
 _SLICE_PAIRS = 128
 _SLICE_CHARACTERS = 1 << 20
-_CHOICE = 4  # batches' worth of pairs to choose from: as little padding as with 32, and requests end in order
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ class Request:
 
     def due_s(self, tokens_per_s: float) -> float:
         """Monotonic time at which the request should be done, see `scheduler`."""
-        left = self._work_tokens * (1 - self.done / len(self.pairs))
+        left = self._work_tokens * (1 - self.done / max(1, len(self.pairs)))
         return self.arrival_s + _PATIENCE * left / tokens_per_s
 
     @property
@@ -163,46 +161,3 @@ def failing(end: Callable[[Request, EttinError], None], requests: Callable[[], S
             end(request, failure)
         if not affected:
             time.sleep(PAUSE_S)
-
-
-Chosen = list[tuple[Request, Ids, int]]
-
-
-def next_batch(first: Request, requests: Sequence[Request], limits: BatchLimits) -> Chosen:
-    """Takes the longest pair of `first`, and the longest pairs of all requests that fit beside it.
-
-    Args:
-        first: the request that is next; it has waiting pairs.
-        requests: all requests, in the order in which they should be done.
-        limits: the batches that the engine takes.
-    """
-    width = round_up(first.lengths[-1], limits.length_multiple)
-    sizes = (max(1, _budget_tokens(requests, limits) // width), limits.batch_pairs, first.batch_pairs)
-    count = min(size for size in sizes if size is not None)
-    chosen = [first.take(len(first.lengths) - 1)]
-    offers: list[tuple[int, int, Request]] = []
-    for request in requests:
-        if len(offers) >= _CHOICE * (count - 1):
-            break
-        if not request.has_pairs or (request.batch_pairs or count) < count:
-            continue
-        end = bisect_right(request.lengths, width)
-        offers += [(request.lengths[index], index, request) for index in range(max(0, end - count + 1), end)]
-    best = sorted(offers, key=lambda offer: -offer[0])[: count - 1]
-    # From the end of each request, so that the other indices stay valid.
-    return chosen + [request.take(index) for _, index, request in sorted(best, key=lambda offer: -offer[1])]
-
-
-def _budget_tokens(requests: Sequence[Request], limits: BatchLimits) -> int:
-    """Token budget of a batch; if little work waits, it is divided among the streams."""
-    if not limits.in_parallel or limits.concurrency == 1:
-        return limits.batch_tokens
-    pairs = sum(len(request.lengths) for request in requests)
-    tokens = sum(request.waiting_tokens for request in requests)
-    waiting_tokens = max(tokens, pairs * limits.length_multiple)  # as padding counts them, roughly
-    return min(limits.batch_tokens, -(-waiting_tokens // limits.concurrency))
-
-
-def requests_of(chosen: Chosen) -> list[Request]:
-    """The requests whose pairs these are, each once."""
-    return list(dict.fromkeys(request for request, _, _ in chosen))

@@ -25,10 +25,10 @@ from ettin.runtimes import processes
 from ettin.runtimes.arguments import Pair
 from ettin.runtimes.batch import Batch, BatchLimits
 from ettin.runtimes.processes import Threads, join
-from ettin.runtimes.request import Chosen, Request, Scored, failing, next_batch, requests_of
+from ettin.runtimes.request import Request, Scored, failing
 from ettin.runtimes.tokenizer import PairTokenizer
+from ettin.runtimes.waiting import Chosen, Entry, Waiting, requests_of
 
-_FIRST_SPEED = 20_000.0  # tokens/s, until measured
 _TOKENISERS = 2  # threads that tokenise for callers that don't wait; for many texts each call uses all cores
 _IDLE_S = 10.0  # time without work after which a thread ends
 _JOIN_S = 30.0  # how long `close` waits for batches that the engine has begun
@@ -59,30 +59,29 @@ class Scheduler:
         self._has_pairs = threading.Condition(self._lock)  # scoring threads wait for it
         self._changed = threading.Condition(self._lock)  # callers wait for it: room, or the end of a request
         self._threads = Threads()
-        self._requests: dict[Request, None] = {}  # in order of their arrival
-        self._waiting_pairs = 0  # not scored yet
+        self._waiting = Waiting()
         self._closing = ""  # the reason why nothing more is accepted
-        self._tokens_per_s = _FIRST_SPEED
         self.batches = self.pairs = self.tokens = 0  # scored so far
         processes.close_at_exit(self)
 
     @property
     def waiting_pairs(self) -> int:
         """Pairs that were accepted and are not scored yet."""
-        return self._waiting_pairs
+        return self._waiting.pairs
 
     @property
     def queue_s(self) -> float:
         """Seconds that the waiting pairs will take at the measured speed."""
         mean = self.tokens / self.pairs if self.pairs else 128
-        return self._waiting_pairs * mean / self._tokens_per_s
+        return self._waiting.pairs * mean / self._waiting.tokens_per_s
 
     def submit(self, request: Request, *, max_waiting_pairs: int | None = None, wait: bool = False) -> "Future[Scored]":
         """Accepts a request and returns at once.
 
         Args:
             request: a new one, of which this scheduler's threads tokenise the pairs.
-            max_waiting_pairs: the request is refused while this many pairs wait; None: no limit.
+            max_waiting_pairs: the request is refused while this many pairs wait that are scored before it; None: no
+                limit.
             wait: block until there is room instead.
 
         Returns:
@@ -148,9 +147,9 @@ class Scheduler:
         deadline_s = time.monotonic() + drain_s
         with self._lock:
             self._closing = self._closing or reason
-            while self._requests and (left_s := deadline_s - time.monotonic()) > 0:
+            while self._waiting and (left_s := deadline_s - time.monotonic()) > 0:
                 self._changed.wait(left_s)
-            left = [*self._requests]
+            left = [*self._waiting]
         for request in left:
             self._end(request, Closed(self._closing))
         with self._lock:
@@ -162,7 +161,11 @@ class Scheduler:
         processes.refuse_child(self._process)  # first: in a child, a lock may be held for ever
 
         def is_full() -> bool:
-            return max_waiting_pairs is not None and self._waiting_pairs >= max_waiting_pairs
+            return (
+                max_waiting_pairs is not None
+                and self._waiting.pairs >= max_waiting_pairs
+                and self._waiting.pairs_ahead(request) >= max_waiting_pairs
+            )
 
         with self._lock:
             while wait and not self._closing and is_full():
@@ -170,13 +173,14 @@ class Scheduler:
             if self._closing:
                 raise Closed(self._closing)
             if is_full():
-                raise Busy(f"{self._waiting_pairs} pairs are waiting, limit {max_waiting_pairs}", self.queue_s)
+                ahead = self._waiting.pairs_ahead(request)
+                seconds = self.queue_s * ahead / self._waiting.pairs
+                raise Busy(f"{ahead} pairs are waiting before this request, limit {max_waiting_pairs}", seconds)
             if not request.pairs:
                 request.succeed()
                 return
             self._start_threads(request.caller_tokenises)
-            self._requests[request] = None
-            self._waiting_pairs += len(request.pairs)
+            self._waiting.add(request)
             self._has_texts.notify()
 
     def _start_threads(self, caller_tokenises: bool) -> None:
@@ -189,43 +193,44 @@ class Scheduler:
         for condition in (self._has_texts, self._has_pairs, self._changed):
             condition.notify_all()
 
-    def _next(self, condition: threading.Condition, has_work: Callable[[Request], object]) -> Request | None:
-        """Waits for the next request that has such work, or has expired; called with the lock held.
+    def _next(self, condition: threading.Condition, queue: list[Entry]) -> Request | None:
+        """Waits for the first request of a queue, or for one that has expired; called with the lock held.
 
         Returns None if there was no work for a while; the thread is not counted any more and must end.
         """
         idle_until_s = time.monotonic() + _IDLE_S
         while True:
             now_s = time.monotonic()
-            ready = [request for request in self._requests if request.deadline_s <= now_s or has_work(request)]
-            if ready:
-                return min(ready, key=lambda request: (request.deadline_s > now_s, self._due_s(request)))
-            if self._requests:
+            request = self._waiting.next(queue, now_s)
+            if request is not None:
+                return request
+            if self._waiting:
                 idle_until_s = now_s + _IDLE_S
             elif self._closing or now_s >= idle_until_s:
                 self._threads.leave()
                 return None
-            expiry_s = min((request.deadline_s for request in self._requests), default=idle_until_s)
-            condition.wait(max(0.0, min(idle_until_s, expiry_s) - now_s))
+            condition.wait(max(0.0, min(idle_until_s, self._waiting.expiry_s) - now_s))
 
-    def _due_s(self, request: Request) -> float:
-        return request.due_s(self._tokens_per_s)
+    def _take_slice(self, request: Request) -> range | None:
+        part = request.take_slice()
+        self._waiting.update(request)
+        return part
 
     def _next_slice(self, request: Request) -> range | None:
         """The pairs that a waiting caller tokenises next, as soon as there is room for them; None: no more."""
         with self._lock:
-            while request in self._requests and request.has_untokenised and not request.has_room:
+            while request in self._waiting and request.has_untokenised and not request.has_room:
                 self._changed.wait()
-            return request.take_slice() if request in self._requests else None
+            return self._take_slice(request) if request in self._waiting else None
 
     def _tokenise_turn(self) -> bool:
         request: Request | None = None
         with failing(self._end, lambda: [request] if request else []):
             with self._lock:
-                request = self._next(self._has_texts, lambda other: other.has_room and not other.caller_tokenises)
+                request = self._next(self._has_texts, self._waiting.to_tokenise)
                 if request is None:
                     return False
-                part = request.take_slice()
+                part = self._take_slice(request)
             if not self._ended_early(request) and part is not None:
                 self._tokenise(request, part)
         return True
@@ -235,6 +240,7 @@ class Scheduler:
         request.check(encoded, part)
         with self._lock:
             request.add(encoded, part)
+            self._waiting.update(request)
             self._has_pairs.notify(self._limits.concurrency)
             self._has_texts.notify()
 
@@ -242,11 +248,11 @@ class Scheduler:
         chosen: Chosen = []
         with failing(self._end, lambda: requests_of(chosen)):
             with self._lock:
-                first = self._next(self._has_pairs, lambda request: request.has_pairs)
+                first = self._next(self._has_pairs, self._waiting.to_score)
                 if first is None:
                     return False
                 if first.has_pairs:
-                    chosen = next_batch(first, sorted(self._requests, key=self._due_s), self._limits)
+                    chosen = self._waiting.next_batch(first, self._limits)
             ended = {request for request in {first, *requests_of(chosen)} if self._ended_early(request)}
             chosen = [pair for pair in chosen if pair[0] not in ended]
             if chosen:
@@ -261,7 +267,7 @@ class Scheduler:
         with failing(self._end, lambda: [request]):
             if request.is_unwanted():
                 self._end(request)
-        return request not in self._requests
+        return request not in self._waiting
 
     def _score_chosen(self, chosen: Chosen) -> None:
         started_s = time.monotonic()
@@ -281,14 +287,16 @@ class Scheduler:
         seconds = max(time.monotonic() - started_s, 1e-6)
         speed = len(batch.ids) / seconds * (self._limits.concurrency if self._limits.in_parallel else 1)
         with self._lock:
-            self._tokens_per_s += 0.05 * (speed - self._tokens_per_s)
+            self._waiting.tokens_per_s += 0.05 * (speed - self._waiting.tokens_per_s)
             self.batches += 1
             self.pairs += len(batch)
             self.tokens += len(batch.ids)
             for (request, _, place), score in zip(chosen, scores.tolist(), strict=True):
                 request.logits[place] = score
                 request.done += 1
-                self._waiting_pairs -= request in self._requests
+                self._waiting.pairs -= request in self._waiting
+            for request in requests_of(chosen):
+                self._waiting.update(request)
             self._has_texts.notify()
             self._changed.notify_all()
         for request in requests_of(chosen):
@@ -298,10 +306,9 @@ class Scheduler:
     def _end(self, request: Request, error: EttinError | None = None) -> None:
         """Ends a request that is done, failed or unwanted; tells its caller without the lock held."""
         with self._lock:
-            if request not in self._requests:
+            if request not in self._waiting:
                 return
-            del self._requests[request]
-            self._waiting_pairs -= len(request.pairs) - request.done
+            self._waiting.remove(request)
             self._wake_all()
         with suppress(InvalidStateError):  # cancelled
             if error is not None:

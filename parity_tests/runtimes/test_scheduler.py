@@ -146,15 +146,49 @@ def test_a_fault_is_its_requests_alone(scheduler: Scheduler, engine: Engine) -> 
 def test_no_room_is_said(scheduler: Scheduler, engine: Engine) -> None:
     engine.open.clear()
     first = submit(scheduler, request(1, 500))
-    with pytest.raises(Busy, match=r"500 pairs are waiting, limit 400. Try again in \d+ s"):
-        submit(scheduler, [("q", "d")])
+    with pytest.raises(Busy, match=r"500 pairs are waiting before this request, limit 400. Try again in \d+ s"):
+        submit(scheduler, request(1, 500))
     with ThreadPoolExecutor(1) as other:
-        waiting = other.submit(submit, scheduler, [("q", "d")], wait=True)
+        waiting = other.submit(submit, scheduler, request(1, 500), wait=True)
         time.sleep(0.1)
         assert not waiting.done()
         engine.open.set()
-        check(waiting.result(10), [("q", "d")])
+        check(waiting.result(10), request(1, 500))
     check(first, request(1, 500))
+
+
+def test_a_large_request_leaves_room_for_small_ones(scheduler: Scheduler, engine: Engine) -> None:
+    """They are scored before it, so its pairs do not count for them."""
+    engine.open.clear()
+    large = submit(scheduler, request(1, 500))
+    small = [submit(scheduler, request(2, 80)) for _ in range(5)]
+    with pytest.raises(Busy, match="400 pairs are waiting before this request, limit 400"):
+        submit(scheduler, request(2, 80))
+    engine.open.set()
+    check(large, request(1, 500))
+    for future in small:
+        check(future, request(2, 80))
+
+
+def test_thousands_of_waiting_requests_cost_little(
+    scheduler: Scheduler, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No batch looks at all requests."""
+    looks = 0
+    due_s = Request.due_s
+
+    def counted(request: Request, tokens_per_s: float) -> float:
+        nonlocal looks
+        looks += 1
+        return due_s(request, tokens_per_s)
+
+    monkeypatch.setattr(Request, "due_s", counted)
+    engine.open.clear()
+    futures = [submit(scheduler, [("q", f"d {index}")], None) for index in range(2000)]
+    engine.open.set()
+    for future in futures:
+        future.result(20)
+    assert looks < 10 * 2000
 
 
 def test_nobody_wants_it_any_more(scheduler: Scheduler, engine: Engine) -> None:

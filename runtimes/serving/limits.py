@@ -34,7 +34,10 @@ class Limits:
         "Maximum size of all request bodies in memory, in MiB. Beyond it, the body that has been arriving for the "
         "longest time is refused with 503.",
     )
-    max_waiting_pairs: int = _limit(8192, "Maximum number of queued pairs before the server answers 429.")
+    max_waiting_pairs: int = _limit(
+        8192,
+        "Maximum number of pairs that wait and are served before a new request, before the server answers it with 429.",
+    )
     max_connections: int = _limit(
         512,
         "Maximum number of requests in progress before the server answers 503. Health checks do not count, and idle "
