@@ -194,7 +194,10 @@ def _clean_up_one(folder: Path, output: Path, now_s: float) -> None:
         is_held = _hold(lock)
         if is_held is False:
             return
-        is_dead = bool(is_held) and os.read(lock, 100) == _machine() != b""
+        owner = os.read(lock, 100)
+        is_dead = bool(is_held) and owner == _machine() != b""
+        if is_held and not owner:  # killed before it wrote its machine, if nothing else is there
+            is_dead = [path.name for path in folder.iterdir()] == [_LOCK]
         written_s = max((path.lstat().st_mtime for path in folder.rglob("*")), default=now_s)
         idle_s = now_s - max(written_s, folder.stat().st_mtime)
         if is_dead or (is_held and idle_s > _ABANDONED_S):

@@ -310,6 +310,13 @@ def test_another_machines_swap_is_given_a_minute(tmp_path: Path) -> None:
         assert (output / "manifest.json").read_text() == "old"
 
 
+def test_killed_before_the_lock_named_its_machine(tmp_path: Path) -> None:
+    (tmp_path / ".out.partial-abcdefgh").mkdir()
+    (tmp_path / ".out.partial-abcdefgh" / "lock").touch()
+    published(tmp_path / "out", "new")
+    assert names(tmp_path) == ["out"]
+
+
 def test_a_workspace_that_was_killed_while_it_got_its_lock(tmp_path: Path) -> None:
     (tmp_path / ".out.partial-abcdefgh").mkdir()
     published(tmp_path / "out", "new")
