@@ -6,7 +6,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 
-_SOURCES = ("ragged_attention.cpp", "openvino_extension.cpp")
+_KERNELS = Path("runtimes/engines/kernels")
 
 
 def extensions() -> list[Extension]:
@@ -20,11 +20,11 @@ def extensions() -> list[Extension]:
     return [
         Extension(
             "ettin.runtimes.engines.openvino_kernels_library",
-            sources=[f"runtimes/engines/kernels/{name}" for name in _SOURCES],
-            depends=["runtimes/engines/kernels/ragged_attention.hpp"],
+            sources=sorted(map(str, _KERNELS.glob("*.cpp"))),
+            depends=sorted(map(str, _KERNELS.glob("*.hpp"))),
             include_dirs=[str(root / "include")],
             define_macros=[("OV_THREAD", "OV_THREAD_TBB_ADAPTIVE")],
-            extra_compile_args=["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wno-maybe-uninitialized"],
+            extra_compile_args=["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-w"],
             extra_link_args=[str(each) for each in libraries],
             language="c++",
             optional=True,

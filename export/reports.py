@@ -127,7 +127,11 @@ def _machine() -> Iterator[Finding]:
 def _attention_kernel() -> Finding:
     problem = openvino_kernels.problem()
     if problem is None:
-        return Finding("attention kernel", None, "runs openvino bf16 and int8")
+        return Finding(
+            "attention kernel",
+            None,
+            "runs openvino artifacts: " + ", ".join(each.name for each in openvino_kernels.runnable()),
+        )
     if not problem.install_again:
         return Finding("attention kernel", None, problem.why)
     # Without build isolation it is compiled against the OpenVINO that is installed, not against the newest.

@@ -158,7 +158,7 @@ class RaggedOps(Ops[T], Protocol[T]):
     """What an engine must offer beyond `Ops`."""
 
     def ragged_attention(
-        self, q: T, k: T, v: T, cu_seqlens: T, window: int, theta: float, first_only: bool, reader: str
+        self, q: T, k: T, v: T, cu_seqlens: T, heads: int, window: int, theta: float, first_only: bool, reader: str
     ) -> T:
         """softmax(rope(q) · rope(k)ᵀ) · v for each sequence and head: [1, tokens, H].
 
@@ -167,6 +167,7 @@ class RaggedOps(Ops[T], Protocol[T]):
             k: [1, tokens, H].
             v: [1, tokens, H].
             cu_seqlens: int64 [pairs + 1], where each sequence begins and the last ends; later tokens give 0.
+            heads: number of heads.
             window: tokens that each sees to both sides; −1: all of its sequence.
             theta: base of the rotary frequencies; positions count from each sequence's first token.
             first_only: whether q holds the first token of each sequence only.
@@ -208,7 +209,9 @@ class RaggedScorer(Scorer[T]):
         window, theta = shape.window_tokens, shape.rope_theta_local
         if shape.global_layers[layer]:
             window, theta = -1, shape.rope_theta_global
-        return self._ragged_ops.ragged_attention(q, k, v, cu_seqlens, window, theta, first_only, f"layers.{layer}.o")
+        return self._ragged_ops.ragged_attention(
+            q, k, v, cu_seqlens, shape.num_heads, window, theta, first_only, f"layers.{layer}.o"
+        )
 
     def _ragged_cls_layer(self, layer: int, x: T, cu_seqlens: T, starts: T) -> T:
         """The last layer for each sequence's first token alone: [1, pairs, H]."""

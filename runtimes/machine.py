@@ -61,9 +61,8 @@ _ISA_ORDER = (
     "AVX512_CORE_BF16", "AVX10_1_512", "AVX512_CORE_FP16", "AVX512_CORE_AMX", "AVX10_1_512_AMX",
     "AVX512_CORE_AMX_FP16", "AVX10_1_512_AMX_FP16", "DEFAULT", "ALL",
 )  # fmt: skip
-_FIRST_BF16 = _ISA_ORDER.index("AVX512_CORE_BF16")
-_FIRST_VNNI = _ISA_ORDER.index("AVX2_VNNI")
-_FIRST_AMX = _ISA_ORDER.index("AVX512_CORE_AMX")
+_FIRST_BF16 = "AVX512_CORE_BF16"
+_FIRST_VNNI = "AVX2_VNNI"
 
 INTERESTING = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 
@@ -100,12 +99,7 @@ def has_bf16() -> bool:
 
     OpenVINO's own list of capabilities ignores that limit: a bf16 graph then fails to compile.
     """
-    return _limit_reaches(_FIRST_BF16) and bool(flags() & {"avx512_bf16", "amx_bf16"})
-
-
-def has_amx_bf16() -> bool:
-    """Whether matrix products of bf16 are there and not switched off by `ONEDNN_MAX_CPU_ISA`."""
-    return _limit_reaches(_FIRST_AMX) and {"amx_bf16", "avx512_bf16"} <= flags()
+    return is_allowed(_FIRST_BF16) and bool(flags() & {"avx512_bf16", "amx_bf16"})
 
 
 def lacks_vnni() -> bool:
@@ -113,12 +107,13 @@ def lacks_vnni() -> bool:
 
     Without them, sums of 8-bit products saturate at 16 bits, so int8 scores would be silently wrong.
     """
-    return bool(flags()) and not (_limit_reaches(_FIRST_VNNI) and flags() & {"avx_vnni", "avx512_vnni", "amx_int8"})
+    return bool(flags()) and not (is_allowed(_FIRST_VNNI) and flags() & {"avx_vnni", "avx512_vnni", "amx_int8"})
 
 
-def _limit_reaches(first: int) -> bool:
+def is_allowed(isa: str) -> bool:
+    """Whether `ONEDNN_MAX_CPU_ISA` allows an instruction set, by oneDNN's name for it."""
     limit = isa_limit()
-    return limit not in _ISA_ORDER or _ISA_ORDER.index(limit) >= first
+    return limit not in _ISA_ORDER or _ISA_ORDER.index(limit) >= _ISA_ORDER.index(isa)
 
 
 def available_cpus(system: Path = Path("/sys")) -> int:

@@ -12,7 +12,7 @@ from openvino.utils.node_factory import NodeFactory
 
 from ettin.export.quantise import Quantised, int8_rows
 from ettin.graph.ops import ONLY_IN_F32, SAME_WHEN_SHORT, Kind
-from ettin.runtimes.engines.openvino_kernels import HEAD_DIM, compiled
+from ettin.runtimes.engines.openvino_kernels import OPERATION, compiled
 
 Weights = Mapping[str, NDArray[np.float32]]
 StoreWeight = Callable[[NDArray[np.float32]], ov.Node]
@@ -136,15 +136,14 @@ class OpenVinoOps:
         return self.attention(q, k, v, bias, reader)
 
     def ragged_attention(
-        self, q: ov.Node, k: ov.Node, v: ov.Node, cu_seqlens: ov.Node, window: int, theta: float, first_only: bool,
-        reader: str,
+        self, q: ov.Node, k: ov.Node, v: ov.Node, cu_seqlens: ov.Node, heads: int, window: int, theta: float,
+        first_only: bool, reader: str,
     ) -> ov.Node:  # fmt: skip
-        # OpenVINO drops these conversions where the neighbours compute in bf16.
+        # OpenVINO drops these conversions where the neighbours compute in bf16; the runtime does in f32.
         halves = [op.convert(x, "bf16") for x in (q, k, v)]
-        heads = int(q.get_output_partial_shape(0)[-1].get_length()) // HEAD_DIM
         attributes = {"heads": heads, "window": window, "theta": theta, "first_only": first_only}
         inputs = [x.output(0) for x in (*halves, cu_seqlens)]
-        return self.mixed(op.convert(_ragged_factory().create("RaggedAttention", inputs, attributes), "f32"), reader)
+        return self.mixed(op.convert(_ragged_factory().create(OPERATION, inputs, attributes), "f32"), reader)
 
     def mixed(self, values: ov.Node, reader: str) -> ov.Node:
         """What attention gives to `reader`, for subclasses that round it at its source."""

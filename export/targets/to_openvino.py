@@ -17,7 +17,7 @@ from ettin.export.targets.openvino_ops import Int8OpenVinoOps, OpenVinoOps
 from ettin.export.writer import ISA, PADDED, RAGGED, Lowered, Model, Writer
 from ettin.graph import GraphForm, Scorer
 from ettin.graph.packed import RaggedScorer
-from ettin.runtimes.engines.openvino_kernels import HEAD_DIM, RAGGED_NAME, SWITCH, compiled, kernels
+from ettin.runtimes.engines.openvino_kernels import HEAD_DIMS, RAGGED_NAME, SWITCH, compiled, problem
 from ettin.runtimes.machine import has_bf16
 
 # One product for both GeGLU halves: OpenVINO 2026.4.1 fuses two of them into an LLMMLP node in bf16, which dies with
@@ -38,7 +38,7 @@ class OpenVinoWriter(Writer):
         shape, path = model.checkpoint.shape, folder / "openvino" / "openvino_model.xml"
         path.parent.mkdir()
         _write(Scorer(_ops(model, precision), shape, FORM).logits, PADDED, path)
-        is_ragged = precision != "fp32" and shape.head_dim == HEAD_DIM and compiled() is not None
+        is_ragged = shape.head_dim in HEAD_DIMS and compiled() is not None
         if is_ragged:
             ragged_path = path.with_name(RAGGED_NAME)
             _write(RaggedScorer(_ops(model, precision), shape, FORM).ragged_logits, RAGGED, ragged_path)
@@ -52,12 +52,16 @@ class OpenVinoWriter(Writer):
         )
 
     def environments(self, precision: str) -> Iterator[Mapping[str, str]]:
-        if precision == "fp32":
-            return
-        if kernels():
-            yield {SWITCH: "off"}
-        if has_bf16():  # a machine without bf16 arithmetic computes in f32, with the same weights
-            yield {"ONEDNN_MAX_CPU_ISA": "AVX2_VNNI"}
+        # What other machines compute in, with the same weights: without bf16 arithmetic, and without our kernel.
+        in_f32 = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"}
+        floats = [{}, in_f32] if precision != "fp32" and has_bf16() else [{}]
+        for environment in floats:
+            if environment:
+                yield environment
+            if problem() is None:
+                yield {**environment, SWITCH: "off"}
+        if precision == "int8" and has_bf16() and problem() is None:
+            yield {SWITCH: "bf16"}  # as with AMX
 
 
 def _ops(model: Model, precision: str) -> OpenVinoOps:

@@ -346,8 +346,9 @@ def test_external_data(copied: Any, demo_artifacts: Artifacts, monkeypatch: pyte
 @pytest.mark.parametrize("content", [b"", b"junk", b"\x00" * 4096])
 def test_what_an_engine_can_not_load(copied: Any, target: str, content: bytes) -> None:
     folder = copied(target)
-    entry = {"onnx": "onnx/model.onnx", "openvino": "openvino/openvino_model.xml"}.get(target, "model.safetensors")
-    (folder / entry).write_bytes(content)
+    patterns = {"onnx": "onnx/*.onnx", "openvino": "openvino/*.xml", "transformers": "model.safetensors"}
+    for path in folder.glob(patterns[target]):
+        path.write_bytes(content)
     reseal(folder)
     assert "Export again" in refused(folder)
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from ettin.runtimes import load
 from ettin.runtimes.batch import Batch
 from ettin.runtimes.engines import on_openvino
 from ettin.runtimes.engines.on_openvino import OpenVinoRuntime
-from ettin.runtimes.engines.openvino_kernels import SWITCH
+from ettin.runtimes.engines.openvino_kernels import SWITCH, Variant
 from ettin.runtimes.machine import CpuPlan, available_cpus, is_hybrid
 
 PAIRS = [("which planet is red", "Mars is the red planet."), ("what do bees make", "Bees make honey and wax.")] * 20
@@ -159,29 +160,73 @@ def test_short_form_scores_as_the_whole_graph(
 @pytest.mark.parametrize(
     ("proven", "allow_unverified", "expected"),
     [
-        (["bf16-own-attention", "bf16", "f32"], False, ("library", "bf16-own-attention", None)),
+        (["bf16-own-attention", "bf16", "f32"], False, ("bf16_avx512", "bf16-own-attention", None)),
         (["bf16", "f32"], False, (None, "bf16", "bf16-own-attention")),
+        (["f32-own-attention", "f32"], False, ("f32_avx2", "f32-own-attention", "bf16-own-attention")),
         (["f32"], False, (None, "f32", "bf16-own-attention")),
         ([], False, (None, "f32", "bf16-own-attention")),
-        ([], True, ("library", "bf16-own-attention", None)),
+        ([], True, ("bf16_avx512", "bf16-own-attention", None)),
     ],
 )
 def test_the_fastest_proven_arithmetic_is_chosen(
-    demo_artifacts: dict[tuple[str, str], Path], proven: list[str], allow_unverified: bool,
-    expected: tuple[str | None, str, str | None], monkeypatch: pytest.MonkeyPatch,
+    manifest_of: Callable[..., Manifest], proven: list[str], allow_unverified: bool,
+    expected: tuple[str | None, str, str | None],
 ) -> None:  # fmt: skip
+    kernel, arithmetic, unproven = on_openvino._chosen(manifest_of("bf16", proven), allow_unverified)
+    assert (kernel and kernel.name, arithmetic, unproven) == expected
+
+
+@pytest.fixture
+def manifest_of(
+    demo_artifacts: dict[tuple[str, str], Path], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Manifest]:
+    """Manifests of what runs on a processor with AVX-512, but no AMX, by precision and proven arithmetic."""
+    names = {("bf16", "bf16"): "bf16_avx512", ("int8", "bf16"): "int8_avx512", ("int8", "f32"): "int8_avx512"}
+    names["f32", "f32"] = "f32_avx2"
+
+    def variant(products: str, floats: str) -> Variant | None:
+        name = names.get((products, floats))
+        return Variant(name, products, (floats,), "") if name else None
+
     monkeypatch.setattr(on_openvino, "has_bf16", lambda: True)
-    monkeypatch.setattr(on_openvino, "kernels", lambda: "library")
-    manifest = Manifest.read(demo_artifacts["openvino", "bf16"])
-    graph = manifest.graph.model_copy(update={"ragged": True})
-    parity = manifest.parity.model_copy(update={"arithmetic": tuple(map(Arithmetic, proven))})
-    manifest = manifest.model_copy(update={"graph": graph, "parity": parity})
-    assert on_openvino._chosen(manifest, allow_unverified) == expected
-    monkeypatch.setattr(on_openvino, "has_bf16", lambda: False)
-    assert on_openvino._chosen(manifest, allow_unverified) == (None, "f32", None)
+    monkeypatch.setattr(on_openvino, "variant", variant)
+
+    def made(precision: str, proven: list[str]) -> Manifest:
+        manifest = Manifest.read(demo_artifacts["openvino", precision])
+        graph = manifest.graph.model_copy(update={"ragged": True})
+        parity = manifest.parity.model_copy(update={"arithmetic": tuple(map(Arithmetic, proven))})
+        return manifest.model_copy(update={"graph": graph, "parity": parity})
+
+    return made
 
 
-def test_short_form_has_less_to_do(demo_artifacts: dict[tuple[str, str], Path]) -> None:
+@pytest.mark.parametrize(
+    ("precision", "amx", "has_bf16", "expected"),
+    [
+        ("int8", False, True, "bf16-int8-attention"),
+        ("int8", True, True, "bf16-own-attention"),
+        ("int8", False, False, "f32-int8-attention"),
+        ("bf16", False, False, "f32-own-attention"),
+        ("fp32", True, True, "f32-own-attention"),
+    ],
+)
+def test_the_fastest_arithmetic_of_a_processor(
+    manifest_of: Callable[..., Manifest], precision: str, amx: bool, has_bf16: bool, expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    manifest = manifest_of(precision, [])
+    if amx:
+        others = on_openvino.variant
+        best = Variant("bf16_amx", "bf16", ("bf16",), "")
+        monkeypatch.setattr(on_openvino, "variant", lambda *way: best if way[0] == "bf16" else others(*way))
+    monkeypatch.setattr(on_openvino, "has_bf16", lambda: has_bf16)
+    assert on_openvino._chosen(manifest, True)[1] == expected
+
+
+def test_short_form_has_less_to_do(
+    demo_artifacts: dict[tuple[str, str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(SWITCH, "off")
     with load(demo_artifacts["openvino", "fp32"]) as runtime:
         assert isinstance(runtime, OpenVinoRuntime)
         models = [runtime.model_for(tokens) for tokens in (2048, 100)]

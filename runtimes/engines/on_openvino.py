@@ -18,7 +18,7 @@ from ettin.artifacts.opened import OpenArtifact
 from ettin.graph.ops import ONLY_IN_F32, SAME_WHEN_SHORT
 from ettin.runtimes.base import Runtime, Settings
 from ettin.runtimes.batch import Batch, BatchLimits, round_up
-from ettin.runtimes.engines.openvino_kernels import RAGGED_NAME, kernels
+from ettin.runtimes.engines.openvino_kernels import OPERATION, RAGGED_NAME, Variant, compiled, variant
 from ettin.runtimes.machine import CpuPlan, has_bf16, is_hybrid
 
 # OpenVINO compiles kernels for each shape, so fewer lengths mean more reuse. Measured with the 17m shape in int8 on two
@@ -37,10 +37,9 @@ class OpenVinoRuntime(Runtime):
     OpenVINO never chooses the arithmetic: an fp32 artifact runs in f32; a bf16 artifact, and what is not int8 in an
     int8 artifact, runs in bf16 where the processor has it and the manifest says that bf16 was verified, else in f32.
 
-    On a processor with AMX they run through our own attention kernel, if it was verified and can be used
-    (`openvino_kernels`): batches then have no padding, and one compiled graph serves every length. Measured with the
-    17m shape in int8 on two cores against OpenVINO's attention, one run: 1.5 times the pairs/s on SciFact, and a
-    quarter less memory.
+    Attention runs through our own kernel, if it was verified and can be used (`openvino_kernels`): batches then have no
+    padding, and one compiled graph serves every length. Measured with the 17m shape in int8 on two cores with AMX
+    against OpenVINO's attention, one run: 1.5 times the pairs/s on SciFact, and a quarter less memory.
 
     Args:
         artifact: open.
@@ -58,8 +57,8 @@ class OpenVinoRuntime(Runtime):
                 f"target 'openvino' runs on the CPU, not on '{settings.device}'. Export another target: --target onnx"
             )
         plan = CpuPlan.of(settings.threads, settings.streams)
-        self._kernels, self._arithmetic, self._unproven = _chosen(manifest, settings.allow_unverified)
-        self.precision_hint = "f32" if self._arithmetic is Arithmetic.F32 else "bf16"
+        self._kernel, self._arithmetic, self._unproven = _chosen(manifest, settings.allow_unverified)
+        self.precision_hint = _floats(self._arithmetic)
         self._options = {
             "INFERENCE_PRECISION_HINT": self.precision_hint,
             "NUM_STREAMS": plan.streams,
@@ -68,9 +67,7 @@ class OpenVinoRuntime(Runtime):
         if is_hybrid() and settings.threads is None:
             self._options["SCHEDULING_CORE_TYPE"] = "PCORE_ONLY"
         tokens = _TOKENS_PER_THREAD * plan.threads_per_stream
-        super().__init__(
-            artifact, settings, BatchLimits(plan.streams, tokens, 1 if self._kernels else _LENGTH_MULTIPLE)
-        )
+        super().__init__(artifact, settings, BatchLimits(plan.streams, tokens, 1 if self._kernel else _LENGTH_MULTIPLE))
         self._model, key = self._read_model(artifact)
         self._cache_folder = settings.cache_dir and settings.cache_dir / f"{manifest.name}-{manifest.precision}-{key}"
         self._threshold_tokens = manifest.graph.block_threshold_tokens
@@ -107,21 +104,24 @@ class OpenVinoRuntime(Runtime):
 
     def inputs(self, batch: Batch) -> list[NDArray[np.int64]]:
         """What the graph takes: padded ids and mask, or ids laid end to end and where each pair begins."""
-        return list(batch.laid_out(_LENGTH_MULTIPLE) if self._kernels else batch.padded(_LENGTH_MULTIPLE))
+        return list(batch.laid_out(_LENGTH_MULTIPLE) if self._kernel else batch.padded(_LENGTH_MULTIPLE))
 
     def model_for(self, longest: int) -> ov.Model:
         """A copy of the graph that scores batches whose longest pair has this many tokens."""
         names = [] if self.precision_hint == "f32" else [ONLY_IN_F32]
         if self._form(longest) == "short":
             names.append(SAME_WHEN_SHORT)
-        return _without(self._model, tuple(names))
+        model = _without(self._model, tuple(names))
+        if self._kernel:
+            set_attention(model, self._kernel, self.precision_hint)
+        return model
 
     def core(self) -> ov.Core:
         """The OpenVINO core that reads and compiles the graph, with our operation where it is used."""
         core = ov.Core()
         core.set_property({"ENABLE_MMAP": False})  # a mapped file that is truncated ends the process
-        if self._kernels:
-            core.add_extension(str(self._kernels))
+        if self._kernel:
+            core.add_extension(str(compiled()))
         return core
 
     def _first_inference(self) -> None:
@@ -135,7 +135,7 @@ class OpenVinoRuntime(Runtime):
             self.score(one)
 
     def _form(self, longest: int) -> str:
-        if self._kernels:
+        if self._kernel:
             return "ragged"
         return "short" if round_up(longest, _LENGTH_MULTIPLE) <= self._threshold_tokens else "long"
 
@@ -155,7 +155,7 @@ class OpenVinoRuntime(Runtime):
     def _read_model(self, artifact: OpenArtifact) -> tuple[ov.Model, str]:
         """The graph, and a key over graph and weights. All is in memory: no later change of a file has an effect."""
         entry = PurePosixPath(self.manifest.entry)
-        graph = artifact.read(str(entry.with_name(RAGGED_NAME) if self._kernels else entry))
+        graph = artifact.read(str(entry.with_name(RAGGED_NAME) if self._kernel else entry))
         listed = artifact.listed(str(entry.with_suffix(".bin")))
         weights = ov.Tensor(ov.Type.u8, ov.Shape([listed.size_bytes]))  # OpenVINO keeps it as long as it is used
         artifact.read_into(listed.path, memoryview(weights.data))
@@ -181,16 +181,52 @@ def _without(model: ov.Model, names: tuple[str, ...]) -> ov.Model:
     return model
 
 
-def _chosen(manifest: Manifest, allow_unverified: bool) -> tuple[Path | None, Arithmetic, Arithmetic | None]:
-    """Our kernels if they run, the arithmetic, and what would be faster here but was not proven."""
-    if manifest.precision == "fp32" or not has_bf16():
-        return None, Arithmetic.F32, None
-    library = kernels() if manifest.graph.ragged else None
-    best_first = [*([Arithmetic.BF16_OWN_ATTENTION] if library else []), Arithmetic.BF16, Arithmetic.F32]
+# The fastest first; with AMX, products of bf16 are as fast as those of int8. What our attention kernel multiplies in.
+_PRODUCTS = {
+    Arithmetic.BF16_INT8_ATTENTION: "int8",
+    Arithmetic.BF16_OWN_ATTENTION: "bf16",
+    Arithmetic.BF16: None,
+    Arithmetic.F32_INT8_ATTENTION: "int8",
+    Arithmetic.F32_OWN_ATTENTION: "f32",
+    Arithmetic.F32: None,
+}
+
+
+def _floats(arithmetic: Arithmetic) -> str:
+    return arithmetic.value.partition("-")[0]
+
+
+def _chosen(manifest: Manifest, allow_unverified: bool) -> tuple[Variant | None, Arithmetic, Arithmetic | None]:
+    """Our attention kernel if it is used, the arithmetic, and what would be faster here but was not proven."""
+    possible: dict[Arithmetic, Variant | None] = {}
+    for arithmetic, products in _PRODUCTS.items():
+        floats = _floats(arithmetic)
+        if floats == "bf16" and (manifest.precision == "fp32" or not has_bf16()):
+            continue
+        if products is None:
+            possible[arithmetic] = None
+        elif manifest.graph.ragged and (products != "int8" or manifest.precision == "int8"):
+            kernel = variant(products, floats)
+            if kernel is not None:
+                possible[arithmetic] = kernel
+    amx = possible.get(Arithmetic.BF16_OWN_ATTENTION)
+    if amx is not None and amx.name == "bf16_amx":
+        possible.pop(Arithmetic.BF16_INT8_ATTENTION, None)
+    best_first = list(possible)
     proven = best_first if allow_unverified else [kind for kind in best_first if kind in manifest.parity.arithmetic]
     chosen = proven[0] if proven else Arithmetic.F32
-    unproven = None if best_first[0] is chosen else best_first[0]
-    return library if chosen is Arithmetic.BF16_OWN_ATTENTION else None, chosen, unproven
+    return possible[chosen], chosen, None if best_first[0] is chosen else best_first[0]
+
+
+def set_attention(model: ov.Model, kernel: Variant, floats: str) -> None:
+    """Makes the graph's attention run in a variant of our kernel, with conversions to bf16 around it or without."""
+    for node in model.get_ordered_ops():
+        if node.get_type_name() == OPERATION:
+            node.set_attribute("variant", kernel.name)
+            if floats == "f32":
+                for index in range(3):
+                    node.input(index).replace_source_output(node.input_value(index).get_node().input_value(0))
+    model.validate_nodes_and_infer_types()
 
 
 @contextmanager

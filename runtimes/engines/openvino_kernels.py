@@ -1,7 +1,8 @@
 """The project's own attention kernel for OpenVINO: `kernels/`, compiled when the package is installed.
 
-It needs Linux on x86-64 with AMX, and the very version of OpenVINO that it was compiled against, whose C++ interface it
-uses. Anywhere else OpenVINO's own attention runs, from the same artifact. An export needs the library, but no AMX.
+It runs on Linux on x86-64, in the best of the variants that the processor has, and needs the very version of OpenVINO
+that it was compiled against, whose C++ interface it uses. Anywhere else OpenVINO's own attention runs, from the same
+artifact.
 """
 
 import ctypes
@@ -10,44 +11,78 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from ettin.runtimes.machine import has_amx_bf16
+from ettin.runtimes.machine import is_allowed, isa_limit
 
 LIBRARY = "ettin.runtimes.engines.openvino_kernels_library"
-RAGGED_NAME = "openvino_ragged.xml"  # the graph that uses the kernels, beside the one that does not
-HEAD_DIM = 64  # the only head dimension that the kernels know; all released sizes have it
-SWITCH = "ETTIN_OPENVINO_KERNELS"  # "off": the kernels are not used
+RAGGED_NAME = "openvino_ragged.xml"  # the graph that uses the kernel, beside the one that does not
+OPERATION = "RaggedAttention"  # in that graph
+HEAD_DIMS = (32, 64)  # of the heads that the kernel knows; all released sizes have 64
+SWITCH = "ETTIN_OPENVINO_KERNELS"  # "off": the kernel is not used; "f32", "bf16" or "int8": only with these products
+
+
+class Variant(NamedTuple):
+    """One way to compute attention."""
+
+    name: str  # in the library
+    products: str  # precision of its products
+    floats: tuple[str, ...]  # precisions of queries, keys, values and results
+    isa: str  # oneDNN's name of the instruction set
+
+
+# The best of each kind of products first.
+_VARIANTS = (
+    Variant("bf16_amx", "bf16", ("bf16",), "AVX512_CORE_AMX"),
+    Variant("bf16_avx512", "bf16", ("bf16",), "AVX512_CORE_BF16"),
+    Variant("int8_avx512", "int8", ("f32", "bf16"), "AVX512_CORE_VNNI"),
+    Variant("int8_avx2", "int8", ("f32",), "AVX2_VNNI"),
+    Variant("f32_avx512", "f32", ("f32",), "AVX512_CORE"),
+    Variant("f32_avx2", "f32", ("f32",), "AVX2"),
+)
 
 
 class Problem(NamedTuple):
-    """Why the kernels can't be used, and whether installing the package again would help."""
+    """Why the kernel can't be used, and whether installing the package again would help."""
 
     why: str
     install_again: bool = False
 
 
-def kernels() -> Path | None:
-    """The library, for `ov.Core.add_extension`; None where it can't run (`problem` says why)."""
-    return None if problem() else compiled()
+def variant(products: str, floats: str) -> Variant | None:
+    """The best variant for these products and floats that can run here; None: there is none."""
+    return next((each for each in runnable() if each.products == products and floats in each.floats), None)
+
+
+def runnable() -> list[Variant]:
+    """The variants that can run here, the best of each kind of products first."""
+    switch = os.environ.get(SWITCH, "")
+    library = compiled()
+    if library is None or switch == "off":
+        return []
+    can_run = ctypes.CDLL(str(library)).ettin_can_run
+    can_run.restype = ctypes.c_bool
+    return [
+        each
+        for each in _VARIANTS
+        if switch in ("", each.products) and is_allowed(each.isa) and can_run(each.name.encode())
+    ]
 
 
 def compiled() -> Path | None:
-    """The library, to export graphs with; None: not compiled, or for another OpenVINO."""
+    """The library, for `ov.Core.add_extension`; None: not compiled, or for another OpenVINO."""
     library = _compiled()
     return None if isinstance(library, Problem) else library
 
 
 def problem() -> Problem | None:
-    """Why the kernels can't be used here; None: they can."""
+    """Why the kernel can't be used here; None: it can."""
     if os.environ.get(SWITCH) == "off":
         return Problem(f"switched off by {SWITCH}")
-    if not has_amx_bf16():
-        return Problem("no AMX, or switched off by ONEDNN_MAX_CPU_ISA")
     library = _compiled()
     if isinstance(library, Problem):
         return library
-    can_run = ctypes.CDLL(str(library)).ettin_has_amx_bf16
-    can_run.restype = ctypes.c_bool
-    return None if can_run() else Problem("the system does not let this process use AMX")
+    if runnable():
+        return None
+    return Problem(f"switched off by ONEDNN_MAX_CPU_ISA={isa_limit()}" if isa_limit() else "the processor has no AVX2")
 
 
 def _library() -> Path | None:

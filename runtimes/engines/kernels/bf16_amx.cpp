@@ -1,46 +1,19 @@
+// bf16 on AMX. Products are summed, and the softmax is computed, in float32; queries, keys and weights are rounded to
+// bf16.
 #include "ragged_attention.hpp"
 
 #include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
 
 namespace ettin {
 
-RopeTable::RopeTable(float theta, int rows) : rows(rows), cos(rows * kHeadDim / 2), sin(rows * kHeadDim / 2) {
-    for (int at = 0; at < kHeadDim / 2; ++at) {
-        // Angles in float32, as transformers computes them: at position 7998 their rounding shows.
-        const float inverse_frequency = 1.0f / std::pow(theta, float(2 * at) / float(kHeadDim));
-        for (int position = 0; position < rows; ++position) {
-            const float angle = float(position) * inverse_frequency;
-            cos[position * kHeadDim / 2 + at] = std::cos(angle);
-            sin[position * kHeadDim / 2 + at] = std::sin(angle);
-        }
-    }
-}
-
-bool has_amx_bf16() {
-    static const bool has = [] {
-        // GCC 12 does not know the AMX features by name: CPUID leaf 7, EDX bits 22 (bf16) and 24 (tiles).
-        unsigned a = 7, b = 0, c = 0, d = 0;
-        __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
-        const bool amx = (d >> 22 & 1) && (d >> 24 & 1);
-        const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                            __builtin_cpu_supports("avx512bf16");
-        // Linux gives tiles to a process that asks: ARCH_REQ_XCOMP_PERM (0x1023) for XTILEDATA (18).
-        return amx && avx512 && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
-    }();
-    return has;
-}
-
-// From here on, so that nothing that runs before `has_amx_bf16` is asked is compiled for it.
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16")
 
 namespace {
 
+constexpr int kHeadDim = 64;  // two tiles of 32 bf16
 constexpr int kQueries = 32;  // of a block: two tiles
 constexpr int kStep = 64;     // keys that are scored at a time: with the next, all scores stay in the first-level cache
 constexpr int kKeys = 256;    // keys whose values are mixed at a time
@@ -294,7 +267,7 @@ inline void soften_row(Scratch::Block& block, const float* scores, int row, int 
 
 }  // namespace
 
-void attend(const RaggedAttention& task, int64_t begin, int64_t end, int64_t out_row, int head) {
+void attend_bf16_amx(const RaggedAttention& task, int64_t begin, int64_t end, int64_t out_row, int head) {
     const int length = int(end - begin), queries = task.first_only ? 1 : length;
     const bool is_local = task.window >= 0;
     const size_t stride = size_t(task.heads) * kHeadDim, column = size_t(head) * kHeadDim;
@@ -303,8 +276,10 @@ void attend(const RaggedAttention& task, int64_t begin, int64_t end, int64_t out
     const int packed = whole_tiles(visible);
     const Scratch scratch(packed);
     Scratch::Block& block = *scratch.block;
-    pack_keys(*task.rope, task.k + begin * stride + column, stride, visible, packed, scratch.keys);
-    pack_values(task.v + begin * stride + column, stride, visible, packed, scratch.values);
+    const auto *q = static_cast<const uint16_t*>(task.q), *k = static_cast<const uint16_t*>(task.k);
+    const auto* v = static_cast<const uint16_t*>(task.v);
+    pack_keys(*task.rope, k + begin * stride + column, stride, visible, packed, scratch.keys);
+    pack_values(v + begin * stride + column, stride, visible, packed, scratch.values);
 
     const TileConfig config;
     _tile_loadconfig(&config);
@@ -313,7 +288,7 @@ void attend(const RaggedAttention& task, int64_t begin, int64_t end, int64_t out
         const int rows = std::min(kQueries, queries - first);
         for (int row = 0; row < kQueries; ++row) {
             __m512i halves[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
-            const uint16_t* query = task.q + (out_row + first + row) * stride + column;
+            const uint16_t* query = q + (out_row + first + row) * stride + column;
             if (row < rows) rotated(query, *task.rope, first + row, kLog2E, halves);
             for (int half = 0; half < 2; ++half) _mm512_storeu_si512(&block.queries[row][kHalf * half], halves[half]);
         }
@@ -342,7 +317,7 @@ void attend(const RaggedAttention& task, int64_t begin, int64_t end, int64_t out
             }
         }
         for (int row = 0; row < rows; ++row) {
-            uint16_t* out = task.out + (out_row + first + row) * stride + column;
+            uint16_t* out = static_cast<uint16_t*>(task.out) + (out_row + first + row) * stride + column;
             const float sum = _mm512_reduce_add_ps(_mm512_loadu_ps(block.sums[row]));
             const __m512 share = _mm512_set1_ps(1.0f / sum);
             for (int at = 0; at < kHeadDim; at += 32) {

@@ -6,23 +6,27 @@
 #include <openvino/core/op_extension.hpp>
 #include <openvino/core/parallel.hpp>
 #include <openvino/op/op.hpp>
+#include <string>
+#include <utility>
 
 #include "ragged_attention.hpp"
 
 namespace {
 
 // Tables are shared by all layers of a θ and grow with the longest sequence seen.
-std::shared_ptr<const ettin::RopeTable> rope_table(float theta, int rows) {
+std::shared_ptr<const ettin::RopeTable> rope_table(float theta, int head_dim, int rows) {
     static std::mutex guard;
-    static std::map<float, std::shared_ptr<const ettin::RopeTable>> tables;
+    static std::map<std::pair<float, int>, std::shared_ptr<const ettin::RopeTable>> tables;
     const std::lock_guard<std::mutex> lock(guard);
-    auto& table = tables[theta];
-    if (!table || table->rows < rows) table = std::make_shared<ettin::RopeTable>(theta, (rows + 511) / 512 * 512);
+    auto& table = tables[{theta, head_dim}];
+    if (!table || table->rows < rows)
+        table = std::make_shared<ettin::RopeTable>(theta, head_dim, (rows + 511) / 512 * 512);
     return table;
 }
 
-// Inputs: queries, keys, values, bf16 [1, tokens, heads · 64]; cu_seqlens [pairs + 1], where each sequence begins and
-// the last ends. Tokens after that belong to none: their result is 0. Queries are [1, pairs, …] with `first_only`.
+// Inputs: queries, keys, values, float32 or bf16 [1, tokens, heads · head_dim]; cu_seqlens [pairs + 1], where each
+// sequence begins and the last ends. Tokens after that belong to none: their result is 0. Queries are [1, pairs, …]
+// with `first_only`. `variant` names how it is computed: the runtime chooses for its processor.
 class RaggedAttention : public ov::op::Op {
 public:
     OPENVINO_OP("RaggedAttention", "ettin");
@@ -41,6 +45,7 @@ public:
         clone->m_window = m_window;
         clone->m_theta = m_theta;
         clone->m_first_only = m_first_only;
+        clone->m_variant = m_variant;
         clone->constructor_validate_and_infer_types();
         return clone;
     }
@@ -50,34 +55,39 @@ public:
         visitor.on_attribute("window", m_window);
         visitor.on_attribute("theta", m_theta);
         visitor.on_attribute("first_only", m_first_only);
+        visitor.on_attribute("variant", m_variant);
         return true;
     }
 
     bool has_evaluate() const override { return true; }
 
     bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
-        OPENVINO_ASSERT(ettin::has_amx_bf16(), "RaggedAttention needs a processor with AMX");
+        const ettin::Variant* variant = ettin::variant_named(m_variant.c_str());
+        OPENVINO_ASSERT(variant && variant->can_run(), "RaggedAttention: '", m_variant, "' can't run here");
+        const auto type = inputs[0].get_element_type();
         for (int at = 0; at < 3; ++at)
-            OPENVINO_ASSERT(inputs[at].get_element_type() == ov::element::bf16, "RaggedAttention takes bf16, not ",
-                            inputs[at].get_element_type());
+            OPENVINO_ASSERT(inputs[at].get_element_type() == type, "RaggedAttention takes one element type");
         outputs[0].set_shape(inputs[0].get_shape());
         const auto bounds = values_of(inputs[3]);
         const size_t pairs = bounds.size() - 1;
         int64_t longest = 1;
         for (size_t pair = 0; pair < pairs; ++pair) longest = std::max(longest, bounds[pair + 1] - bounds[pair]);
-        const auto rope = rope_table(m_theta, int(longest));
-        const auto data = [&](int at) { return static_cast<const uint16_t*>(inputs[at].data()); };
-        auto* out = static_cast<uint16_t*>(outputs[0].data());
+        const int head_dim = int(inputs[0].get_shape().back() / m_heads);
+        const auto rope = rope_table(m_theta, head_dim, int(longest));
         const ettin::RaggedAttention task{
-            data(0), data(1), data(2), out, rope.get(), int(m_heads), int(m_window), m_first_only};
+            inputs[0].data(), inputs[1].data(), inputs[2].data(), outputs[0].data(), type == ov::element::bf16,
+            rope.get(), int(m_heads), head_dim, int(m_window), m_first_only};
+        OPENVINO_ASSERT((task.is_bf16 || type == ov::element::f32) && variant->takes(task), "RaggedAttention: '",
+                        m_variant, "' does not take ", type, " in heads of ", head_dim);
         ov::parallel_for(pairs * m_heads, [&](size_t at) {
             const size_t pair = at / m_heads;
             if (bounds[pair + 1] > bounds[pair])
-                ettin::attend(task, bounds[pair], bounds[pair + 1], m_first_only ? pair : bounds[pair], at % m_heads);
+                variant->attend(task, bounds[pair], bounds[pair + 1], m_first_only ? pair : bounds[pair], at % m_heads);
         });
         if (!m_first_only) {
-            const size_t row = m_heads * ettin::kHeadDim;
-            std::fill(out + bounds.back() * row, out + outputs[0].get_size(), uint16_t(0));
+            const size_t row_bytes = inputs[0].get_shape().back() * type.size();
+            auto* out = static_cast<uint8_t*>(outputs[0].data());
+            std::fill(out + bounds.back() * row_bytes, out + outputs[0].get_byte_size(), uint8_t(0));
         }
         return true;
     }
@@ -93,11 +103,9 @@ private:
     int64_t m_heads = 1, m_window = -1;
     float m_theta = 0;
     bool m_first_only = false;
+    std::string m_variant = "bf16_amx";
 };
 
 }  // namespace
 
 OPENVINO_CREATE_EXTENSIONS(std::vector<ov::Extension::Ptr>({std::make_shared<ov::OpExtension<RaggedAttention>>()}));
-
-// For Python, which decides at load whether the graph with this operation is used.
-extern "C" __attribute__((visibility("default"))) bool ettin_has_amx_bf16() { return ettin::has_amx_bf16(); }

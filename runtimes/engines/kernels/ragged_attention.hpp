@@ -1,5 +1,6 @@
-// Attention over sequences laid end to end, in bf16 on AMX: softmax(rope(q) · rope(k)ᵀ) · v for each sequence and
-// head. Products are summed, and the softmax is computed, in float32; queries, keys and weights are rounded to bf16.
+// Attention over sequences laid end to end: softmax(rope(q) · rope(k)ᵀ) · v for each sequence and head, without padding
+// and without masks. One algorithm (`vector_attention.hpp`) is compiled for several instruction sets and kinds of
+// products, and AMX has its own (`bf16_amx.cpp`). Nothing here depends on an inference engine.
 #pragma once
 
 #include <cstddef>
@@ -8,28 +9,40 @@
 
 namespace ettin {
 
-constexpr int kHeadDim = 64;  // of all ModernBERT shapes; two tiles of 32 bf16
-
-// cos and sin of the angles of `rows` positions, float32 [rows, kHeadDim / 2].
+// cos and sin of the angles of `rows` positions, float32 [rows, head_dim / 2].
 struct RopeTable {
-    RopeTable(float theta, int rows);
+    RopeTable(float theta, int head_dim, int rows);
     int rows;
     std::vector<float> cos, sin;
 };
 
 struct RaggedAttention {
-    const uint16_t *q, *k, *v;  // bf16, a row of heads · kHeadDim for each token; q carries the softmax scale
-    uint16_t* out;              // bf16, shaped as q
-    const RopeTable* rope;      // reaches the longest sequence
-    int heads;
+    const void *q, *k, *v;  // a row of heads · head_dim for each token; q carries the softmax scale
+    void* out;              // shaped as q
+    bool is_bf16;           // whether all four are bf16; else float32
+    const RopeTable* rope;  // reaches the longest sequence
+    int heads, head_dim;
     int window;       // each token sees this many to both sides; below 0: all of its sequence
     bool first_only;  // q and out have one row for each sequence, its first token
 };
 
-// Whether the processor has what the kernel is compiled for, and the kernel lets this process use its tiles.
-bool has_amx_bf16();
+// One way to compute it.
+struct Variant {
+    const char* name;  // the precision of its products and the instruction set
+    bool (*can_run)(); // whether this processor has the instructions, and the system lets this process use them
+    bool (*takes)(const RaggedAttention& task);  // whether it knows the elements and the size of a head
+    // One head of the sequence of tokens begin … end − 1, at least one. `out_row`: its first row of q and out. Any thread.
+    void (*attend)(const RaggedAttention& task, int64_t begin, int64_t end, int64_t out_row, int head);
+};
 
-// One head of the sequence of tokens begin … end − 1. `out_row`: its first row of q and out. Any thread.
-void attend(const RaggedAttention& task, int64_t begin, int64_t end, int64_t out_row, int head);
+// The variant of that name; nullptr: there is none.
+const Variant* variant_named(const char* name);
+
+void attend_f32_avx2(const RaggedAttention& task, int64_t begin, int64_t end, int64_t out_row, int head);
+void attend_f32_avx512(const RaggedAttention& task, int64_t begin, int64_t end, int64_t out_row, int head);
+void attend_int8_avx2(const RaggedAttention& task, int64_t begin, int64_t end, int64_t out_row, int head);
+void attend_int8_avx512(const RaggedAttention& task, int64_t begin, int64_t end, int64_t out_row, int head);
+void attend_bf16_avx512(const RaggedAttention& task, int64_t begin, int64_t end, int64_t out_row, int head);
+void attend_bf16_amx(const RaggedAttention& task, int64_t begin, int64_t end, int64_t out_row, int head);
 
 }  // namespace ettin

@@ -1,0 +1,122 @@
+"""Our attention kernel in every variant that this processor can run, against the formula in float64."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import kernel_cases
+import numpy as np
+import pytest
+from kernel_cases import HEADS, VARIANTS, Case, Kernel, from_bf16, inputs, to_bf16
+
+from ettin.runtimes import engines
+from ettin.runtimes.engines.openvino_kernels import compiled
+
+SOURCES = Path(engines.__file__).parent / "kernels"
+
+
+@pytest.fixture(scope="module")
+def kernel() -> Kernel:
+    library = compiled()
+    if library is None:
+        pytest.skip("the attention kernel was not compiled")
+    return Kernel(library)
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request: pytest.FixtureRequest, kernel: Kernel) -> str:
+    if not kernel.can_run(request.param):
+        pytest.skip(f"this processor can't run {request.param}")
+    return str(request.param)
+
+
+def arrays(variant: str, *values: np.ndarray) -> list[np.ndarray]:
+    return [to_bf16(x) if variant.startswith("bf16") else np.ascontiguousarray(x, np.float32) for x in values]
+
+
+def test_equals_the_formula(kernel: Kernel, variant: str) -> None:
+    assert kernel_cases.check(kernel, variant) >= 16
+
+
+def test_long_sequences(kernel: Kernel, variant: str) -> None:
+    """The rounding of positions shows, and a row's largest score may come after thousands of keys."""
+    case = Case(64, -1, lengths=(3000,))
+    mean, _ = kernel_cases.errors(kernel, variant, case, 0.5, as_bf16=variant.startswith("bf16"))
+    assert mean <= 2 * kernel_cases.TOLERANCES[variant.partition("_")[0]][0]
+
+
+def test_equal_keys_give_the_mean(kernel: Kernel, variant: str) -> None:
+    """All scores of the unrotated part are equal where keys are 0."""
+    case = Case(64, -1, lengths=(77,))
+    q, k, v = inputs(case, 1.0)
+    found = kernel.attend(variant, case, *arrays(variant, q, np.zeros_like(k), v))
+    np.testing.assert_allclose(found, np.broadcast_to(v.mean(0), found.shape), atol=2e-2)
+
+
+def test_huge_scores_choose_one_value(kernel: Kernel, variant: str) -> None:
+    case = Case(64, 0, lengths=(40,))
+    q, k, v = inputs(case, 1e4)
+    np.testing.assert_allclose(kernel.attend(variant, case, *arrays(variant, q, k, v)), v, atol=3e-2)
+
+
+def test_nothing_to_tell_apart(kernel: Kernel, variant: str) -> None:
+    """Queries, keys and values of 0: no scale is 0, and no hidden key counts."""
+    case = Case(64, 5, lengths=(33, 1))
+    nothing = np.zeros((34, HEADS * 64), np.float32)
+    assert not kernel.attend(variant, case, *arrays(variant, nothing, nothing, nothing)).any()
+    found = kernel.attend(variant, case, *arrays(variant, nothing, nothing, nothing + 3))
+    np.testing.assert_allclose(found, 3, atol=1e-2)
+
+
+@pytest.mark.parametrize("which", ["q", "k", "v"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_nan_and_infinity_are_not_hidden(kernel: Kernel, variant: str, which: str, value: float) -> None:
+    case = Case(64, -1, lengths=(4, 70, 5))
+    values = dict(zip("qkv", inputs(case, 0.5), strict=True))
+    values[which][40, 3] = value
+    found = kernel.attend(variant, case, *arrays(variant, *values.values()))
+    assert not np.isfinite(found[40, :64]).all() and np.isfinite(found[:4]).all() and np.isfinite(found[74:]).all()
+
+
+def test_empty_sequences_are_skipped(kernel: Kernel, variant: str) -> None:
+    with_empty, without = Case(64, -1, lengths=(5, 0, 9)), Case(64, -1, lengths=(5, 9))
+    values = arrays(variant, *inputs(without, 1.0))
+    assert np.array_equal(kernel.attend(variant, with_empty, *values), kernel.attend(variant, without, *values))
+
+
+def test_what_it_does_not_take_is_refused(kernel: Kernel, variant: str) -> None:
+    case = Case(16, -1, lengths=(5,))
+    with pytest.raises(AssertionError, match="does not take"):
+        kernel.attend(variant, case, *arrays(variant, *inputs(case, 1.0)))
+
+
+def test_bf16_is_rounded_to_nearest() -> None:
+    assert from_bf16(to_bf16(np.array([1.00390625, 1.01171875, np.pi], np.float32))).tolist() == [
+        1.0,
+        1.015625,
+        3.140625,
+    ]
+
+
+def test_under_sanitizers(tmp_path: Path) -> None:
+    """Compiled so that a wrong address or an undefined operation ends the process."""
+    compiler = shutil.which("g++")
+    if compiler is None or sys.platform != "linux":
+        pytest.skip("g++ is not there")
+    flags = ["-std=c++17", "-O0", "-w", "-fPIC", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    sources = [path for path in sorted(SOURCES.glob("*.cpp")) if path.name != "openvino_extension.cpp"]
+    running = [  # about 10 s
+        subprocess.Popen([compiler, *flags, "-DETTIN_EVEX", "-c", source, "-o", tmp_path / f"{source.stem}.o"])
+        for source in sources
+    ]
+    assert [process.wait() for process in running] == [0] * len(sources)
+    library = tmp_path / "kernels.so"
+    subprocess.run([compiler, *flags, "-shared", *tmp_path.glob("*.o"), "-o", library], check=True)
+    runtime = subprocess.check_output([compiler, "-print-file-name=libasan.so"], text=True).strip()
+    environment = {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0", "PATH": ""}
+    done = subprocess.run(
+        [sys.executable, kernel_cases.__file__, library], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("\n") == len(VARIANTS)

@@ -1,0 +1,173 @@
+"""Our attention kernel, called without an inference engine, against the formula in float64.
+
+    python parity_tests/tools/kernel_cases.py LIBRARY
+
+checks every variant that can run here with a few lengths and prints how many cases that were. The test of the
+sanitizers does so with a library that they are compiled into. Only NumPy is needed.
+"""
+
+import ctypes
+import itertools
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+HEADS, THETA = 2, 160000.0
+LENGTHS = (1, 3, 17, 31, 32, 33, 64, 65, 130, 193, 257, 300, 700)
+FEW_LENGTHS = (1, 3, 33, 65, 200)
+VARIANTS = ("f32_avx2", "f32_avx512", "int8_avx2", "int8_avx512", "bf16_avx512", "bf16_amx")
+# Mean and largest error that may be left when the rounding of queries, keys and values is in the formula, too: float32
+# sums in another order, or weights of 8 bits. The largest is where the softmax is sharp and a rounding falls otherwise.
+TOLERANCES = {"f32": (5e-6, 1e-3), "bf16": (2e-3, 0.2), "int8": (2e-3, 0.3)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What attention computes."""
+
+    head_dim: int
+    window: int
+    first_only: bool = False
+    lengths: tuple[int, ...] = LENGTHS
+
+    @property
+    def bounds(self) -> NDArray[np.int64]:
+        """Where each sequence begins and the last ends."""
+        return np.cumsum([0, *self.lengths]).astype(np.int64)
+
+
+class Kernel:
+    """The functions of the library."""
+
+    def __init__(self, library: Path) -> None:
+        self._library = ctypes.CDLL(str(library))
+        self._library.ettin_can_run.restype = self._library.ettin_attend.restype = ctypes.c_bool
+
+    def can_run(self, variant: str) -> bool:
+        return bool(self._library.ettin_can_run(variant.encode()))
+
+    def attend(
+        self, variant: str, case: Case, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any]
+    ) -> NDArray[np.float32]:
+        """Arrays are float32, or bf16 as uint16. The result is float32."""
+        assert q.dtype == k.dtype == v.dtype and q.dtype in (np.float32, np.uint16)
+        out = np.full_like(q, 9)
+        bounds = case.bounds
+        pointers = [ctypes.c_void_p(array.ctypes.data) for array in (q, k, v, out, bounds)]
+        done = self._library.ettin_attend(
+            variant.encode(), ctypes.c_bool(q.dtype == np.uint16), *pointers, ctypes.c_int64(len(bounds) - 1), HEADS,
+            case.head_dim, case.window, ctypes.c_float(THETA), ctypes.c_bool(case.first_only),
+        )  # fmt: skip
+        assert done, f"{variant} does not take {case}"
+        return out if q.dtype == np.float32 else from_bf16(out)
+
+
+def to_bf16(x: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """Rounded to nearest, ties to even."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def from_bf16(x: NDArray[np.uint16]) -> NDArray[np.float32]:
+    return (x.astype(np.uint32) << 16).view(np.float32)
+
+
+def inputs(case: Case, size: float, seed: int = 0) -> list[NDArray[np.float32]]:
+    """Queries, whose size decides how sharp the softmax is, keys with a common part, and values; all fit into bf16."""
+    random = np.random.default_rng(seed)
+    shape = (sum(case.lengths), HEADS * case.head_dim)
+    q, k, v = (random.standard_normal(shape, np.float32) for _ in "qkv")
+    common = random.standard_normal(shape[1:], np.float32)
+    return [from_bf16(to_bf16(x)) for x in (q * size, k + common, v + common)]
+
+
+def expected(case: Case, products: str, q: Any, k: Any, v: Any) -> Floats:
+    """softmax(rope(q) · rope(k)ᵀ) · v in float64, of queries, keys and values as the products round them."""
+    outs = []
+    for begin, end in itertools.pairwise(case.bounds.tolist()):
+        heads = [x[begin:end].reshape(end - begin, HEADS, case.head_dim).swapaxes(0, 1) for x in (q, k, v)]
+        if case.first_only and case.window >= 0:
+            heads = [x[:, : case.window + 1] for x in heads]
+        q_rows, k_rows, values = _rounded(products, *(_rotated(x) for x in heads[:2]), heads[2].astype(np.float64))
+        scores = q_rows @ k_rows.swapaxes(1, 2)
+        position = np.arange(scores.shape[1])
+        if case.window >= 0:
+            scores[:, abs(position[:, None] - position) > case.window] = -np.inf
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        mixed = (weights / weights.sum(-1, keepdims=True)) @ values
+        outs.append(mixed.swapaxes(0, 1).reshape(len(position), -1)[: 1 if case.first_only else None])
+    return np.concatenate(outs)
+
+
+def _rotated(x: Any) -> Floats:
+    half = x.shape[-1] // 2
+    frequencies = (1 / np.float32(THETA) ** (np.arange(half, dtype=np.float32) / np.float32(half))).astype(np.float32)
+    angles = (np.arange(x.shape[1], dtype=np.float32)[:, None] * frequencies).astype(np.float64)
+    left, right = x[..., :half].astype(np.float64), x[..., half:].astype(np.float64)
+    return np.concatenate(
+        [left * np.cos(angles) - right * np.sin(angles), right * np.cos(angles) + left * np.sin(angles)], -1
+    )
+
+
+def _rounded(products: str, q: Floats, k: Floats, v: Floats) -> tuple[Floats, Floats, Floats]:
+    if products == "bf16":
+        log2e = np.log2(np.e)  # queries are rounded in powers of 2
+        turned = (from_bf16(to_bf16(x.astype(np.float32))).astype(np.float64) for x in (q * log2e, k))
+        return next(turned) / log2e, next(turned), v
+    if products == "int8":
+        k = k - (k.max(1, keepdims=True) + k.min(1, keepdims=True)) / 2
+        centre, half = (v.max(1, keepdims=True) + v.min(1, keepdims=True)) / 2, np.ptp(v, axis=1, keepdims=True) / 2
+        return _to_int8(q), _to_int8(k), centre + _to_int8(v - centre, half)
+    return q, k, v
+
+
+def _to_int8(x: Floats, largest: Floats | None = None) -> Floats:
+    step = np.maximum(abs(x).max(-1, keepdims=True) if largest is None else largest, 1e-20) / 127
+    return np.round(x / step) * step
+
+
+def errors(kernel: Kernel, variant: str, case: Case, size: float, as_bf16: bool) -> tuple[float, float]:
+    """Mean and largest error of a variant."""
+    q, k, v = inputs(case, size)
+    wanted = expected(case, variant.partition("_")[0], q, k, v)
+    if case.first_only:
+        q = q[case.bounds[:-1]]
+    arrays = [to_bf16(x) for x in (q, k, v)] if as_bf16 else [q, k, v]
+    error = abs(kernel.attend(variant, case, *arrays) - wanted)
+    return float(error.mean()), float(error.max())
+
+
+def grid(variant: str, lengths: tuple[int, ...]) -> list[tuple[Case, float, bool]]:
+    """All cases, sizes and elements that a variant is checked with."""
+    elements = {"f32": [False], "bf16": [True], "int8": [False, True] if variant.endswith("avx512") else [False]}
+    head_dims = (64,) if variant == "bf16_amx" else (64, 32)
+    cases = [
+        Case(head_dim, window, first_only, lengths)
+        for head_dim in head_dims
+        for window in (-1, 0, 5, 64)
+        for first_only in (False, True)
+    ]
+    return list(itertools.product(cases, (0.125, 5.0), elements[variant.partition("_")[0]]))
+
+
+def check(kernel: Kernel, variant: str, lengths: tuple[int, ...] = LENGTHS) -> int:
+    """Checks a variant; returns the number of cases."""
+    of_mean, of_largest = TOLERANCES[variant.partition("_")[0]]
+    cases = grid(variant, lengths)
+    for case, size, as_bf16 in cases:
+        mean, largest = errors(kernel, variant, case, size, as_bf16)
+        assert mean <= of_mean and largest <= of_largest, f"{variant}, {case}, size {size}: {mean:.1e}, {largest:.1e}"
+    return len(cases)
+
+
+if __name__ == "__main__":
+    loaded = Kernel(Path(sys.argv[1]))
+    for name in VARIANTS:
+        sys.stdout.write(
+            f"{name}: {check(loaded, name, FEW_LENGTHS) if loaded.can_run(name) else 'can not run here'}\n"
+        )

@@ -1,0 +1,44 @@
+#include "ragged_attention.hpp"
+#include <algorithm>
+#include <cmath>
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")
+#include "vector512.hpp"
+#include "vector_attention.hpp"
+
+namespace ettin {
+namespace {
+// Queries, keys, values and weights are rounded to bf16; sums are float32.
+struct Bf16Products {
+    using Floats = Vector512::Floats;
+    using Words = Vector512::Words;
+    using Sums = Floats;
+    static constexpr bool kIsFloating = true, kIsExact = false;
+    static constexpr int kGroup = 2;
+    static constexpr float kLogRange = 0.0f;
+
+    static Sums zero() { return Vector512::all(0.0f); }
+    static Sums start(const int32_t*) { return zero(); }
+    static Floats floats(Sums x) { return x; }
+    static Sums step(Sums sums, Words left, Words right) {
+        return _mm512_dpbf16_ps(sums, reinterpret_cast<__m512bh>(left), reinterpret_cast<__m512bh>(right));
+    }
+    template <int kDim, bool kIsKey> static float encode(const Floats* row, uint32_t* words) {
+        for (int at = 0; at < kDim / 32; ++at)
+            Vector512::store_words(words + at * 16, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(row[2 * at + 1], row[2 * at])));
+        return 1.0f;
+    }
+    // Values come as bf16, so nothing is rounded.
+    static Words joined(const Floats group[2]) {
+        const Words low = Vector512::right<16>(Vector512::as_words(group[0]));
+        return Vector512::either(low, Vector512::both(Vector512::as_words(group[1]), Vector512::all_words(0xffff0000)));
+    }
+    static Floats store_weights(Floats x, uint8_t* to) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
+        return x;
+    }
+};
+}  // namespace
+void attend_bf16_avx512(const RaggedAttention& task, int64_t begin, int64_t end, int64_t out_row, int head) {
+    attend<Vector512, Bf16Products, uint16_t>(task, begin, end, out_row, head);
+}
+}  // namespace ettin

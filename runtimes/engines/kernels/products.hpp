@@ -1,0 +1,87 @@
+// The products of `vector_attention.hpp` in float32 and int8. Included after `vector256.hpp` or `vector512.hpp`.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace ettin {
+namespace {
+
+template <class Vector> struct F32Products {
+    using Floats = typename Vector::Floats;
+    using Words = typename Vector::Words;
+    using Sums = Floats;
+    static constexpr bool kIsFloating = true, kIsExact = true;
+    static constexpr int kGroup = 1;
+    static constexpr float kLogRange = 0.0f;
+
+    static Sums zero() { return Vector::all(0.0f); }
+    static Sums start(const int32_t*) { return zero(); }
+    static Floats floats(Sums x) { return x; }
+    static Sums step(Sums sums, Words left, Words right) {
+        return Vector::multiply_add(Vector::as_floats(left), Vector::as_floats(right), sums);
+    }
+    template <int kDim, bool kIsKey> static float encode(const Floats* row, uint32_t* words) {
+        for (int at = 0; at < kDim; at += Vector::kLanes)
+            Vector::store_words(words + at, Vector::as_words(row[at / Vector::kLanes]));
+        return 1.0f;
+    }
+    static Words joined(const Floats group[1]) { return Vector::as_words(group[0]); }
+    static Floats store_weights(Floats x, uint8_t* to) {
+        Vector::store_words(to, Vector::as_words(x));
+        return x;
+    }
+};
+
+// `Vector` must also have `dot(sums, unsigned bytes, signed bytes)`: four products are added to each sum.
+//
+// Queries and keys are rounded with a scale for each row, values with one for each dimension of a sequence; weights are
+// 0 … 255, relative to the largest of their chunk. Queries are unsigned: 128 is added, and what that adds to a score is
+// where its sum begins.
+template <class Vector> struct Int8Products {
+    using Floats = typename Vector::Floats;
+    using Words = typename Vector::Words;
+    using Sums = Words;
+    static constexpr bool kIsFloating = false, kIsExact = false;
+    static constexpr int kGroup = 4;
+    static constexpr float kLogRange = 7.99435344f;  // log2(255)
+
+    static Sums zero() { return Vector::all_words(0); }
+    static Sums start(const int32_t* sums) { return Vector::load_words(sums); }
+    static Floats floats(Sums x) { return Vector::to_floats(x); }
+    static Sums step(Sums sums, Words left, Words right) { return Vector::dot(sums, left, right); }
+    static Words negative(Sums x) { return Vector::add_words(Vector::differing(x, Vector::all_words(~0u)), Vector::all_words(1)); }
+
+    // Returns the scale: NaN if the row has NaN or infinity, and never so small that a hidden score would count.
+    template <int kDim, bool kIsKey> static float encode(const Floats* row, uint32_t* words) {
+        constexpr int kVectors = kDim / Vector::kLanes;
+        Floats largest = Vector::magnitude(row[0]), nothing = Vector::multiply(row[0], Vector::all(0.0f));
+        for (int at = 1; at < kVectors; ++at) {
+            largest = Vector::larger(largest, Vector::magnitude(row[at]));
+            nothing = Vector::multiply_add(row[at], Vector::all(0.0f), nothing);
+        }
+        const float size = Vector::largest(largest);
+        const Floats by = Vector::all(127.0f / (size > 1e-30f ? size : 1e-30f));
+        const Words flip = Vector::all_words(kIsKey ? 0 : 0x80);
+        auto* bytes = reinterpret_cast<uint8_t*>(words);
+        for (int at = 0; at < kVectors; ++at)
+            Vector::store_bytes(bytes + at * Vector::kLanes,
+                                Vector::differing(Vector::to_words(Vector::multiply(row[at], by)), flip));
+        return (size > 1e-20f ? size : 1e-20f) * (1.0f / 127.0f) + Vector::sum(nothing);
+    }
+    static Words joined(const Floats group[4]) {
+        Words bytes[4];
+        for (int at = 0; at < 4; ++at) bytes[at] = Vector::both(Vector::to_words(group[at]), Vector::all_words(0xff));
+        return Vector::either(Vector::either(bytes[0], Vector::template left<8>(bytes[1])),
+                              Vector::either(Vector::template left<16>(bytes[2]), Vector::template left<24>(bytes[3])));
+    }
+    // Returns the weights as they were rounded, so that they are shares of their own sum.
+    static Floats store_weights(Floats x, uint8_t* to) {
+        const Floats whole = Vector::rounded(x);
+        Vector::store_bytes(to, Vector::to_words(whole));
+        return whole;
+    }
+};
+
+}  // namespace
+}  // namespace ettin

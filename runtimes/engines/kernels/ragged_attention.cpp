@@ -1,0 +1,107 @@
+#include "ragged_attention.hpp"
+
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+namespace ettin {
+
+RopeTable::RopeTable(float theta, int head_dim, int rows)
+    : rows(rows), cos(size_t(rows) * head_dim / 2), sin(size_t(rows) * head_dim / 2) {
+    const int half = head_dim / 2;
+    for (int at = 0; at < half; ++at) {
+        // Angles in float32, as transformers computes them: at position 7998 their rounding shows.
+        const float inverse_frequency = 1.0f / std::pow(theta, float(2 * at) / float(head_dim));
+        for (int position = 0; position < rows; ++position) {
+            const float angle = float(position) * inverse_frequency;
+            cos[size_t(position) * half + at] = std::cos(angle);
+            sin[size_t(position) * half + at] = std::sin(angle);
+        }
+    }
+}
+
+namespace {
+
+// A bit of EAX or EDX of leaf 7 of CPUID: GCC 12 does not know all features by name.
+bool leaf7(unsigned part, int bit, bool of_edx) {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    __get_cpuid_count(7, part, &a, &b, &c, &d);
+    return (of_edx ? d : a) >> bit & 1;
+}
+
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+
+bool has_avx512() {
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+
+bool has_avx512_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
+
+bool has_avx2_vnni() {
+#ifdef ETTIN_EVEX  // see int8_avx2.cpp
+    return has_avx512_vnni();
+#else
+    return has_avx2() && leaf7(1, 4, false);
+#endif
+}
+
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+
+bool has_amx_bf16() {
+    // Bits 22 (bf16) and 24 (tiles). Linux gives tiles to a process that asks: ARCH_REQ_XCOMP_PERM (0x1023) for
+    // XTILEDATA (18).
+    static const bool has =
+        has_avx512_bf16() && leaf7(0, 22, true) && leaf7(0, 24, true) && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+    return has;
+}
+
+bool has_known_heads(const RaggedAttention& task) { return task.head_dim == 32 || task.head_dim == 64; }
+bool takes_f32(const RaggedAttention& task) { return has_known_heads(task) && !task.is_bf16; }
+bool takes_bf16(const RaggedAttention& task) { return has_known_heads(task) && task.is_bf16; }
+bool takes_bf16_of_64(const RaggedAttention& task) { return task.head_dim == 64 && task.is_bf16; }
+
+constexpr Variant kVariants[] = {
+    {"f32_avx2", has_avx2, takes_f32, attend_f32_avx2},
+    {"f32_avx512", has_avx512, takes_f32, attend_f32_avx512},
+    {"int8_avx2", has_avx2_vnni, takes_f32, attend_int8_avx2},
+    {"int8_avx512", has_avx512_vnni, has_known_heads, attend_int8_avx512},
+    {"bf16_avx512", has_avx512_bf16, takes_bf16, attend_bf16_avx512},
+    {"bf16_amx", has_amx_bf16, takes_bf16_of_64, attend_bf16_amx},
+};
+
+}  // namespace
+
+const Variant* variant_named(const char* name) {
+    for (const Variant& variant : kVariants)
+        if (!std::strcmp(variant.name, name)) return &variant;
+    return nullptr;
+}
+
+}  // namespace ettin
+
+extern "C" __attribute__((visibility("default"))) bool ettin_can_run(const char* name) {
+    const ettin::Variant* variant = ettin::variant_named(name);
+    return variant && variant->can_run();
+}
+
+// For tests and measurements. `bounds` [pairs + 1]: where each sequence begins and the last ends. False: the variant
+// can't run here, or does not take this.
+extern "C" __attribute__((visibility("default"))) bool ettin_attend(
+    const char* name, bool is_bf16, const void* q, const void* k, const void* v, void* out, const int64_t* bounds,
+    int64_t pairs, int heads, int head_dim, int window, float theta, bool first_only) {
+    const ettin::Variant* variant = ettin::variant_named(name);
+    int64_t longest = 1;
+    for (int64_t pair = 0; pair < pairs; ++pair) longest = std::max(longest, bounds[pair + 1] - bounds[pair]);
+    const ettin::RopeTable rope(theta, head_dim, int(longest));
+    const ettin::RaggedAttention task{q, k, v, out, is_bf16, &rope, heads, head_dim, window, first_only};
+    if (!variant || !variant->can_run() || !variant->takes(task)) return false;
+    for (int64_t pair = 0; pair < pairs; ++pair)
+        for (int head = 0; head < heads && bounds[pair + 1] > bounds[pair]; ++head)
+            variant->attend(task, bounds[pair], bounds[pair + 1], first_only ? pair : bounds[pair], head);
+    return true;
+}

@@ -1,0 +1,417 @@
+// Attention over sequences laid end to end, for any vector width and any kind of products. Included after the pragma
+// that switches instructions on, and after `vector256.hpp` or `vector512.hpp`.
+//
+// A block of queries meets its keys a chunk at a time. Scores of a chunk become weights relative to the chunk's largest
+// score, and what the chunk adds up to is scaled when it joins the block's result. So weights of 8 bits have the full
+// range in each chunk, and no score is too large.
+//
+// `Products` multiplies groups of kGroup elements that fill 32 bits: one word of the first factor, repeated, with a
+// vector of words of the second.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "ragged_attention.hpp"
+
+namespace ettin {
+namespace {
+
+// f(0) … f(kCount − 1), each number a constant: GCC keeps an array in registers only if it never sees a variable index.
+template <class Function, int... kNumbers>
+[[gnu::always_inline]] inline void repeat(Function&& f, std::integer_sequence<int, kNumbers...>) {
+    (f(std::integral_constant<int, kNumbers>()), ...);
+}
+template <int kCount, class Function> [[gnu::always_inline]] inline void repeat(Function&& f) {
+    repeat(f, std::make_integer_sequence<int, kCount>());
+}
+
+constexpr float kHidden = -1e30f;
+constexpr float kLog2E = 1.44269504f;  // into the queries, so that exponentials are powers of 2
+
+// 2^x; x is at most 0 or a little more. `kTerms` of a polynomial whose relative error is least over −½ … ½:
+// 3 give 8e-5, 5 give 2e-7.
+template <class Vector, int kTerms> typename Vector::Floats exp2(typename Vector::Floats x) {
+    static_assert(kTerms == 3 || kTerms == 5);
+    constexpr float kThree[] = {0.05517164f, 0.24261112f, 0.69326099f, 0.99992807f};
+    constexpr float kFive[] = {0.00132764701f, 0.00967554189f, 0.0555071346f, 0.240221202f, 0.693146944f, 1.00000012f};
+    const auto whole = Vector::rounded(x);
+    const auto rest = Vector::subtract(x, whole);
+    const float* factors = kTerms == 3 ? kThree : kFive;
+    auto sum = Vector::all(factors[0]);
+    for (int term = 1; term <= kTerms; ++term) sum = Vector::multiply_add(sum, rest, Vector::all(factors[term]));
+    return Vector::scaled(sum, whole);
+}
+
+template <class Vector, class Products, class Element, int kDim> class Attention {
+    using Floats = typename Vector::Floats;
+    using Words = typename Vector::Words;
+    using Sums = typename Products::Sums;
+
+    static constexpr int kLanes = Vector::kLanes, kGroup = Products::kGroup;
+    static constexpr int kRowVectors = kDim / kLanes, kRowWords = kDim / kGroup;
+    static constexpr int kQueries = 24;  // of a block: a multiple of both products' rows
+    static constexpr int kPadded = (kQueries + kLanes - 1) / kLanes * kLanes;
+    static constexpr int kKeys = 32;     // keys are handled this many at a time
+    static constexpr int kChunk = 192;   // keys of a chunk, at most
+    static constexpr int kScoreRows = Vector::kScoreRows, kScoreVectors = Vector::kScoreVectors;
+    static constexpr int kMixRows = Vector::kMixRows;
+    static constexpr int kMixVectors = std::min(Vector::kMixVectors, kRowVectors);
+    static constexpr int kTerms = Products::kIsExact ? 5 : 3;
+    static constexpr int kWeightWords = kChunk / kGroup + 16;  // of a row; an odd number of cache lines
+
+    struct alignas(64) Block {
+        uint32_t queries[kQueries][kRowWords];
+        float query_scales[kQueries];
+        float scores[kQueries][kChunk + 16];
+        uint32_t weights[kQueries][kWeightWords];
+        float mixed[kQueries][kDim + 16];
+        // Of each row: its largest score and its sum of weights, until now and in this chunk; and what scales both.
+        float largest[kPadded], sums[kPadded], chunk_largest[kPadded], chunk_sums[kPadded];
+        float keep[kPadded], take[kPadded];
+        uint32_t staged[kKeys][kRowWords];
+        float value_scales[kDim], value_centres[kDim], key_centres[kDim];
+    };
+
+    const RaggedAttention& task_;
+    const RopeTable& rope_;
+    size_t stride_, column_;
+    int length_, visible_, padded_;
+    Block* block_;
+    // Keys [keys / 32][words of a row][32 keys], values [keys / kGroup][kDim], and of each key its scale and the sum
+    // that its products begin with.
+    uint32_t *keys_, *values_;
+    float* key_scales_;
+    int32_t* key_sums_;
+
+    template <class T> static T* taken(uint8_t*& from, size_t count) {
+        T* result = reinterpret_cast<T*>(from);
+        from += (count * sizeof(T) + 63) / 64 * 64;
+        return result;
+    }
+
+    static int whole(int keys) { return (keys + kKeys - 1) / kKeys * kKeys; }
+
+    void allocate() {
+        thread_local std::vector<uint8_t> memory;
+        const size_t words = size_t(padded_) * kRowWords, keys = size_t(padded_);
+        const size_t needed = sizeof(Block) + 2 * 4 * words + 8 * keys + 6 * 64;
+        if (memory.size() < needed) memory.resize(needed);
+        auto* at = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
+        block_ = taken<Block>(at, 1);
+        keys_ = taken<uint32_t>(at, words);
+        values_ = taken<uint32_t>(at, words);
+        key_scales_ = taken<float>(at, keys);
+        key_sums_ = taken<int32_t>(at, keys);
+    }
+
+    const Element* row_of(const void* tensor, int64_t row) const {
+        return static_cast<const Element*>(tensor) + size_t(row) * stride_ + column_;
+    }
+
+    // A row of one head, rotated for its position and multiplied.
+    void rotate(const Element* row, int position, float factor, Floats turned[kRowVectors]) const {
+        constexpr int kHalf = kDim / 2;
+        const float *cos = &rope_.cos[size_t(position) * kHalf], *sin = &rope_.sin[size_t(position) * kHalf];
+        for (int at = 0; at < kHalf; at += kLanes) {
+            const Floats by = Vector::all(factor);
+            const Floats c = Vector::multiply(by, Vector::load(cos + at)), s = Vector::multiply(by, Vector::load(sin + at));
+            const Floats x = Vector::load(row + at), y = Vector::load(row + kHalf + at);
+            turned[at / kLanes] = Vector::subtract_product(Vector::multiply(x, c), y, s);
+            turned[(at + kHalf) / kLanes] = Vector::multiply_add(x, s, Vector::multiply(y, c));
+        }
+    }
+
+    // The middle between least and largest of each dimension, over `length` rows, and half of what lies between. A
+    // dimension with NaN has the scale NaN.
+    template <class Row> static void range_of(int length, Row row, float centres[kDim], float* halves) {
+        Floats low[kRowVectors], high[kRowVectors], nothing[kRowVectors];
+        row(0, low);
+        for (int at = 0; at < kRowVectors; ++at) {
+            high[at] = low[at];
+            nothing[at] = Vector::multiply(low[at], Vector::all(0.0f));
+        }
+        for (int index = 1; index < length; ++index) {
+            Floats x[kRowVectors];
+            row(index, x);
+            for (int at = 0; at < kRowVectors; ++at) {
+                low[at] = Vector::smaller(low[at], x[at]);
+                high[at] = Vector::larger(high[at], x[at]);
+                nothing[at] = Vector::multiply_add(x[at], Vector::all(0.0f), nothing[at]);
+            }
+        }
+        for (int at = 0; at < kRowVectors; ++at) {
+            const Floats half = Vector::all(0.5f);
+            const Floats sum = Vector::add(high[at], low[at]), apart = Vector::subtract(high[at], low[at]);
+            Vector::store(centres + at * kLanes, Vector::multiply(half, sum));
+            if (halves) Vector::store(halves + at * kLanes, Vector::multiply_add(half, apart, nothing[at]));
+        }
+    }
+
+    void pack_keys(int64_t begin) {
+        const auto row = [&](int key, Floats* turned) { rotate(row_of(task_.k, begin + key), key, 1.0f, turned); };
+        // The same vector taken from all keys adds the same to all scores of a query, which the softmax ignores.
+        if constexpr (!Products::kIsFloating) range_of(visible_, row, block_->key_centres, nullptr);
+        for (int first = 0; first < padded_; first += kKeys) {
+            for (int key = first; key < first + kKeys; ++key) {
+                Floats turned[kRowVectors];
+                if (key < visible_) {
+                    row(key, turned);
+                    if constexpr (!Products::kIsFloating)
+                        for (int at = 0; at < kRowVectors; ++at)
+                            turned[at] = Vector::subtract(turned[at], Vector::load(block_->key_centres + at * kLanes));
+                } else {
+                    for (auto& part : turned) part = Vector::all(0.0f);
+                }
+                key_scales_[key] = Products::template encode<kDim, true>(turned, block_->staged[key - first]);
+            }
+            uint32_t* words = keys_ + size_t(first) * kRowWords;
+            for (int key = 0; key < kKeys; key += kLanes)
+                for (int word = 0; word < kRowWords; word += kLanes) {
+                    Words tile[kLanes];
+                    for (int at = 0; at < kLanes; ++at) tile[at] = Vector::load_words(&block_->staged[key + at][word]);
+                    Vector::transpose(tile);
+                    for (int at = 0; at < kLanes; ++at)
+                        Vector::store_words(words + size_t(word + at) * kKeys + key, tile[at]);
+                }
+            if constexpr (!Products::kIsFloating)
+                for (int key = 0; key < kKeys; key += kLanes) {
+                    Words sum = Vector::all_words(0);
+                    for (int word = 0; word < kRowWords; ++word)
+                        sum = Products::step(sum, Vector::all_words(0x80808080), Vector::load_words(words + size_t(word) * kKeys + key));
+                    Vector::store_words(key_sums_ + first + key, Products::negative(sum));
+                }
+        }
+    }
+
+    void pack_values(int64_t begin) {
+        const auto row = [&](int key, Floats* x) {
+            const Element* values = row_of(task_.v, begin + key);
+            for (int at = 0; at < kRowVectors; ++at) x[at] = Vector::load(values + at * kLanes);
+        };
+        Floats centres[kRowVectors], shares[kRowVectors];
+        if constexpr (!Products::kIsFloating) {
+            range_of(visible_, row, block_->value_centres, block_->value_scales);
+            for (int at = 0; at < kRowVectors; ++at) {
+                const Floats half = Vector::load(block_->value_scales + at * kLanes);
+                centres[at] = Vector::load(block_->value_centres + at * kLanes);
+                // Never infinite: of equal values nothing is left that a share could multiply.
+                shares[at] = Vector::divide(Vector::all(127.0f), Vector::larger(Vector::all(1e-30f), half));
+                Vector::store(block_->value_scales + at * kLanes, Vector::multiply(half, Vector::all(1.0f / 127.0f)));
+            }
+        }
+        for (int key = 0; key < padded_; key += kGroup) {
+            Floats x[kGroup][kRowVectors];
+            for (int at = 0; at < kGroup; ++at)
+                if (key + at < visible_) {
+                    row(key + at, x[at]);
+                    if constexpr (!Products::kIsFloating)
+                        for (int part = 0; part < kRowVectors; ++part)
+                            x[at][part] = Vector::multiply(Vector::subtract(x[at][part], centres[part]), shares[part]);
+                } else {
+                    for (auto& part : x[at]) part = Vector::all(0.0f);
+                }
+            uint32_t* words = values_ + size_t(key / kGroup) * kDim;
+            for (int part = 0; part < kRowVectors; ++part) {
+                Floats group[kGroup];
+                for (int at = 0; at < kGroup; ++at) group[at] = x[at][part];
+                Vector::store_words(words + part * kLanes, Products::joined(group));
+            }
+        }
+    }
+
+    void pack_queries(int64_t row, int position, int rows) {
+        for (int at = 0; at < kQueries; ++at) {
+            Floats turned[kRowVectors];
+            if (at < rows)
+                rotate(row_of(task_.q, row + at), position + at, Products::kIsFloating ? kLog2E : 1.0f, turned);
+            else
+                for (auto& part : turned) part = Vector::all(0.0f);
+            block_->query_scales[at] = kLog2E * Products::template encode<kDim, false>(turned, block_->queries[at]);
+        }
+    }
+
+    // kRows × kVectors of a product, of `groups` groups: `rows` and `columns` are its factors.
+    template <int kRows, int kVectors> struct Tile {
+        Sums sums[kRows * kVectors];
+
+        [[gnu::always_inline]] void multiply(const uint32_t* rows, size_t row_words, const uint32_t* columns,
+                                             size_t column_words, int groups) {
+            Sums local[kRows * kVectors];
+            repeat<kRows * kVectors>([&](auto n) __attribute__((always_inline)) { local[n] = sums[n]; });
+            for (int group = 0; group < groups; ++group) {
+                Words right[kVectors];
+                repeat<kVectors>([&](auto n) __attribute__((always_inline)) {
+                    right[n] = Vector::load_words(columns + size_t(group) * column_words + n * kLanes);
+                });
+                repeat<kRows>([&](auto row) __attribute__((always_inline)) {
+                    const Words left = Vector::all_words(rows[row * row_words + group]);
+                    repeat<kVectors>([&](auto n) __attribute__((always_inline)) {
+                        Sums& sum = local[row * kVectors + n];
+                        sum = Products::step(sum, left, right[n]);
+                        asm("" : "+v"(sum));  // without it, GCC 12 copies every sum, and keeps most of them in memory
+                    });
+                });
+            }
+            repeat<kRows * kVectors>([&](auto n) __attribute__((always_inline)) { sums[n] = local[n]; });
+        }
+    };
+
+    void score(int from, int count, int rows) {
+        for (int key = 0; key < count; key += kLanes * kScoreVectors) {
+            const int index = from + key;
+            const uint32_t* columns = keys_ + size_t(index / kKeys) * kKeys * kRowWords + index % kKeys;
+            for (int row = 0; row < rows; row += kScoreRows) {
+                Tile<kScoreRows, kScoreVectors> tile;
+                repeat<kScoreRows * kScoreVectors>([&](auto n) __attribute__((always_inline)) {
+                    tile.sums[n] = Products::start(key_sums_ + index + n % kScoreVectors * kLanes);
+                });
+                tile.multiply(block_->queries[row], kRowWords, columns, kKeys, kRowWords);
+                repeat<kScoreRows * kScoreVectors>([&](auto n) __attribute__((always_inline)) {
+                    constexpr int kRow = n / kScoreVectors, kAt = n % kScoreVectors * kLanes;
+                    Floats scores = Products::floats(tile.sums[n]);
+                    if constexpr (!Products::kIsFloating)
+                        scores = Vector::multiply(scores, Vector::load(key_scales_ + index + kAt));
+                    Vector::store(&block_->scores[row + kRow][key + kAt], scores);
+                });
+            }
+        }
+    }
+
+    // Hides the scores of a row outside of from … to − 1.
+    static void mask(float* scores, int count, int from, int to) {
+        for (int at = 0; at < count; at += kLanes)
+            if (at < from || at + kLanes > to)
+                Vector::store(scores + at, Vector::within(Vector::load(scores + at), Vector::all(kHidden), at, from, to));
+    }
+
+    // Scores of a row become weights.
+    void soften(int row, int count) {
+        const float* scores = block_->scores[row];
+        Floats highest[2] = {Vector::load(scores), Vector::load(scores + kLanes)};
+        for (int at = 2 * kLanes; at < count; at += 2 * kLanes)
+            for (int part = 0; part < 2; ++part)
+                highest[part] = Vector::larger(highest[part], Vector::load(scores + at + part * kLanes));
+        const float largest = Vector::largest(Vector::larger(highest[0], highest[1]));
+        const Floats reference = Vector::all(largest), scale = Vector::all(block_->query_scales[row]);
+        Floats sums[2] = {Vector::all(0.0f), Vector::all(0.0f)};
+        auto* weights = reinterpret_cast<uint8_t*>(block_->weights[row]);
+        for (int at = 0; at < count; at += 2 * kLanes)
+            for (int part = 0; part < 2; ++part) {
+                const int key = at + part * kLanes;
+                Floats below = Vector::subtract(Vector::load(scores + key), reference);
+                if constexpr (!Products::kIsFloating)
+                    below = Vector::multiply_add(below, scale, Vector::all(Products::kLogRange));
+                const Floats x = exp2<Vector, kTerms>(below);
+                sums[part] = Vector::add(sums[part], Products::store_weights(x, weights + key * 4 / kGroup));
+            }
+        block_->chunk_largest[row] = Products::kIsFloating ? largest : largest * block_->query_scales[row];
+        block_->chunk_sums[row] = Vector::sum(Vector::add(sums[0], sums[1]));
+    }
+
+    // How much of the result until now is kept, and how much of the chunk is taken.
+    void rescale() {
+        for (int at = 0; at < kQueries; at += kLanes) {
+            const Floats before = Vector::load(block_->largest + at), now = Vector::load(block_->chunk_largest + at);
+            const Floats largest = Vector::larger(before, now);
+            const Floats keep = exp2<Vector, 5>(Vector::subtract(before, largest));
+            const Floats take = exp2<Vector, 5>(Vector::subtract(now, largest));
+            Vector::store(block_->largest + at, largest);
+            Vector::store(block_->keep + at, keep);
+            Vector::store(block_->take + at, take);
+            const Floats kept = Vector::multiply(keep, Vector::load(block_->sums + at));
+            Vector::store(block_->sums + at, Vector::multiply_add(take, Vector::load(block_->chunk_sums + at), kept));
+        }
+    }
+
+    void mix(int from, int count, int rows) {
+        for (int row = 0; row < rows; row += kMixRows)
+            for (int part = 0; part < kRowVectors; part += kMixVectors) {
+                Tile<kMixRows, kMixVectors> tile;
+                repeat<kMixRows * kMixVectors>([&](auto n) __attribute__((always_inline)) { tile.sums[n] = Products::zero(); });
+                const uint32_t* columns = values_ + size_t(from / kGroup) * kDim + part * kLanes;
+                tile.multiply(block_->weights[row], kWeightWords, columns, kDim, count / kGroup);
+                repeat<kMixRows * kMixVectors>([&](auto n) __attribute__((always_inline)) {
+                    const int of = row + n / kMixVectors;
+                    float* mixed = &block_->mixed[of][(part + n % kMixVectors) * kLanes];
+                    const Floats kept = Vector::multiply(Vector::all(block_->keep[of]), Vector::load(mixed));
+                    Vector::store(mixed, Vector::multiply_add(Vector::all(block_->take[of]), Products::floats(tile.sums[n]), kept));
+                });
+            }
+    }
+
+    void write(int64_t first_row, int rows) const {
+        for (int row = 0; row < rows; ++row) {
+            auto* out = static_cast<Element*>(task_.out) + size_t(first_row + row) * stride_ + column_;
+            const Floats share = Vector::all(1.0f / block_->sums[row]);
+            for (int at = 0; at < kDim; at += kLanes) {
+                Floats mixed = Vector::multiply(share, Vector::load(&block_->mixed[row][at]));
+                if constexpr (!Products::kIsFloating)
+                    mixed = Vector::multiply_add(mixed, Vector::load(block_->value_scales + at),
+                                                 Vector::load(block_->value_centres + at));
+                Vector::store(out + at, mixed);
+            }
+        }
+    }
+
+public:
+    Attention(const RaggedAttention& task, int64_t begin, int64_t end, int head)
+        : task_(task), rope_(*task.rope), stride_(size_t(task.heads) * kDim), column_(size_t(head) * kDim),
+          length_(int(end - begin)),
+          // The first token of a local layer sees the first tokens alone.
+          visible_(task.first_only && task.window >= 0 ? std::min(length_, task.window + 1) : length_),
+          padded_(whole(visible_)) {
+        allocate();
+        pack_keys(begin);
+        pack_values(begin);
+    }
+
+    void run(int64_t out_row) {
+        const int queries = task_.first_only ? 1 : length_;
+        const bool is_local = task_.window >= 0;
+        for (int first = 0; first < queries; first += kQueries) {
+            const int rows = std::min(kQueries, queries - first);
+            const int score_rows = (rows + kScoreRows - 1) / kScoreRows * kScoreRows;
+            const int mix_rows = (rows + kMixRows - 1) / kMixRows * kMixRows;
+            pack_queries(out_row + first, first, rows);
+            std::fill_n(block_->largest, kPadded, kHidden);
+            std::fill_n(block_->chunk_largest, kPadded, kHidden);
+            std::fill_n(block_->sums, kPadded, 0.0f);
+            std::fill_n(block_->chunk_sums, kPadded, 1.0f);
+            std::fill_n(&block_->mixed[0][0], sizeof block_->mixed / sizeof(float), 0.0f);
+            const int from = is_local ? std::max(0, first - task_.window) / kKeys * kKeys : 0;
+            const int to = whole(is_local ? std::min(visible_, first + rows + task_.window) : visible_);
+            const int chunks = (to - from + kChunk - 1) / kChunk;
+            const int step = whole((to - from + chunks - 1) / chunks);
+            for (int key = from; key < to; key += step) {
+                const int count = std::min(step, to - key);
+                score(key, count, score_rows);
+                for (int row = 0; row < rows; ++row) {
+                    const int low = is_local ? first + row - task_.window - key : 0;
+                    const int high = (is_local ? std::min(length_, first + row + task_.window + 1) : length_) - key;
+                    if (low > 0 || high < count) mask(block_->scores[row], count, low, high);
+                    soften(row, count);
+                }
+                rescale();
+                mix(key, count, mix_rows);
+            }
+            write(out_row + first, rows);
+        }
+    }
+};
+
+template <class Vector, class Products, class Element>
+void attend(const RaggedAttention& task, int64_t begin, int64_t end, int64_t out_row, int head) {
+    if (task.head_dim == 64)
+        Attention<Vector, Products, Element, 64>(task, begin, end, head).run(out_row);
+    else
+        Attention<Vector, Products, Element, 32>(task, begin, end, head).run(out_row);
+}
+
+}  // namespace
+}  // namespace ettin
