@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -8,6 +10,7 @@ import pytest
 from filelock import FileLock, Timeout
 from support import TINY, VARIANTS, shared_path
 
+from ettin.export.cli import main
 from ettin.export.options import Job, Options
 from ettin.export.pipeline import Export
 from ettin.export.reference import load_gold
@@ -20,6 +23,24 @@ from ettin.runtimes.verify import Verification
 @pytest.fixture
 def shared() -> Callable[[str], Path]:
     return shared_path
+
+
+@pytest.fixture
+def export_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs `ettin-export` in `tmp_path`, in this process: starting another takes seconds."""
+
+    def export(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        words = ["ettin-export", *map(str, arguments)]
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit) as ended:
+            main()
+        written = capsys.readouterr()
+        return subprocess.CompletedProcess(words, int(ended.value.code or 0), written.out, written.err)
+
+    return export
 
 
 @pytest.fixture(scope="session")
