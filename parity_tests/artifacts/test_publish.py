@@ -479,7 +479,7 @@ def ettin_export(folder: Path) -> "subprocess.Popen[str]":
         "--precision",
         "fp32",
         "--max-length",
-        "64",
+        "256",
     ]
     return subprocess.Popen(
         command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -500,19 +500,26 @@ def test_an_export_that_is_ended_while_it_verifies(tmp_path: Path, number: int, 
         wait_until(lambda: verifying(process.pid) != [])
         (verifier,) = verifying(process.pid)
         assert list(tmp_path.glob("*/.onnx-fp32.partial-*/new/manifest.json")) != []
+        os.kill(verifier, signal.SIGSTOP)  # or it would soon end by itself
         process.send_signal(number)
         output, errors = process.communicate(timeout=60)
     assert (process.returncode, output) == (code, "") and "Traceback" not in errors, errors
     if line:
         assert errors.splitlines()[-1] == line and names(tmp_path) == []
     if sys.platform == "linux":  # there the kernel ends it
-        wait_until(lambda: not psutil.pid_exists(verifier))
+        try:
+            wait_until(lambda: not psutil.pid_exists(verifier), timeout_s=30)
+        finally:
+            with suppress(ProcessLookupError):
+                os.kill(verifier, signal.SIGKILL)
 
 
 def verifying(parent: int) -> list[int]:
+    """Processes that verify and have loaded the engine."""
     found = []
     for child in psutil.Process(parent).children():
         with suppress(psutil.Error):  # it has ended meanwhile
-            if "ettin.runtimes.verify" in child.cmdline():
+            is_verifier = "ettin.runtimes.verify" in child.cmdline()
+            if is_verifier and any("onnxruntime" in each.path for each in child.memory_maps()):
                 found.append(child.pid)
     return found
