@@ -115,7 +115,7 @@ def test_scifact_ndcg_is_the_references(
     """The main job on real input: an artifact reranks SciFact as PyTorch does."""
     monkeypatch.setattr(pipeline, "proof_pairs", lambda extra, ranking: natural_pairs()[:64])  # SciFact is the proof
     checkpoint = read_checkpoint(shared("checkpoints/17m-lexical"))
-    assert Export(checkpoint, Options(max_length=256)).run(Job("openvino", "fp32", tmp_path / "artifact"))
+    assert Export(checkpoint, Options(max_length=512)).run(Job("openvino", "fp32", tmp_path / "artifact"))
     data = read_beir(shared("retrieval/scifact"))
     candidates = bm25_candidates(data, 100, queries)
     assert len(candidates) == queries and all(len(keys) == 100 for keys in candidates.values())
@@ -123,7 +123,7 @@ def test_scifact_ndcg_is_the_references(
     with load(tmp_path / "artifact") as runtime:
         ours = task.rerank(runtime.predict)
     gold = load_gold(checkpoint)
-    gold.max_seq_length = 256
+    gold.max_seq_length = 512
     identity = torch.nn.Identity()
     reference = task.rerank(lambda pairs: gold.predict([list(pair) for pair in pairs], activation_fn=identity))
     assert abs(ours.means["ndcg10"] - reference.means["ndcg10"]) <= 0.001
