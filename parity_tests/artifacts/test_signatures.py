@@ -237,11 +237,12 @@ def test_what_verification_changes_must_be_signed_again(artifact: Path, key: Pat
     load(artifact, trusted_key=trusted(key)).close()
 
 
-def test_an_export_is_signed(key: Path, tmp_path: Path) -> None:
-    done = run("ettin-export", "--size", "demo", "--target", "onnx", "--precision", "fp32", "--sign", key, cwd=tmp_path)
+def test_an_export_is_signed(key: Path, tmp_path: Path, export_here: Callable[..., Any]) -> None:
+    options = ("--target", "onnx", "--precision", "fp32", "--max-length", "64")
+    done = export_here("--size", "demo", *options, "--sign", key)
     assert done.returncode == 0, done.stderr
     load(tmp_path / done.stdout.strip(), trusted_key=trusted(key)).close()
-    bad = run("ettin-export", "--size", "demo", "--sign", "missing.pem", "--output", "out", cwd=tmp_path)
+    bad = export_here("--size", "demo", "--sign", "missing.pem", "--output", "out")
     assert bad.returncode == 1 and "the key can't be read" in bad.stderr and "score" not in bad.stderr
 
 

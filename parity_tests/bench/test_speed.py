@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from support import run
 
 from ettin.artifacts.errors import EttinError, UsageError
+from ettin.bench import peaks
 from ettin.bench.cli import command
 from ettin.bench.contest import Contest, Contestant
 from ettin.bench.report import TABLES
@@ -37,7 +38,10 @@ def test_first_command_of_a_user(demo_artifacts: Artifacts, tmp_path: Path) -> N
     assert row["pairs_per_s"] > 0 and "best" not in row["batch"] and "pairs/s" in done.stdout
 
 
-def test_everybody_at_its_best_batch(demo_artifacts: Artifacts, tmp_path: Path) -> None:
+def test_everybody_at_its_best_batch(
+    demo_artifacts: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peaks, "_CPU_SIZES", (512,))
     done = speed(demo_artifacts["onnx", "fp32"], "--checkpoint", "demo", "--peer", "st-fp32", "--best-batch",
                  "--pairs", 5, "--rounds", 1, "--requests", 2, "--json", tmp_path / "t.json")  # fmt: skip
     assert done.exit_code == 0, done.output

@@ -2,16 +2,17 @@
 
 import json
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support import run
 
-from ettin.export.cli import main
-
 PLANETS = Path(__file__).parents[2] / "examples" / "planets.txt"
+
+
+Export = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def assert_one_line(done: subprocess.CompletedProcess[str], message: str) -> None:
@@ -21,8 +22,8 @@ def assert_one_line(done: subprocess.CompletedProcess[str], message: str) -> Non
     assert "Traceback" not in done.stderr
 
 
-def test_export_rerank_verify(tmp_path: Path) -> None:
-    exported = run("ettin-export", "--size", "demo", "--target", "openvino", "--max-length", "512", cwd=tmp_path)
+def test_export_rerank_verify(tmp_path: Path, export_here: Export) -> None:
+    exported = run("ettin-export", "--size", "demo", "--target", "openvino", "--max-length", "128", cwd=tmp_path)
     assert exported.returncode == 0, exported.stderr
     assert exported.stdout == "ettin-reranker-demo/openvino-int8\n"
     for step in (
@@ -36,10 +37,10 @@ def test_export_rerank_verify(tmp_path: Path) -> None:
         assert step in exported.stderr
     artifact = tmp_path / exported.stdout.strip()
     manifest = json.loads((artifact / "manifest.json").read_text())
-    assert manifest["command"] == "ettin-export --size demo --target openvino --max-length 512"
-    assert manifest["max_length_tokens"] == 512
+    assert manifest["command"] == "ettin-export --size demo --target openvino --max-length 128"
+    assert manifest["max_length_tokens"] == 128
 
-    again = run("ettin-export", "--size", "demo", "--target", "openvino", cwd=tmp_path)
+    again = export_here("--size", "demo", "--target", "openvino")
     assert_one_line(again, "left as it is. Replace it with --force")
 
     verified = run("ettin-verify", artifact, cwd=tmp_path)
@@ -99,10 +100,14 @@ def test_bad_files(demo_artifacts: dict[tuple[str, str], Path], tmp_path: Path) 
     assert run("ettin-rerank", artifact, "--query", "q", cwd=tmp_path, stdin="").returncode == 0
 
 
-OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HOME": "no-such-cache"}
-FROM_THE_HUB = ("the hub can't be reached", "--checkpoint DIR", "no such folder, and not a hub id")
+@pytest.fixture
+def offline(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No hub, and nothing of it in a cache."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
+@pytest.mark.usefixtures("offline")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -125,41 +130,26 @@ FROM_THE_HUB = ("the hub can't be reached", "--checkpoint DIR", "no such folder,
         (["--target", "onnx"], "name one checkpoint"),
     ],
 )
-def test_bad_input_is_one_line(
-    tmp_path: Path, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    """In this process where no variable must be set before imports: starting another takes seconds."""
-    if message in FROM_THE_HUB:
-        done = run("ettin-export", *arguments, cwd=tmp_path, **OFFLINE)
-    else:
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["ettin-export", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        written = capsys.readouterr()
-        done = subprocess.CompletedProcess(sys.argv, int(ended.value.code or 0), written.out, written.err)
-    assert_one_line(done, message)
+def test_bad_input_is_one_line(tmp_path: Path, arguments: list[str], message: str, export_here: Export) -> None:
+    assert_one_line(export_here(*arguments), message)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_bad_verify_pairs(tmp_path: Path) -> None:
+def test_bad_verify_pairs(tmp_path: Path, export_here: Export) -> None:
     (tmp_path / "pairs.jsonl").write_text('{"query": "a", "document": "b"}\n{"query": "a"}\n')
-    done = run("ettin-export", "--size", "demo", "--verify-pairs", "pairs.jsonl", cwd=tmp_path)
+    done = export_here("--size", "demo", "--verify-pairs", "pairs.jsonl")
     assert_one_line(done, "pairs.jsonl, line 2: expected a JSON object with strings 'query' and 'document'")
 
 
-def test_dry_run_writes_nothing(tmp_path: Path) -> None:
-    done = run("ettin-export", "--size", "demo", "--all", "--dry-run", cwd=tmp_path)
+def test_dry_run_writes_nothing(tmp_path: Path, export_here: Export) -> None:
+    done = export_here("--size", "demo", "--all", "--dry-run")
     assert done.returncode == 0 and done.stdout.count("would write") == 8
     assert "to ettin-reranker-demo/onnx-fp16, once its scores are proven" in done.stdout
     assert list(tmp_path.iterdir()) == []
 
 
-def test_random_weights_are_said_loudly(tmp_path: Path) -> None:
-    done = run(
-        "ettin-export", "--size", "17m", "--random-weights", "--max-length", "64", "--target", "onnx", cwd=tmp_path
-    )
+def test_random_weights_are_said_loudly(tmp_path: Path, export_here: Export) -> None:
+    done = export_here("--size", "17m", "--random-weights", "--max-length", "64", "--target", "onnx")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "ettin-reranker-17m-v1-random/onnx-fp32"
     assert "RANDOM WEIGHTS" in done.stderr
@@ -169,7 +159,9 @@ def test_random_weights_are_said_loudly(tmp_path: Path) -> None:
     assert manifest["source"]["weights"] == "random" and manifest["parity"]["quality"] == "not-applicable"
 
 
-def test_failing_export_leaves_the_old_artifact(demo_artifacts: dict[tuple[str, str], Path], tmp_path: Path) -> None:
+def test_failing_export_leaves_the_old_artifact(
+    demo_artifacts: dict[tuple[str, str], Path], tmp_path: Path, export_here: Export
+) -> None:
     """A forced export of a checkpoint that does not even load."""
     import shutil
 
@@ -177,7 +169,7 @@ def test_failing_export_leaves_the_old_artifact(demo_artifacts: dict[tuple[str, 
     shutil.copytree(demo_artifacts["onnx", "fp32"], output)
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
     (tmp_path / "broken").mkdir()
-    done = run("ettin-export", "--checkpoint", "broken", "--output", "artifact", "--force", cwd=tmp_path)
+    done = export_here("--checkpoint", "broken", "--output", "artifact", "--force")
     assert done.returncode == 1
     assert before == {path: path.stat().st_mtime_ns for path in output.rglob("*")}
 

@@ -46,5 +46,5 @@ def test_asked(collection: Path, demo_artifacts: dict[tuple[str, str], Path]) ->
 
 
 def test_on_scifact(shared: Callable[[str], Path], demo_artifacts: dict[tuple[str, str], Path]) -> None:
-    printed = run(shared("retrieval/scifact"), demo_artifacts["openvino", "int8"], "--queries", 5)
+    printed = run(shared("retrieval/scifact"), demo_artifacts["openvino", "int8"], "--queries", 2)
     assert "index 5183 documents" in printed

@@ -189,7 +189,7 @@ def test_the_rule_passes_small_and_fails_large_changes() -> None:
 
 @pytest.fixture(scope="module")
 def proven_export(demo: Checkpoint) -> Export:
-    export = Export(demo, Options(), _proven={OpenVinoWriter, OnnxWriter})
+    export = Export(demo, Options(max_length=128), _proven={OpenVinoWriter, OnnxWriter})
     export.prepare([Job("openvino", "int8", Path("unused"))])
     return export
 

@@ -15,6 +15,7 @@ from ettin.export.source.checkpoint import Checkpoint
 from ettin.export.source.weights import Weights, read_weights
 from ettin.export.targets import onnx_ops, openvino_ops, to_transformers
 from ettin.graph.fold import HEAD_NORM, HEAD_SCORE, inference_weights
+from ettin.runtimes.verify import verify
 
 Mutation = Callable[[pytest.MonkeyPatch], None]
 
@@ -83,9 +84,15 @@ MUTATIONS: dict[str, Mutation] = {
 @pytest.fixture(scope="module")
 def proven_export(demo: Checkpoint) -> Export:
     """The reference has scored; a copy of it (`replace`) reads and rewrites the checkpoint again."""
-    export = Export(demo, Options())
+    export = Export(demo, Options(max_length=256))
     export.prepare([Job("onnx", "fp32", Path("unused"))])
     return export
+
+
+@pytest.fixture(autouse=True)
+def verified_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verified in this process, by the same function: starting another for every mistake takes seconds."""
+    monkeypatch.setattr(pipeline, "verify_in_child", verify)
 
 
 @pytest.mark.parametrize("target", ["onnx", "openvino"])

@@ -31,7 +31,8 @@ def toy_package(tmp_path: Path) -> Path:
 def test_a_target_from_another_package(toy_package: Path, tmp_path: Path) -> None:
     """Export, verification, load and Triton repository, with no line about it in this project."""
     environment = {"PYTHONPATH": str(toy_package)}
-    exported = run("ettin-export", "--size", "demo", "--target", "toy", cwd=tmp_path, **environment)
+    options = ("--target", "toy", "--max-length", "64")
+    exported = run("ettin-export", "--size", "demo", *options, cwd=tmp_path, **environment)
     assert exported.returncode == 0, exported.stderr
     artifact = exported.stdout.strip()
     assert artifact == "ettin-reranker-demo/toy-fp32" and "from a toy file" in exported.stderr

@@ -476,7 +476,7 @@ def test_from_kit_to_verified_artifact(card: Path, demo_artifacts: dict[tuple[st
     assert verification.ok and verification.runtime == "TensorRT 10.14.1.48, sm_90, bf16"
     assert verification.parity.max_abs_error < 1e-4
     record_verified(card, verification)
-    pairs = [("What is the red planet?", "Mars " * count) for count in (1, 5, 200, 40, 2)] * 30
+    pairs = [("What is the red planet?", "Mars " * count) for count in (1, 5, 200, 40, 2)] * 10
     with load(card) as runtime, load(demo_artifacts["onnx", "fp32"]) as other:
         expected = other.predict(pairs)
         for _ in range(3):

@@ -50,7 +50,7 @@ def test_reference_equals_gold(demo_artifacts: dict[tuple[str, str], Path]) -> N
     model = AutoModelForSequenceClassification.from_pretrained(artifact, dtype=torch.float32).eval()
     flash.use_flash(model, watched_varlen)
     WINDOWS.clear()
-    cases = [case for case in read_parity(artifact) if len(case.ids) <= 300]
+    cases = [case for case in read_parity(artifact) if len(case.ids) <= 300][::3]
     assert max(len(case.ids) for case in cases) > 130
     with torch.inference_mode():
         for start in range(0, len(cases), 32):

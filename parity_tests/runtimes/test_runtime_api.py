@@ -56,7 +56,7 @@ def test_rank_equals_cross_encoder(runtime: Runtime, demo_gold: Any) -> None:
 
 def test_many_pairs_keep_their_order(runtime: Runtime, demo_gold: Any) -> None:
     """Over several windows of tokenising and many batches."""
-    pairs = [(pair.query, pair.document) for pair in natural_pairs()][:60]
+    pairs = [(pair.query, pair.document[: 40 + index]) for index, pair in enumerate(natural_pairs()[:60])]
     expected = runtime.predict(pairs)
     generator = np.random.default_rng(0)
     order = generator.integers(0, len(pairs), 2500)
