@@ -121,9 +121,9 @@ def _product_gops(size: int, hint: str, int8: bool, threads: int) -> float:
 def _is_int8(matmul: Any) -> bool:
     """Whether its input is rounded to 8 bits."""
     node = matmul.input_value(0).get_node()
-    while node.get_type_name() in ("Transpose", "Reshape", "StridedSlice", "Slice"):
+    while node.get_type_name() in ("Transpose", "Reshape", "StridedSlice", "Slice", "Multiply", "Convert"):
         node = node.input_value(0).get_node()
-    return bool(node.get_type_name() == "FakeQuantize")
+    return bool(node.get_type_name() == "FakeQuantize" or node.get_output_element_type(0).get_type_name() == "i8")
 
 
 def _kind(entry: Any) -> str:

@@ -79,6 +79,20 @@ def test_nan_and_infinity_are_not_hidden(kernel: Kernel, variant: str, which: st
     assert not np.isfinite(found[40, :64]).all() and np.isfinite(found[:4]).all() and np.isfinite(found[74:]).all()
 
 
+def test_results_are_rounded_to_int8(kernel: Kernel, variant: str) -> None:
+    if variant == "bf16_amx":
+        pytest.skip("it does not round its results")
+    case, step = Case(64, 64, lengths=(40, 7)), 0.01  # so small that some results do not fit
+    values = arrays(variant, *inputs(case, 0.5))
+    floats = kernel.attend(variant, case, *values)
+    wanted = np.clip(np.round(floats / step), -128, 127)
+    assert (wanted == 127).any() and (wanted == -128).any()
+    found = kernel.attend(variant, case, *values, step=step)
+    # Floats in bf16 are rounded once more.
+    assert np.abs(found - wanted).max() <= (1 + np.abs(floats).max() / 256 / step if variant.startswith("bf16") else 1)
+    assert (found == wanted).mean() > (0.6 if variant.startswith("bf16") else 0.99)
+
+
 def test_empty_sequences_are_skipped(kernel: Kernel, variant: str) -> None:
     with_empty, without = Case(64, -1, lengths=(5, 0, 9)), Case(64, -1, lengths=(5, 9))
     values = arrays(variant, *inputs(without, 1.0))

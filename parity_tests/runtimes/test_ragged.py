@@ -15,13 +15,15 @@ from support import rewrite, run
 
 from ettin.artifacts.files import list_files
 from ettin.artifacts.manifest import Arithmetic, Manifest
+from ettin.export.proof_pairs import natural_pairs
 from ettin.export.targets.openvino_ops import OpenVinoOps
 from ettin.export.targets.to_openvino import share_weights
 from ettin.runtimes import load
 from ettin.runtimes.batch import Batch
 from ettin.runtimes.engines import openvino_kernels
-from ettin.runtimes.engines.on_openvino import set_attention
+from ettin.runtimes.engines.on_openvino import OpenVinoRuntime, set_attention
 from ettin.runtimes.engines.openvino_kernels import (
+    OPERATION,
     RAGGED_NAME,
     SWITCH,
     Problem,
@@ -90,6 +92,25 @@ def test_in_a_graph(way: tuple[Variant, str], usable: Path, case: Case) -> None:
     arrays = [to_bf16(x) for x in (q, k, v)] if way[1] == "bf16" else [q, k, v]
     assert np.array_equal(found[: len(q)], Kernel(usable).attend(way[0].name, case, *arrays))
     assert len(found) == len(padded[0]) and not found[len(q) :].any()
+
+
+def test_rounding_moves_into_the_kernel(way: tuple[Variant, str], demo_artifacts: Artifacts) -> None:
+    """In every layer of an int8 artifact; scores stay within what one rounding more or less changes."""
+    kernel, floats = way
+    if kernel.products == "f32":
+        pytest.skip("int8 artifacts have better ways")
+    pairs = [(pair.query, pair.document) for pair in natural_pairs()[:40]]
+    scores = []
+    for rounds in (True, False):
+        with load(demo_artifacts["openvino", "int8"], allow_unverified=True) as runtime:
+            assert isinstance(runtime, OpenVinoRuntime)
+            runtime._kernel, runtime.precision_hint = kernel._replace(rounds=rounds), floats
+            runtime._forms.clear()
+            nodes = [node for node in runtime.model_for(64).get_ops() if node.get_type_name() == OPERATION]
+            steps = [node.get_attributes()["step"] for node in nodes]
+            assert all(step > 0 for step in steps) if rounds and kernel.rounds else not any(steps)
+            scores.append(runtime.predict(pairs, activation_fn="identity"))
+    assert abs(scores[0] - scores[1]).mean() <= 0.02
 
 
 def test_threads_share_a_batch(way: tuple[Variant, str]) -> None:

@@ -52,19 +52,20 @@ class Kernel:
         return bool(self._library.ettin_can_run(variant.encode()))
 
     def attend(
-        self, variant: str, case: Case, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any]
-    ) -> NDArray[np.float32]:
-        """Arrays are float32, or bf16 as uint16. The result is float32."""
+        self, variant: str, case: Case, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], step: float = 0
+    ) -> NDArray[Any]:
+        """Arrays are float32, or bf16 as uint16. The result is float32, or with a step int8."""
         assert q.dtype == k.dtype == v.dtype and q.dtype in (np.float32, np.uint16)
-        out = np.full_like(q, 9)
+        out = np.full_like(q, 9, dtype=np.int8 if step else q.dtype)
         bounds = case.bounds
         pointers = [ctypes.c_void_p(array.ctypes.data) for array in (q, k, v, out, bounds)]
         done = self._library.ettin_attend(
             variant.encode(), ctypes.c_bool(q.dtype == np.uint16), *pointers, ctypes.c_int64(len(bounds) - 1), HEADS,
             case.head_dim, case.window, ctypes.c_float(THETA), ctypes.c_bool(case.first_only),
+            ctypes.c_float(step),
         )  # fmt: skip
         assert done, f"{variant} does not take {case}"
-        return out if q.dtype == np.float32 else from_bf16(out)
+        return from_bf16(out) if out.dtype == np.uint16 else out
 
 
 def to_bf16(x: NDArray[np.float32]) -> NDArray[np.uint16]:

@@ -10,6 +10,7 @@ from queue import SimpleQueue
 import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
+from openvino import opset15 as op
 
 from ettin.artifacts.errors import HardwareError, OutputError
 from ettin.artifacts.files import file_sha256
@@ -219,14 +220,33 @@ def _chosen(manifest: Manifest, allow_unverified: bool) -> tuple[Variant | None,
 
 
 def set_attention(model: ov.Model, kernel: Variant, floats: str) -> None:
-    """Makes the graph's attention run in a variant of our kernel, with conversions to bf16 around it or without."""
+    """Makes the graph's attention run in a variant of our kernel, with conversions to bf16 around it or without.
+
+    Where the result is rounded to int8, the kernel does that.
+    """
     for node in model.get_ordered_ops():
         if node.get_type_name() == OPERATION:
             node.set_attribute("variant", kernel.name)
             if floats == "f32":
                 for index in range(3):
                     node.input(index).replace_source_output(node.input_value(index).get_node().input_value(0))
+            if kernel.rounds:
+                _round_at_source(node)
     model.validate_nodes_and_infer_types()
+
+
+def _round_at_source(node: ov.Node) -> None:
+    """Moves the rounding to int8 of what `node` gives, if all of it is rounded, into the node."""
+    (converted,) = (port.get_node() for port in node.output(0).get_target_inputs())
+    readers = [port.get_node() for port in converted.output(0).get_target_inputs()]
+    if [reader.get_type_name() for reader in readers] != ["FakeQuantize"]:
+        return
+    (rounded,) = readers
+    step = -float(rounded.input_value(1).get_node().data.item()) / 128  # signed, symmetric, 256 levels
+    node.set_attribute("step", step)
+    node.validate_and_infer_types()
+    whole = op.convert(node.output(0), "f32")
+    rounded.output(0).replace(op.multiply(whole, op.constant(np.float32(step))).output(0))
 
 
 @contextmanager

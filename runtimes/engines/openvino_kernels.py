@@ -27,11 +27,12 @@ class Variant(NamedTuple):
     products: str  # precision of its products
     floats: tuple[str, ...]  # precisions of queries, keys, values and results
     isa: str  # oneDNN's name of the instruction set
+    rounds: bool = True  # whether it can round its results to int8
 
 
 # The best of each kind of products first.
 _VARIANTS = (
-    Variant("bf16_amx", "bf16", ("bf16",), "AVX512_CORE_AMX"),
+    Variant("bf16_amx", "bf16", ("bf16",), "AVX512_CORE_AMX", rounds=False),
     Variant("bf16_avx512", "bf16", ("bf16",), "AVX512_CORE_BF16"),
     Variant("int8_avx512", "int8", ("f32", "bf16"), "AVX512_CORE_VNNI"),
     Variant("int8_avx2", "int8", ("f32",), "AVX2_VNNI"),

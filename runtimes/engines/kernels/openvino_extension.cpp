@@ -26,7 +26,8 @@ std::shared_ptr<const ettin::RopeTable> rope_table(float theta, int head_dim, in
 
 // Inputs: queries, keys, values, float32 or bf16 [1, tokens, heads · head_dim]; cu_seqlens [pairs + 1], where each
 // sequence begins and the last ends. Tokens after that belong to none: their result is 0. Queries are [1, pairs, …]
-// with `first_only`. `variant` names how it is computed: the runtime chooses for its processor.
+// with `first_only`. What the runtime chooses for its processor: `variant` names how it is computed, and with a `step`
+// the result is int8.
 class RaggedAttention : public ov::op::Op {
 public:
     OPENVINO_OP("RaggedAttention", "ettin");
@@ -36,7 +37,7 @@ public:
 
     void validate_and_infer_types() override {
         OPENVINO_ASSERT(get_input_size() == 4, "RaggedAttention takes queries, keys, values and cu_seqlens");
-        set_output_type(0, get_input_element_type(0), get_input_partial_shape(0));
+        set_output_type(0, m_step == 0 ? get_input_element_type(0) : ov::element::i8, get_input_partial_shape(0));
     }
 
     std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
@@ -46,6 +47,7 @@ public:
         clone->m_theta = m_theta;
         clone->m_first_only = m_first_only;
         clone->m_variant = m_variant;
+        clone->m_step = m_step;
         clone->constructor_validate_and_infer_types();
         return clone;
     }
@@ -56,6 +58,7 @@ public:
         visitor.on_attribute("theta", m_theta);
         visitor.on_attribute("first_only", m_first_only);
         visitor.on_attribute("variant", m_variant);
+        visitor.on_attribute("step", m_step);
         return true;
     }
 
@@ -75,7 +78,7 @@ public:
         const int head_dim = int(inputs[0].get_shape().back() / m_heads);
         const auto rope = rope_table(m_theta, head_dim, int(longest));
         const ettin::RaggedAttention task{
-            inputs[0].data(), inputs[1].data(), inputs[2].data(), outputs[0].data(), type == ov::element::bf16,
+            inputs[0].data(), inputs[1].data(), inputs[2].data(), outputs[0].data(), type == ov::element::bf16, m_step,
             rope.get(), int(m_heads), head_dim, int(m_window), m_first_only};
         OPENVINO_ASSERT((task.is_bf16 || type == ov::element::f32) && variant->takes(task), "RaggedAttention: '",
                         m_variant, "' does not take ", type, " in heads of ", head_dim);
@@ -85,7 +88,7 @@ public:
                 variant->attend(task, bounds[pair], bounds[pair + 1], m_first_only ? pair : bounds[pair], at % m_heads);
         });
         if (!m_first_only) {
-            const size_t row_bytes = inputs[0].get_shape().back() * type.size();
+            const size_t row_bytes = inputs[0].get_shape().back() * outputs[0].get_element_type().size();
             auto* out = static_cast<uint8_t*>(outputs[0].data());
             std::fill(out + bounds.back() * row_bytes, out + outputs[0].get_byte_size(), uint8_t(0));
         }
@@ -101,7 +104,7 @@ private:
     }
 
     int64_t m_heads = 1, m_window = -1;
-    float m_theta = 0;
+    float m_theta = 0, m_step = 0;
     bool m_first_only = false;
     std::string m_variant = "bf16_amx";
 };

@@ -63,7 +63,7 @@ bool has_amx_bf16() {
 bool has_known_heads(const RaggedAttention& task) { return task.head_dim == 32 || task.head_dim == 64; }
 bool takes_f32(const RaggedAttention& task) { return has_known_heads(task) && !task.is_bf16; }
 bool takes_bf16(const RaggedAttention& task) { return has_known_heads(task) && task.is_bf16; }
-bool takes_bf16_of_64(const RaggedAttention& task) { return task.head_dim == 64 && task.is_bf16; }
+bool takes_bf16_of_64(const RaggedAttention& task) { return task.head_dim == 64 && task.is_bf16 && task.step == 0; }
 
 constexpr Variant kVariants[] = {
     {"f32_avx2", has_avx2, takes_f32, attend_f32_avx2},
@@ -93,12 +93,12 @@ extern "C" __attribute__((visibility("default"))) bool ettin_can_run(const char*
 // can't run here, or does not take this.
 extern "C" __attribute__((visibility("default"))) bool ettin_attend(
     const char* name, bool is_bf16, const void* q, const void* k, const void* v, void* out, const int64_t* bounds,
-    int64_t pairs, int heads, int head_dim, int window, float theta, bool first_only) {
+    int64_t pairs, int heads, int head_dim, int window, float theta, bool first_only, float step) {
     const ettin::Variant* variant = ettin::variant_named(name);
     int64_t longest = 1;
     for (int64_t pair = 0; pair < pairs; ++pair) longest = std::max(longest, bounds[pair + 1] - bounds[pair]);
     const ettin::RopeTable rope(theta, head_dim, int(longest));
-    const ettin::RaggedAttention task{q, k, v, out, is_bf16, &rope, heads, head_dim, window, first_only};
+    const ettin::RaggedAttention task{q, k, v, out, is_bf16, step, &rope, heads, head_dim, window, first_only};
     if (!variant || !variant->can_run() || !variant->takes(task)) return false;
     for (int64_t pair = 0; pair < pairs; ++pair)
         for (int head = 0; head < heads && bounds[pair + 1] > bounds[pair]; ++head)

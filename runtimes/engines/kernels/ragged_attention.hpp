@@ -19,7 +19,8 @@ struct RopeTable {
 struct RaggedAttention {
     const void *q, *k, *v;  // a row of heads · head_dim for each token; q carries the softmax scale
     void* out;              // shaped as q
-    bool is_bf16;           // whether all four are bf16; else float32
+    bool is_bf16;           // whether q, k and v are bf16; else float32
+    float step;             // out is int8: whole multiples of this, −128 … 127; 0: out is as q
     const RopeTable* rope;  // reaches the longest sequence
     int heads, head_dim;
     int window;       // each token sees this many to both sides; below 0: all of its sequence

@@ -347,14 +347,21 @@ template <class Vector, class Products, class Element, int kDim> class Attention
 
     void write(int64_t first_row, int rows) const {
         for (int row = 0; row < rows; ++row) {
-            auto* out = static_cast<Element*>(task_.out) + size_t(first_row + row) * stride_ + column_;
+            const size_t place = size_t(first_row + row) * stride_ + column_;
+            auto *out = static_cast<Element*>(task_.out) + place;
+            auto *bytes = static_cast<uint8_t*>(task_.out) + place;
+            const Floats by = Vector::all(1.0f / task_.step);
             const Floats share = Vector::all(1.0f / block_->sums[row]);
             for (int at = 0; at < kDim; at += kLanes) {
                 Floats mixed = Vector::multiply(share, Vector::load(&block_->mixed[row][at]));
                 if constexpr (!Products::kIsFloating)
                     mixed = Vector::multiply_add(mixed, Vector::load(block_->value_scales + at),
                                                  Vector::load(block_->value_centres + at));
-                Vector::store(out + at, mixed);
+                if (task_.step == 0)
+                    Vector::store(out + at, mixed);
+                else
+                    Vector::store_bytes(bytes + at, Vector::to_words(Vector::smaller(
+                        Vector::all(127.0f), Vector::larger(Vector::all(-128.0f), Vector::multiply(mixed, by)))));
             }
         }
     }
