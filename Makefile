@@ -13,7 +13,7 @@ MINUTES ?= 10
 
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-.PHONY: demo test test-slow soak check docs format clean
+.PHONY: demo test test-slow soak check wheel docs format clean
 demo: $(INSTALLED)  ## export the embedded checkpoint, rank with it, print parity and speed
 	$(BIN)/ettin-export --size demo --target openvino --force
 	$(BIN)/ettin-rerank $(DEMO) --query "Which planet is known as the Red Planet?" examples/planets.txt
@@ -34,6 +34,14 @@ check: $(INSTALLED)  ## lint, format, types, and the links of all pages
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 	$(BIN)/python -m pytest -q --noconftest parity_tests/docs/test_links.py
 
+# One wheel for Linux on x86-64 with the attention kernel, for every Python; one without it for any other platform.
+wheel: $(INSTALLED)  ## both wheels, in dist/
+	rm -rf build dist
+	$(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w dist/built .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist dist/built/*.whl
+	rm -rf build dist/built
+	ETTIN_PURE_WHEEL=1 $(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w dist .
+
 docs: $(INSTALLED)  ## the documentation as a web site, in site/
 	$(MKDOCS)
 
@@ -47,4 +55,4 @@ $(INSTALLED): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) site ettin-reranker-* *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist site ettin-reranker-* *.egg-info .mypy_cache .pytest_cache .ruff_cache

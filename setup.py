@@ -1,5 +1,7 @@
-"""What `pyproject.toml` can't say: the attention kernel is compiled against the OpenVINO of the build environment."""
+"""What `pyproject.toml` can't say: the attention kernel is compiled where OpenVINO's headers are installed."""
 
+import importlib.util
+import os
 import platform
 import sys
 from pathlib import Path
@@ -10,22 +12,23 @@ _KERNELS = Path("runtimes/engines/kernels")
 
 
 def extensions() -> list[Extension]:
-    """The attention kernel, where it can run; without it (no compiler) an install is whole, but slower with AMX."""
-    if sys.platform != "linux" or platform.machine() != "x86_64":
-        return []
-    import openvino
+    """The attention kernel, where it can run; without it (no compiler) an install is whole, but slower.
 
-    root = Path(openvino.__file__).parent
-    libraries = [next((root / "libs").glob(f"{name}.so.*")) for name in ("libopenvino", "libtbb")]
+    It is linked to nothing of OpenVINO: what it needs of that is loaded before it (`openvino_kernels`), so that it
+    outlives a release. ETTIN_PURE_WHEEL leaves it out, for a wheel that any platform takes.
+    """
+    spec = importlib.util.find_spec("openvino")
+    is_known = sys.platform == "linux" and platform.machine() == "x86_64" and not os.environ.get("ETTIN_PURE_WHEEL")
+    if not is_known or spec is None or spec.origin is None:
+        return []
     return [
         Extension(
             "ettin.runtimes.engines.openvino_kernels_library",
             sources=sorted(map(str, _KERNELS.glob("*.cpp"))),
             depends=sorted(map(str, _KERNELS.glob("*.hpp"))),
-            include_dirs=[str(root / "include")],
+            include_dirs=[str(Path(spec.origin).parent / "include")],
             define_macros=[("OV_THREAD", "OV_THREAD_TBB_ADAPTIVE")],
             extra_compile_args=["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-w"],
-            extra_link_args=[str(each) for each in libraries],
             language="c++",
             optional=True,
             py_limited_api=True,
@@ -33,4 +36,5 @@ def extensions() -> list[Extension]:
     ]
 
 
-setup(ext_modules=extensions(), options={"bdist_wheel": {"py_limited_api": "cp311"}})
+_EXTENSIONS = extensions()
+setup(ext_modules=_EXTENSIONS, options={"bdist_wheel": {"py_limited_api": "cp311"}} if _EXTENSIONS else {})

@@ -1,18 +1,18 @@
 """The primitive operations as OpenVINO nodes, with floating-point or int8 linear layers."""
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import openvino as ov
 import torch
 from numpy.typing import NDArray
 from openvino import opset15 as op
-from openvino.utils.node_factory import NodeFactory
 
 from ettin.export.quantise import Quantised, int8_rows
 from ettin.graph.ops import ONLY_IN_F32, SAME_WHEN_SHORT, Kind
-from ettin.runtimes.engines.openvino_kernels import OPERATION, compiled
+from ettin.runtimes.engines.openvino_kernels import OPERATION
 
 Weights = Mapping[str, NDArray[np.float32]]
 StoreWeight = Callable[[NDArray[np.float32]], ov.Node]
@@ -143,18 +143,43 @@ class OpenVinoOps:
         halves = [op.convert(x, "bf16") for x in (q, k, v)]
         attributes = {"heads": heads, "window": window, "theta": theta, "first_only": first_only}
         inputs = [x.output(0) for x in (*halves, cu_seqlens)]
-        return self.mixed(op.convert(_ragged_factory().create(OPERATION, inputs, attributes), "f32"), reader)
+        return self.mixed(op.convert(RaggedAttention(inputs, attributes), "f32"), reader)
 
     def mixed(self, values: ov.Node, reader: str) -> ov.Node:
         """What attention gives to `reader`, for subclasses that round it at its source."""
         return values
 
 
-@functools.cache
-def _ragged_factory() -> NodeFactory:
-    factory = NodeFactory()
-    factory.add_extension(str(compiled()))
-    return factory
+class RaggedAttention(ov.Op):  # type: ignore[misc]
+    """The operation of our attention kernel, to write graphs with where the kernel itself can't run.
+
+    `save` stores it under the name by which the kernel is known.
+    """
+
+    def __init__(self, inputs: list[ov.Output], attributes: dict[str, int | float | bool]) -> None:
+        super().__init__(self)
+        self._attributes = attributes
+        self.set_arguments(inputs)
+        self.constructor_validate_and_infer_types()
+
+    def validate_and_infer_types(self) -> None:
+        self.set_output_type(0, self.get_input_element_type(0), self.get_input_partial_shape(0))
+
+    def clone_with_new_inputs(self, inputs: list[ov.Output]) -> "RaggedAttention":
+        return RaggedAttention(inputs, self._attributes)
+
+    def visit_attributes(self, visitor: Any) -> bool:
+        visitor.on_attributes(self._attributes)
+        return True
+
+
+def save(model: ov.Model, path: Path) -> None:
+    """Writes `path` and, beside it, the `.bin` of its constants."""
+    # save_model stores weights as fp16 unless told otherwise.
+    ov.save_model(model, path, compress_to_fp16=False)
+    text = path.read_text(encoding="utf-8")
+    named = text.replace(f'type="{OPERATION}" version="extension"', f'type="{OPERATION}" version="ettin"')
+    path.write_text(named, encoding="utf-8")
 
 
 class Int8OpenVinoOps(OpenVinoOps):

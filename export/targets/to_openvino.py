@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from openvino import opset15 as op
 
 from ettin.artifacts.manifest import Interface, Needs
-from ettin.export.targets.openvino_ops import Int8OpenVinoOps, OpenVinoOps
+from ettin.export.targets.openvino_ops import Int8OpenVinoOps, OpenVinoOps, save
 from ettin.export.writer import ISA, PADDED, RAGGED, Lowered, Model, Writer
 from ettin.graph import GraphForm, Scorer
 from ettin.graph.packed import RaggedScorer
-from ettin.runtimes.engines.openvino_kernels import HEAD_DIMS, RAGGED_NAME, SWITCH, compiled, problem
+from ettin.runtimes.engines.openvino_kernels import HEAD_DIMS, RAGGED_NAME, SWITCH, problem
 from ettin.runtimes.machine import has_bf16
 
 # One product for both GeGLU halves: OpenVINO 2026.4.1 fuses two of them into an LLMMLP node in bf16, which dies with
@@ -38,7 +38,7 @@ class OpenVinoWriter(Writer):
         shape, path = model.checkpoint.shape, folder / "openvino" / "openvino_model.xml"
         path.parent.mkdir()
         _write(Scorer(_ops(model, precision), shape, FORM).logits, PADDED, path)
-        is_ragged = shape.head_dim in HEAD_DIMS and compiled() is not None
+        is_ragged = shape.head_dim in HEAD_DIMS
         if is_ragged:
             ragged_path = path.with_name(RAGGED_NAME)
             _write(RaggedScorer(_ops(model, precision), shape, FORM).ragged_logits, RAGGED, ragged_path)
@@ -85,8 +85,7 @@ def _write(logits: Callable[..., ov.Node], interface: Interface, path: Path) -> 
     result = logits(*inputs)
     for node, spec in zip((*inputs, result), (*interface.inputs, *interface.outputs), strict=True):
         node.output(0).get_tensor().set_names({spec.name})
-    # save_model stores weights as fp16 unless told otherwise.
-    ov.save_model(ov.Model([result], inputs, "ettin-reranker"), path, compress_to_fp16=False)
+    save(ov.Model([result], inputs, "ettin-reranker"), path)
 
 
 def share_weights(path: Path, with_path: Path) -> None:

@@ -3,6 +3,7 @@
 import os
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from xml.etree import ElementTree
 
@@ -16,7 +17,7 @@ from support import rewrite, run
 from ettin.artifacts.files import list_files
 from ettin.artifacts.manifest import Arithmetic, Manifest
 from ettin.export.proof_pairs import natural_pairs
-from ettin.export.targets.openvino_ops import OpenVinoOps
+from ettin.export.targets.openvino_ops import OpenVinoOps, save
 from ettin.export.targets.to_openvino import share_weights
 from ettin.runtimes import load
 from ettin.runtimes.batch import Batch
@@ -74,7 +75,9 @@ def compiled_graph(way: tuple[Variant, str], case: Case, threads: int = 1) -> ov
     )
     core = ov.Core()
     core.add_extension(str(compiled()))
-    model = ov.Model([mixed], [q, k, v, bounds])
+    with TemporaryDirectory() as folder:
+        save(ov.Model([mixed], [q, k, v, bounds]), Path(folder) / "model.xml")
+        model = core.read_model(Path(folder) / "model.xml")
     set_attention(model, kernel, floats)
     options = {"INFERENCE_PRECISION_HINT": floats, "NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": threads}
     return core.compile_model(model, "CPU", options)
@@ -270,7 +273,12 @@ def test_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "not compiled at installation" in str(problem()) and not runnable()
 
 
-def test_compiled_for_another_version(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_library_that_can_not_be_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "library.so").write_bytes(os.urandom(64))
     monkeypatch.setattr(openvino_kernels, "_library", lambda: tmp_path / "library.so")
-    assert "compiled for another OpenVINO than 20" in str(problem()) and not runnable()
+    assert "not tested with OpenVINO 20" in str(problem()) and not runnable()
+
+
+def test_a_later_release(usable: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ov, "__version__", "2027.1.0-12345-later")
+    assert problem() == Problem("not tested with OpenVINO 2027.1, and compiled for another", install_again=True)

@@ -1,11 +1,12 @@
 """The project's own attention kernel for OpenVINO: `kernels/`, compiled when the package is installed.
 
-It runs on Linux on x86-64, in the best of the variants that the processor has, and needs the very version of OpenVINO
-that it was compiled against, whose C++ interface it uses. Anywhere else OpenVINO's own attention runs, from the same
-artifact.
+It runs on Linux on x86-64, in the best of the variants that the processor has. It uses the C++ interface of OpenVINO,
+which changes between releases: it is used with those that it was tested with and the one that it was compiled for.
+Anywhere else OpenVINO's own attention runs, from the same artifact.
 """
 
 import ctypes
+import functools
 import importlib.util
 import os
 from pathlib import Path
@@ -18,6 +19,7 @@ RAGGED_NAME = "openvino_ragged.xml"  # the graph that uses the kernel, beside th
 OPERATION = "RaggedAttention"  # in that graph
 HEAD_DIMS = (32, 64)  # of the heads that the kernel knows; all released sizes have 64
 SWITCH = "ETTIN_OPENVINO_KERNELS"  # "off": the kernel is not used; "f32", "bf16" or "int8": only with these products
+_TESTED_RELEASES = (202602, 202603, 202604)  # of OpenVINO, see test_releases.py
 
 
 class Variant(NamedTuple):
@@ -95,11 +97,22 @@ def _compiled() -> Path | Problem:
     library = _library()
     if library is None:
         return Problem("not compiled at installation, which needs g++ 11 or later", install_again=True)
-    import openvino  # what the library is linked to must be there first
+    import openvino
 
+    year, number, *_ = (int(part) for part in openvino.__version__.partition("-")[0].split("."))
     try:
-        ctypes.CDLL(str(library))
+        loaded = _loaded(library, Path(openvino.__file__).parent / "libs")
     except OSError:
-        version = openvino.__version__.split("-")[0]
-        return Problem(f"compiled for another OpenVINO than {version}", install_again=True)
+        loaded = None
+    if loaded is None or year * 100 + number not in (*_TESTED_RELEASES, loaded.ettin_openvino_release()):
+        return Problem(f"not tested with OpenVINO {year}.{number}, and compiled for another", install_again=True)
     return library
+
+
+@functools.cache
+def _loaded(library: Path, libraries: Path) -> ctypes.CDLL:
+    """The library. What it calls of OpenVINO is loaded first, because it is not linked to any version of that."""
+    for pattern in ("libtbb.so.*", "libopenvino.so.*"):
+        for path in libraries.glob(pattern):
+            ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+    return ctypes.CDLL(str(library), mode=os.RTLD_NOW)

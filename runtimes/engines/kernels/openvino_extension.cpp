@@ -5,6 +5,7 @@
 #include <mutex>
 #include <openvino/core/op_extension.hpp>
 #include <openvino/core/parallel.hpp>
+#include <openvino/core/version.hpp>
 #include <openvino/op/op.hpp>
 #include <string>
 #include <utility>
@@ -110,5 +111,10 @@ private:
 };
 
 }  // namespace
+
+// The release that this was compiled for: year · 100 + number.
+extern "C" __attribute__((visibility("default"))) int ettin_openvino_release() {
+    return OPENVINO_VERSION_MAJOR * 100 + OPENVINO_VERSION_MINOR;
+}
 
 OPENVINO_CREATE_EXTENSIONS(std::vector<ov::Extension::Ptr>({std::make_shared<ov::OpExtension<RaggedAttention>>()}));

@@ -1,0 +1,54 @@
+"""The attention kernel in a graph of whatever OpenVINO this process imports, against the same call without an engine.
+
+    PYTHONPATH=FOLDER_WITH_OPENVINO python parity_tests/tools/kernel_in_openvino.py
+
+prints OpenVINO's version and the number of graphs.
+"""
+
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import openvino as ov
+from kernel_cases import HEADS, THETA, Case, Kernel, inputs, to_bf16
+from openvino import opset15 as op
+
+from ettin.export.targets.openvino_ops import OpenVinoOps, save
+from ettin.runtimes.engines.on_openvino import set_attention
+from ettin.runtimes.engines.openvino_kernels import compiled, problem, runnable
+
+
+def scored(case: Case, variant: object, floats: str, library: Path, folder: Path) -> np.ndarray:
+    """The result of a graph that was written to a file and read again."""
+    tensors = [op.parameter([1, -1, HEADS * case.head_dim], ov.Type.f32) for _ in "qkv"]
+    bounds = op.parameter([-1], ov.Type.i64)
+    mixed = OpenVinoOps({}, op.constant).ragged_attention(*tensors, bounds, HEADS, case.window, THETA, False, "")
+    save(ov.Model([mixed], [*tensors, bounds]), folder / "model.xml")
+    core = ov.Core()
+    core.add_extension(str(library))
+    model = core.read_model(folder / "model.xml")
+    set_attention(model, variant, floats)
+    options = {"INFERENCE_PRECISION_HINT": floats, "NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": 2}
+    found = core.compile_model(model, "CPU", options)([*(x[None] for x in inputs(case, 0.5)), case.bounds])
+    return np.asarray(found[0][0])
+
+
+def main() -> None:
+    unusable = problem()
+    if unusable:
+        sys.exit(unusable.why)
+    library, graphs, case = compiled(), 0, Case(64, 64)
+    assert library
+    with TemporaryDirectory() as folder:
+        for variant in runnable():
+            for floats in variant.floats:
+                arrays = [to_bf16(x) for x in inputs(case, 0.5)] if floats == "bf16" else inputs(case, 0.5)
+                wanted = Kernel(library).attend(variant.name, case, *arrays)
+                assert np.array_equal(scored(case, variant, floats, library, Path(folder)), wanted), variant
+                graphs += 1
+    sys.stdout.write(f"{ov.__version__.partition('-')[0]} {graphs}\n")
+
+
+if __name__ == "__main__":
+    main()
