@@ -18,6 +18,7 @@ from ettin.bench.speed import pairs_for
 from ettin.export.source.checkpoint import read_checkpoint
 from ettin.export.source.sizes import SIZES
 from ettin.runtimes import load
+from ettin.runtimes.batch import round_up
 
 Artifacts = dict[tuple[str, str], Path]
 
@@ -113,6 +114,7 @@ def test_token_budget_is_the_users(demo_artifacts: Artifacts) -> None:
         score = runtime.score
         runtime.scheduler._score = lambda batch: sizes.append(len(batch)) or score(batch)  # type: ignore[func-returns-value]
         runtime.predict([("a", "b")] * 40)
-    assert runtime.limits.batch_tokens == 64 and sizes == [4] * 10
+    largest = 64 // round_up(5, runtime.limits.length_multiple)  # each pair has 5 tokens
+    assert runtime.limits.batch_tokens == 64 and sizes == [min(largest, 40 - done) for done in range(0, 40, largest)]
     with pytest.raises(UsageError, match="batch_tokens is 0, expected 1 or more"):
         load(demo_artifacts["openvino", "fp32"], batch_tokens=0)

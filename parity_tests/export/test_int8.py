@@ -29,6 +29,7 @@ from ettin.graph.torch_ops import InferenceGraph
 from ettin.runtimes import load
 from ettin.runtimes import machine as cpu
 from ettin.runtimes.engines import on_openvino
+from ettin.runtimes.engines.openvino_kernels import SWITCH
 from ettin.runtimes.tokenizer import PairTokenizer
 
 LINEARS = {f"layers.{layer}.{name}" for layer in range(7) for name in ("q", "k", "v", "o", "up", "gate", "down")}
@@ -99,6 +100,7 @@ def test_queries_and_keys_are_rounded_only_in_f32(
     demo_artifacts: dict[tuple[str, str], Path], bf16: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(on_openvino, "has_bf16", lambda: bf16)
+    monkeypatch.setenv(SWITCH, "off")
     with load(demo_artifacts["openvino", "int8"]) as runtime:
         assert isinstance(runtime, on_openvino.OpenVinoRuntime)
         for tokens in (64, 600):

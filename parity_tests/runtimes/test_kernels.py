@@ -93,6 +93,15 @@ def test_results_are_rounded_to_int8(kernel: Kernel, variant: str) -> None:
     assert (found == wanted).mean() > (0.6 if variant.startswith("bf16") else 0.99)
 
 
+def test_norms_are_rounded_to_int8(kernel: Kernel, variant: str) -> None:
+    elements = [as_bf16 for as_bf16 in (False, True) if kernel_cases.check_norm(kernel, variant, as_bf16)]
+    assert elements == {"int8_avx2": [False], "int8_avx512": [False, True]}.get(variant, [])
+
+
+def test_a_norm_of_odd_size_is_refused(kernel: Kernel, variant: str) -> None:
+    assert kernel.normalise(variant, np.ones((1, 40), np.float32), 1e-5, 0.1) is None
+
+
 def test_empty_sequences_are_skipped(kernel: Kernel, variant: str) -> None:
     with_empty, without = Case(64, -1, lengths=(5, 0, 9)), Case(64, -1, lengths=(5, 9))
     values = arrays(variant, *inputs(without, 1.0))

@@ -46,7 +46,8 @@ class Kernel:
 
     def __init__(self, library: Path) -> None:
         self._library = ctypes.CDLL(str(library))
-        self._library.ettin_can_run.restype = self._library.ettin_attend.restype = ctypes.c_bool
+        for name in ("ettin_can_run", "ettin_attend", "ettin_normalise"):
+            getattr(self._library, name).restype = ctypes.c_bool
 
     def can_run(self, variant: str) -> bool:
         return bool(self._library.ettin_can_run(variant.encode()))
@@ -66,6 +67,16 @@ class Kernel:
         )  # fmt: skip
         assert done, f"{variant} does not take {case}"
         return from_bf16(out) if out.dtype == np.uint16 else out
+
+    def normalise(self, variant: str, x: NDArray[Any], eps: float, step: float) -> NDArray[np.int8] | None:
+        """x is float32, or bf16 as uint16 [rows, size]; None: the variant has no norm for it."""
+        out = np.full(x.shape, 9, np.int8)
+        pointers = [ctypes.c_void_p(array.ctypes.data) for array in (x, out)]
+        done = self._library.ettin_normalise(
+            variant.encode(), ctypes.c_bool(x.dtype == np.uint16), *pointers, ctypes.c_int64(len(x)), x.shape[1],
+            ctypes.c_float(eps), ctypes.c_float(step),
+        )  # fmt: skip
+        return out if done else None
 
 
 def to_bf16(x: NDArray[np.float32]) -> NDArray[np.uint16]:
@@ -166,9 +177,30 @@ def check(kernel: Kernel, variant: str, lengths: tuple[int, ...] = LENGTHS) -> i
     return len(cases)
 
 
+def check_norm(kernel: Kernel, variant: str, as_bf16: bool) -> bool:
+    """Checks the norm of a variant; returns whether it has one."""
+    random, step = np.random.default_rng(0), 0.02  # so small that some results do not fit
+    sizes = np.array([[1], [1e-3], [100], [0], [1]], np.float32)
+    for width in (32, 256, 1792):
+        x = from_bf16(to_bf16(random.standard_normal((5, width), np.float32) * sizes + 3))
+        found = kernel.normalise(variant, to_bf16(x) if as_bf16 else x, 1e-5, step)
+        if found is None:
+            return False
+        wide = x.astype(np.float64)
+        exact = (wide - wide.mean(-1, keepdims=True)) / np.sqrt(wide.var(-1, keepdims=True) + 1e-5) / step
+        assert abs(found - np.clip(exact, -128, 127)).max() <= 0.51, f"{variant}, {width}"
+    return True
+
+
+def checked(kernel: Kernel, variant: str) -> str:
+    """What was checked, in words."""
+    if not kernel.can_run(variant):
+        return "can not run here"
+    norms = [check_norm(kernel, variant, as_bf16) for as_bf16 in (False, True)]
+    return f"{check(kernel, variant, FEW_LENGTHS)} cases, norms for {sum(norms)} kinds of elements"
+
+
 if __name__ == "__main__":
     loaded = Kernel(Path(sys.argv[1]))
     for name in VARIANTS:
-        sys.stdout.write(
-            f"{name}: {check(loaded, name, FEW_LENGTHS) if loaded.can_run(name) else 'can not run here'}\n"
-        )
+        sys.stdout.write(f"{name}: {checked(loaded, name)}\n")

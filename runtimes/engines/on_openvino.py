@@ -11,6 +11,7 @@ import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 from openvino import opset15 as op
+from openvino.utils.node_factory import NodeFactory
 
 from ettin.artifacts.errors import HardwareError, OutputError
 from ettin.artifacts.files import file_sha256
@@ -19,7 +20,14 @@ from ettin.artifacts.opened import OpenArtifact
 from ettin.graph.ops import ONLY_IN_F32, SAME_WHEN_SHORT
 from ettin.runtimes.base import Runtime, Settings
 from ettin.runtimes.batch import Batch, BatchLimits, round_up
-from ettin.runtimes.engines.openvino_kernels import OPERATION, RAGGED_NAME, Variant, compiled, variant
+from ettin.runtimes.engines.openvino_kernels import (
+    NORM_MULTIPLE,
+    OPERATION,
+    RAGGED_NAME,
+    Variant,
+    compiled,
+    variant,
+)
 from ettin.runtimes.machine import CpuPlan, has_bf16, is_hybrid
 
 # OpenVINO compiles kernels for each shape, so fewer lengths mean more reuse. Measured with the 17m shape in int8 on two
@@ -222,7 +230,7 @@ def _chosen(manifest: Manifest, allow_unverified: bool) -> tuple[Variant | None,
 def set_attention(model: ov.Model, kernel: Variant, floats: str) -> None:
     """Makes the graph's attention run in a variant of our kernel, with conversions to bf16 around it or without.
 
-    Where the result is rounded to int8, the kernel does that.
+    Where the result of attention or of a norm is rounded to int8, the kernel does that, too.
     """
     for node in model.get_ordered_ops():
         if node.get_type_name() == OPERATION:
@@ -231,22 +239,48 @@ def set_attention(model: ov.Model, kernel: Variant, floats: str) -> None:
                 for index in range(3):
                     node.input(index).replace_source_output(node.input_value(index).get_node().input_value(0))
             if kernel.rounds:
-                _round_at_source(node)
+                _round_attention(node)
+    norm = variant("int8", floats)
+    if norm is not None:
+        _round_norms(model, norm, floats)
     model.validate_nodes_and_infer_types()
 
 
-def _round_at_source(node: ov.Node) -> None:
-    """Moves the rounding to int8 of what `node` gives, if all of it is rounded, into the node."""
+def _round_attention(node: ov.Node) -> None:
     (converted,) = (port.get_node() for port in node.output(0).get_target_inputs())
-    readers = [port.get_node() for port in converted.output(0).get_target_inputs()]
+    rounding, step = _rounding(converted)
+    if rounding is not None:
+        node.set_attribute("step", step)
+        node.validate_and_infer_types()
+        _dequantise(rounding, node, step)
+
+
+def _round_norms(model: ov.Model, norm: Variant, floats: str) -> None:
+    factory = NodeFactory()
+    factory.add_extension(str(compiled()))
+    for node in model.get_ordered_ops():
+        rounding, step = _rounding(node)
+        if node.get_type_name() != "MVN" or rounding is None:
+            continue
+        x = node.input_value(0)
+        if x.get_partial_shape()[-1].get_length() % NORM_MULTIPLE == 0:
+            inputs = [op.convert(x, "bf16").output(0) if floats == "bf16" else x]
+            attributes = {"eps": node.get_attributes()["eps"], "step": step, "variant": norm.name}
+            _dequantise(rounding, factory.create("RoundedNorm", inputs, attributes), step)
+
+
+def _rounding(node: ov.Node) -> tuple[ov.Node | None, float]:
+    """The only reader of a node and the step, if it rounds to int8: signed, symmetric, 256 levels."""
+    readers = [port.get_node() for output in node.outputs() for port in output.get_target_inputs()]
     if [reader.get_type_name() for reader in readers] != ["FakeQuantize"]:
-        return
-    (rounded,) = readers
-    step = -float(rounded.input_value(1).get_node().data.item()) / 128  # signed, symmetric, 256 levels
-    node.set_attribute("step", step)
-    node.validate_and_infer_types()
-    whole = op.convert(node.output(0), "f32")
-    rounded.output(0).replace(op.multiply(whole, op.constant(np.float32(step))).output(0))
+        return None, 0.0
+    return readers[0], -float(readers[0].input_value(1).get_node().data.item()) / 128
+
+
+def _dequantise(rounding: ov.Node, whole: ov.Node, step: float) -> None:
+    """Replaces a rounding by what `whole` gives, int8, times the step: OpenVINO moves that behind the int8 products."""
+    floats = op.convert(whole.output(0), "f32")
+    rounding.output(0).replace(op.multiply(floats, op.constant(np.float32(step))).output(0))
 
 
 @contextmanager

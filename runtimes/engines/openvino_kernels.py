@@ -18,6 +18,7 @@ LIBRARY = "ettin.runtimes.engines.openvino_kernels_library"
 RAGGED_NAME = "openvino_ragged.xml"  # the graph that uses the kernel, beside the one that does not
 OPERATION = "RaggedAttention"  # in that graph
 HEAD_DIMS = (32, 64)  # of the heads that the kernel knows; all released sizes have 64
+NORM_MULTIPLE = 32  # sizes of norms that the kernel knows are whole multiples of this
 SWITCH = "ETTIN_OPENVINO_KERNELS"  # "off": the kernel is not used; "f32", "bf16" or "int8": only with these products
 _TESTED_RELEASES = (202602, 202603, 202604)  # of OpenVINO, see test_releases.py
 

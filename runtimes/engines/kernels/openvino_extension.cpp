@@ -110,6 +110,55 @@ private:
     std::string m_variant = "bf16_amx";
 };
 
+// Input: float32 or bf16 [1, tokens, size]. Output: int8.
+class RoundedNorm : public ov::op::Op {
+public:
+    OPENVINO_OP("RoundedNorm", "ettin");
+
+    RoundedNorm() = default;
+    explicit RoundedNorm(const ov::OutputVector& inputs) : Op(inputs) {}
+
+    void validate_and_infer_types() override { set_output_type(0, ov::element::i8, get_input_partial_shape(0)); }
+
+    std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
+        auto clone = std::make_shared<RoundedNorm>(inputs);
+        clone->m_eps = m_eps;
+        clone->m_step = m_step;
+        clone->m_variant = m_variant;
+        clone->constructor_validate_and_infer_types();
+        return clone;
+    }
+
+    bool visit_attributes(ov::AttributeVisitor& visitor) override {
+        visitor.on_attribute("eps", m_eps);
+        visitor.on_attribute("step", m_step);
+        visitor.on_attribute("variant", m_variant);
+        return true;
+    }
+
+    bool has_evaluate() const override { return true; }
+
+    bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
+        const ettin::Variant* variant = ettin::variant_named(m_variant.c_str());
+        const auto shape = inputs[0].get_shape();
+        const bool is_bf16 = inputs[0].get_element_type() == ov::element::bf16;
+        OPENVINO_ASSERT(variant && variant->can_run() && ettin::can_normalise(*variant, is_bf16, int(shape.back())),
+                        "RoundedNorm: '", m_variant, "' can't run here");
+        outputs[0].set_shape(shape);
+        const ettin::RoundedNorm norm{inputs[0].data(), outputs[0].data(), is_bf16, int(shape.back()), m_eps, m_step};
+        const size_t rows = inputs[0].get_size() / shape.back(), parts = (rows + kRows - 1) / kRows;
+        ov::parallel_for(parts, [&](size_t part) {
+            variant->normalise(norm, part * kRows, std::min(rows, (part + 1) * kRows));
+        });
+        return true;
+    }
+
+private:
+    static constexpr size_t kRows = 64;  // that a thread takes at a time
+    float m_eps = 0, m_step = 1;
+    std::string m_variant = "int8_avx512";
+};
+
 }  // namespace
 
 // The release that this was compiled for: year · 100 + number.
@@ -117,4 +166,5 @@ extern "C" __attribute__((visibility("default"))) int ettin_openvino_release() {
     return OPENVINO_VERSION_MAJOR * 100 + OPENVINO_VERSION_MINOR;
 }
 
-OPENVINO_CREATE_EXTENSIONS(std::vector<ov::Extension::Ptr>({std::make_shared<ov::OpExtension<RaggedAttention>>()}));
+OPENVINO_CREATE_EXTENSIONS(std::vector<ov::Extension::Ptr>(
+    {std::make_shared<ov::OpExtension<RaggedAttention>>(), std::make_shared<ov::OpExtension<RoundedNorm>>()}));

@@ -66,12 +66,12 @@ bool takes_bf16(const RaggedAttention& task) { return has_known_heads(task) && t
 bool takes_bf16_of_64(const RaggedAttention& task) { return task.head_dim == 64 && task.is_bf16 && task.step == 0; }
 
 constexpr Variant kVariants[] = {
-    {"f32_avx2", has_avx2, takes_f32, attend_f32_avx2},
-    {"f32_avx512", has_avx512, takes_f32, attend_f32_avx512},
-    {"int8_avx2", has_avx2_vnni, takes_f32, attend_int8_avx2},
-    {"int8_avx512", has_avx512_vnni, has_known_heads, attend_int8_avx512},
-    {"bf16_avx512", has_avx512_bf16, takes_bf16, attend_bf16_avx512},
-    {"bf16_amx", has_amx_bf16, takes_bf16_of_64, attend_bf16_amx},
+    {"f32_avx2", has_avx2, takes_f32, attend_f32_avx2, nullptr},
+    {"f32_avx512", has_avx512, takes_f32, attend_f32_avx512, nullptr},
+    {"int8_avx2", has_avx2_vnni, takes_f32, attend_int8_avx2, normalise_avx2},
+    {"int8_avx512", has_avx512_vnni, has_known_heads, attend_int8_avx512, normalise_avx512},
+    {"bf16_avx512", has_avx512_bf16, takes_bf16, attend_bf16_avx512, nullptr},
+    {"bf16_amx", has_amx_bf16, takes_bf16_of_64, attend_bf16_amx, nullptr},
 };
 
 }  // namespace
@@ -80,6 +80,11 @@ const Variant* variant_named(const char* name) {
     for (const Variant& variant : kVariants)
         if (!std::strcmp(variant.name, name)) return &variant;
     return nullptr;
+}
+
+bool can_normalise(const Variant& variant, bool is_bf16, int size) {
+    const bool takes = variant.normalise == normalise_avx512 || (variant.normalise && !is_bf16);
+    return takes && size % 32 == 0;
 }
 
 }  // namespace ettin
@@ -103,5 +108,14 @@ extern "C" __attribute__((visibility("default"))) bool ettin_attend(
     for (int64_t pair = 0; pair < pairs; ++pair)
         for (int head = 0; head < heads && bounds[pair + 1] > bounds[pair]; ++head)
             variant->attend(task, bounds[pair], bounds[pair + 1], first_only ? pair : bounds[pair], head);
+    return true;
+}
+
+// For tests. False: the variant can't run here, or has no norm for this.
+extern "C" __attribute__((visibility("default"))) bool ettin_normalise(
+    const char* name, bool is_bf16, const void* x, void* out, int64_t rows, int size, float eps, float step) {
+    const ettin::Variant* variant = ettin::variant_named(name);
+    if (!variant || !variant->can_run() || !ettin::can_normalise(*variant, is_bf16, size)) return false;
+    variant->normalise({x, out, is_bf16, size, eps, step}, 0, size_t(rows));
     return true;
 }
