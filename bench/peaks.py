@@ -12,9 +12,7 @@ from ettin.graph import ModelShape
 from ettin.runtimes.batch import Batch
 from ettin.runtimes.machine import available_cpus, has_bf16
 
-_RUNS = 20
-_CPU_SIZES = (512, 1024, 2048)
-_GPU_SIZE = 8192
+_CPU_SIZES, _GPU_SIZE = (512, 1024, 2048), 8192
 _WEIGHTS = ("Constant", "Convert", "Multiply")  # what the second input of a linear layer's product comes from
 
 
@@ -140,7 +138,7 @@ def _compiled(core: Any, model: Any, hint: str, threads: int = 1) -> Any:
 
 def _fastest(request: Any, inputs: Sequence[NDArray[Any]]) -> dict[str, Part]:
     best: dict[str, Part] = {}
-    for _ in range(_RUNS):
+    for _ in range(20):
         request.infer(list(inputs))
         parts: dict[str, Part] = defaultdict(Part)
         for entry in request.profiling_info:

@@ -48,7 +48,8 @@ def filled(text: str, root: Path) -> str:
         if kind not in TABLES:
             raise InputError(f"unknown table '{kind}', expected one of: {', '.join(TABLES)}")
         try:
-            rows = TABLES[kind]([read_result(root / name)["result"] for name in names.split()])
+            contents = (read_result(root / name) for name in names.split())
+            rows = TABLES[kind]([content["result"] | {"machine": content["machine"]} for content in contents])
         except KeyError as error:
             raise InputError(f"table '{kind}': its results lack {error}. Name results of that kind") from None
         return f"{start}\n{tabulate(rows, headers='firstrow', tablefmt='github', disable_numparse=True)}\n\n{end}"
@@ -146,9 +147,10 @@ def _shapes(results: Sequence[Result]) -> Rows:
         name = next(name for name in speeds if name.endswith("openvino-int8"))
         peers = [speeds[peer] for peer in ("st-fp32", "st-fp32-tuned")]
         kind = "random" if result["weights"] == "random" else "trained"
-        limit = "all" if result["isa"] == "all" else result["isa"].upper().replace("_", "-")
         what = f"{name.split('/')[0]}, {kind} ({result['data'].split('-')[0]}, {result['pairs']} pairs)"
         against = [text for speed in peers for text in (number(speed), f"{speeds[name] / speed:.1f}")]
+        best = "AMX" if "amx_int8" in result["machine"]["isa"] else "AVX-512"
+        limit = best if result["isa"] == "all" else result["isa"].upper().replace("_", "-")
         rows.append([what, limit, number(speeds[name]), *against])
     return rows
 
