@@ -107,7 +107,7 @@ def test_rounding_moves_into_the_kernel(way: tuple[Variant, str], demo_artifacts
     for rounds in (True, False):
         with load(demo_artifacts["openvino", "int8"], allow_unverified=True) as runtime:
             assert isinstance(runtime, OpenVinoRuntime)
-            runtime._kernel, runtime.precision_hint = kernel._replace(rounds=rounds), floats
+            runtime._kernel, runtime.precision_hint = kernel._replace(rounds=rounds and kernel.rounds), floats
             runtime._forms.clear()
             nodes = [node for node in runtime.model_for(64).get_ops() if node.get_type_name() == OPERATION]
             steps = [node.get_attributes()["step"] for node in nodes]

@@ -9,6 +9,7 @@ import ctypes
 import functools
 import importlib.util
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -101,11 +102,11 @@ def _compiled() -> Path | Problem:
     import openvino
 
     year, number, *_ = (int(part) for part in openvino.__version__.partition("-")[0].split("."))
-    try:
+    releases: tuple[int, ...] = ()
+    with suppress(OSError, AttributeError):  # it calls functions that are not there, or an earlier version compiled it
         loaded = _loaded(library, Path(openvino.__file__).parent / "libs")
-    except OSError:
-        loaded = None
-    if loaded is None or year * 100 + number not in (*_TESTED_RELEASES, loaded.ettin_openvino_release()):
+        releases = (*_TESTED_RELEASES, loaded.ettin_openvino_release())
+    if year * 100 + number not in releases:
         return Problem(f"not tested with OpenVINO {year}.{number}, and compiled for another", install_again=True)
     return library
 
