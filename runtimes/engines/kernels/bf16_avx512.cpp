@@ -23,8 +23,10 @@ struct Bf16Products {
         return _mm512_dpbf16_ps(sums, reinterpret_cast<__m512bh>(left), reinterpret_cast<__m512bh>(right));
     }
     template <int kDim, bool kIsKey> static float encode(const Floats* row, uint32_t* words) {
-        for (int at = 0; at < kDim / 32; ++at)
-            Vector512::store_words(words + at * 16, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(row[2 * at + 1], row[2 * at])));
+        for (int at = 0; at < kDim / 32; ++at) {
+            const __m512bh pairs = _mm512_cvtne2ps_pbh(row[2 * at + 1], row[2 * at]);
+            Vector512::store_words(words + at * 16, reinterpret_cast<__m512i>(pairs));
+        }
         return 1.0f;
     }
     // Values come as bf16, so nothing is rounded.

@@ -50,7 +50,9 @@ template <class Vector> struct Int8Products {
     static Sums start(const int32_t* sums) { return Vector::load_words(sums); }
     static Floats floats(Sums x) { return Vector::to_floats(x); }
     static Sums step(Sums sums, Words left, Words right) { return Vector::dot(sums, left, right); }
-    static Words negative(Sums x) { return Vector::add_words(Vector::differing(x, Vector::all_words(~0u)), Vector::all_words(1)); }
+    static Words negative(Sums x) {
+        return Vector::add_words(Vector::differing(x, Vector::all_words(~0u)), Vector::all_words(1));
+    }
 
     // Returns the scale: NaN if the row has NaN or infinity, and never so small that a hidden score would count.
     template <int kDim, bool kIsKey> static float encode(const Floats* row, uint32_t* words) {

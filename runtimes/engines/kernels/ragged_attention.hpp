@@ -38,10 +38,11 @@ struct RoundedNorm {
 
 // One way to compute them.
 struct Variant {
-    const char* name;  // the precision of its products and the instruction set
-    bool (*can_run)(); // whether this processor has the instructions, and the system lets this process use them
+    const char* name;   // the precision of its products and the instruction set
+    bool (*can_run)();  // whether this processor has the instructions, and the system lets this process use them
     bool (*takes)(const RaggedAttention& task);  // whether it knows the elements and the size of a head
-    // One head of the sequence of tokens begin … end − 1, at least one. `out_row`: its first row of q and out. Any thread.
+    // One head of the sequence of tokens begin … end − 1, at least one. `out_row`: its first row of q and out. Any
+    // thread.
     void (*attend)(const RaggedAttention& task, int64_t begin, int64_t end, int64_t out_row, int head);
     // Rows from … to − 1. Any thread. nullptr: this variant has none.
     void (*normalise)(const RoundedNorm& norm, size_t from, size_t to);

@@ -31,7 +31,8 @@ struct Vector512 {
         const Words bits = as_words(x);
         const Words odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), all_words(1));
         const Words rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, all_words(0x7fff)));
-        const Words chosen = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), all_words(0x7fc00000));
+        const __mmask16 is_nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+        const Words chosen = _mm512_mask_mov_epi32(rounded, is_nan, all_words(0x7fc00000));
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(bf16), _mm512_cvtepi32_epi16(_mm512_srli_epi32(chosen, 16)));
     }
 

@@ -63,6 +63,7 @@ template <class Vector, class Products, class Element, int kDim> class Attention
     static constexpr int kMixRows = Vector::kMixRows;
     static constexpr int kMixVectors = std::min(Vector::kMixVectors, kRowVectors);
     static constexpr int kTerms = Products::kIsExact ? 5 : 3;
+    static constexpr int kStagedWords = std::max(kRowWords, kLanes);
     static constexpr int kWeightWords = kChunk / kGroup + 16;  // of a row; an odd number of cache lines
 
     struct alignas(64) Block {
@@ -74,7 +75,7 @@ template <class Vector, class Products, class Element, int kDim> class Attention
         // Of each row: its largest score and its sum of weights, until now and in this chunk; and what scales both.
         float largest[kPadded], sums[kPadded], chunk_largest[kPadded], chunk_sums[kPadded];
         float keep[kPadded], take[kPadded];
-        uint32_t staged[kKeys][kRowWords];
+        uint32_t staged[kKeys][kStagedWords];
         float value_scales[kDim], value_centres[kDim], key_centres[kDim];
     };
 
@@ -120,7 +121,8 @@ template <class Vector, class Products, class Element, int kDim> class Attention
         const float *cos = &rope_.cos[size_t(position) * kHalf], *sin = &rope_.sin[size_t(position) * kHalf];
         for (int at = 0; at < kHalf; at += kLanes) {
             const Floats by = Vector::all(factor);
-            const Floats c = Vector::multiply(by, Vector::load(cos + at)), s = Vector::multiply(by, Vector::load(sin + at));
+            const Floats c = Vector::multiply(by, Vector::load(cos + at));
+            const Floats s = Vector::multiply(by, Vector::load(sin + at));
             const Floats x = Vector::load(row + at), y = Vector::load(row + kHalf + at);
             turned[at / kLanes] = Vector::subtract_product(Vector::multiply(x, c), y, s);
             turned[(at + kHalf) / kLanes] = Vector::multiply_add(x, s, Vector::multiply(y, c));
@@ -176,14 +178,15 @@ template <class Vector, class Products, class Element, int kDim> class Attention
                     Words tile[kLanes];
                     for (int at = 0; at < kLanes; ++at) tile[at] = Vector::load_words(&block_->staged[key + at][word]);
                     Vector::transpose(tile);
-                    for (int at = 0; at < kLanes; ++at)
+                    for (int at = 0; at < std::min(kLanes, kRowWords); ++at)
                         Vector::store_words(words + size_t(word + at) * kKeys + key, tile[at]);
                 }
             if constexpr (!Products::kIsFloating)
                 for (int key = 0; key < kKeys; key += kLanes) {
                     Words sum = Vector::all_words(0);
                     for (int word = 0; word < kRowWords; ++word)
-                        sum = Products::step(sum, Vector::all_words(0x80808080), Vector::load_words(words + size_t(word) * kKeys + key));
+                        sum = Products::step(sum, Vector::all_words(0x80808080),
+                                             Vector::load_words(words + size_t(word) * kKeys + key));
                     Vector::store_words(key_sums_ + first + key, Products::negative(sum));
                 }
         }
@@ -333,14 +336,17 @@ template <class Vector, class Products, class Element, int kDim> class Attention
         for (int row = 0; row < rows; row += kMixRows)
             for (int part = 0; part < kRowVectors; part += kMixVectors) {
                 Tile<kMixRows, kMixVectors> tile;
-                repeat<kMixRows * kMixVectors>([&](auto n) __attribute__((always_inline)) { tile.sums[n] = Products::zero(); });
+                repeat<kMixRows * kMixVectors>([&](auto n) __attribute__((always_inline)) {
+                    tile.sums[n] = Products::zero();
+                });
                 const uint32_t* columns = values_ + size_t(from / kGroup) * kDim + part * kLanes;
                 tile.multiply(block_->weights[row], kWeightWords, columns, kDim, count / kGroup);
                 repeat<kMixRows * kMixVectors>([&](auto n) __attribute__((always_inline)) {
                     const int of = row + n / kMixVectors;
                     float* mixed = &block_->mixed[of][(part + n % kMixVectors) * kLanes];
                     const Floats kept = Vector::multiply(Vector::all(block_->keep[of]), Vector::load(mixed));
-                    Vector::store(mixed, Vector::multiply_add(Vector::all(block_->take[of]), Products::floats(tile.sums[n]), kept));
+                    const Floats taken = Vector::all(block_->take[of]);
+                    Vector::store(mixed, Vector::multiply_add(taken, Products::floats(tile.sums[n]), kept));
                 });
             }
     }
