@@ -30,6 +30,7 @@ from ettin.runtimes.tokenizer import PairTokenizer
 from ettin.runtimes.waiting import Chosen, Entry, Waiting, requests_of
 
 _TOKENISERS = 2  # threads that tokenise for callers that don't wait; for many texts each call uses all cores
+_LARGE = 8  # times the limit of waiting pairs: so many are refused, whatever is scored first
 _IDLE_S = 10.0  # time without work after which a thread ends
 _JOIN_S = 30.0  # how long `close` waits for batches that the engine has begun
 _SHOWN_EVERY_S = 0.1  # between two updates of a progress bar
@@ -161,11 +162,11 @@ class Scheduler:
         processes.refuse_child(self._process)  # first: in a child, a lock may be held for ever
 
         def is_full() -> bool:
-            return (
-                max_waiting_pairs is not None
-                and self._waiting.pairs >= max_waiting_pairs
-                and self._waiting.pairs_ahead(request) >= max_waiting_pairs
-            )
+            waiting = self._waiting.pairs
+            if max_waiting_pairs is None or waiting < max_waiting_pairs:
+                return False
+            # Requests that each have a little less work than the one before would all be accepted otherwise.
+            return waiting >= _LARGE * max_waiting_pairs or self._waiting.pairs_ahead(request) >= max_waiting_pairs
 
         with self._lock:
             while wait and not self._closing and is_full():
@@ -174,7 +175,7 @@ class Scheduler:
                 raise Closed(self._closing)
             if is_full():
                 ahead = self._waiting.pairs_ahead(request)
-                seconds = self.queue_s * ahead / self._waiting.pairs
+                seconds = self.queue_s * ahead / max(1, self._waiting.pairs)
                 raise Busy(f"{ahead} pairs are waiting before this request, limit {max_waiting_pairs}", seconds)
             if not request.pairs:
                 request.succeed()

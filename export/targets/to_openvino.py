@@ -17,7 +17,7 @@ from ettin.export.targets.openvino_ops import Int8OpenVinoOps, OpenVinoOps, save
 from ettin.export.writer import ISA, PADDED, RAGGED, Lowered, Model, Writer
 from ettin.graph import GraphForm, Scorer
 from ettin.graph.packed import RaggedScorer
-from ettin.runtimes.engines.openvino_kernels import HEAD_DIMS, RAGGED_NAME, SWITCH, problem
+from ettin.runtimes.engines.openvino_kernels import HEAD_DIMS, RAGGED_NAME, SWITCH, problem, runnable
 from ettin.runtimes.machine import has_bf16
 
 # One product for both GeGLU halves: OpenVINO 2026.4.1 fuses two of them into an LLMMLP node in bf16, which dies with
@@ -62,6 +62,8 @@ class OpenVinoWriter(Writer):
                 yield {**environment, SWITCH: "off"}
         if precision == "int8" and has_bf16() and problem() is None:
             yield {SWITCH: "bf16"}  # as with AMX
+            if runnable()[0].name == "bf16_amx":
+                yield {SWITCH: "int8"}  # as without it
 
 
 def _ops(model: Model, precision: str) -> OpenVinoOps:

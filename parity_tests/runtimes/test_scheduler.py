@@ -170,6 +170,14 @@ def test_a_large_request_leaves_room_for_small_ones(scheduler: Scheduler, engine
         check(future, request(2, 80))
 
 
+def test_shrinking_requests_are_refused_at_last(scheduler: Scheduler, engine: Engine) -> None:
+    """Each is scored before all others, so none has pairs before it."""
+    engine.open.clear()
+    with pytest.raises(Busy):
+        for count in range(900, 300, -50):
+            submit(scheduler, request(3, count), 400)
+
+
 def test_thousands_of_waiting_requests_cost_little(
     scheduler: Scheduler, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

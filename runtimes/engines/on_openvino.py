@@ -26,6 +26,7 @@ from ettin.runtimes.engines.openvino_kernels import (
     RAGGED_NAME,
     Variant,
     compiled,
+    norm_variant,
     variant,
 )
 from ettin.runtimes.machine import CpuPlan, has_bf16, is_hybrid
@@ -240,7 +241,7 @@ def set_attention(model: ov.Model, kernel: Variant, floats: str) -> None:
                     node.input(index).replace_source_output(node.input_value(index).get_node().input_value(0))
             if kernel.rounds:
                 _round_attention(node)
-    norm = variant("int8", floats)
+    norm = norm_variant(floats)
     if norm is not None:
         _round_norms(model, norm, floats)
     model.validate_nodes_and_infer_types()

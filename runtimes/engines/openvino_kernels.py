@@ -57,9 +57,19 @@ def variant(products: str, floats: str) -> Variant | None:
     return next((each for each in runnable() if each.products == products and floats in each.floats), None)
 
 
-def runnable() -> list[Variant]:
-    """The variants that can run here, the best of each kind of products first."""
+def norm_variant(floats: str) -> Variant | None:
+    """The variant whose layer norm takes these floats, whatever products are allowed; None: there is none."""
+    return next((each for each in runnable("") if each.products == "int8" and floats in each.floats), None)
+
+
+def runnable(products: str | None = None) -> list[Variant]:
+    """The variants that can run here, the best of each kind of products first.
+
+    Args:
+        products: all that are allowed, "" for any; None: those that the user's switch names.
+    """
     switch = os.environ.get(SWITCH, "")
+    allowed = switch if products is None else products
     library = compiled()
     if library is None or switch == "off":
         return []
@@ -68,7 +78,7 @@ def runnable() -> list[Variant]:
     return [
         each
         for each in _VARIANTS
-        if switch in ("", each.products) and is_allowed(each.isa) and can_run(each.name.encode())
+        if allowed in ("", each.products) and is_allowed(each.isa) and can_run(each.name.encode())
     ]
 
 

@@ -73,10 +73,11 @@ struct Vector256 {
         return _mm256_blendv_ps(other, x, as_floats(inside));
     }
 
-    // x · 2^whole, for x from ½ to 2; at most 1e-38 if that underflows.
+    // An exponent of 2 that `scaled` takes, −∞ included: 1e-38 stands for less. NaN stays.
+    static Floats bounded(Floats x) { return larger(all(-126.0f), x); }
+    // x · 2^whole, for x from ½ to 2.
     static Floats scaled(Floats x, Floats whole) {
-        const Words exponent = to_words(larger(all(-126.0f), whole));
-        return as_floats(_mm256_add_epi32(as_words(x), _mm256_slli_epi32(exponent, 23)));
+        return as_floats(_mm256_add_epi32(as_words(x), _mm256_slli_epi32(to_words(whole), 23)));
     }
 
     // The low bytes of 8 integers.

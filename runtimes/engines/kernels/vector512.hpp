@@ -71,7 +71,8 @@ struct Vector512 {
         return _mm512_mask_mov_ps(x, outside, other);
     }
 
-    // x · 2^whole.
+    static Floats bounded(Floats x) { return x; }  // `scaled` takes any exponent of 2
+    // x · 2^whole; 0 for −∞, whatever x is.
     static Floats scaled(Floats x, Floats whole) { return _mm512_scalef_ps(x, whole); }
 
     // The low bytes of 16 integers.
