@@ -191,7 +191,8 @@ def _without(model: ov.Model, names: tuple[str, ...]) -> ov.Model:
     return model
 
 
-# The fastest first; with AMX, products of bf16 are as fast as those of int8. What our attention kernel multiplies in.
+# The precision of the attention kernel's products, the fastest arithmetic first; None: OpenVINO's own attention. With
+# AMX, products of bf16 are as fast as those of int8.
 _PRODUCTS = {
     Arithmetic.BF16_INT8_ATTENTION: "int8",
     Arithmetic.BF16_OWN_ATTENTION: "bf16",

@@ -7,10 +7,12 @@
 #include <algorithm>
 #include <cmath>
 
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,amx-tile,amx-bf16")
+#include "vector512.hpp"
+#include "products.hpp"
+#include "vector_attention.hpp"
+
 namespace ettin {
-
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16")
-
 namespace {
 
 constexpr int kHeadDim = 64;  // two tiles of 32 bf16
@@ -55,11 +57,6 @@ struct Scratch {
 // Tokens are handled 32 at a time: a tile of bf16 is as wide.
 inline int whole_tiles(int tokens) { return (tokens + 31) / 32 * 32; }
 
-inline __m512 widened(const uint16_t* values) {
-    const __m256i loaded = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(loaded), 16));
-}
-
 inline __m512i narrowed(__m512 first, __m512 second) {
     return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first));
 }
@@ -71,37 +68,12 @@ inline void rotated(const uint16_t* row, const RopeTable& rope, int position, fl
         const __m512 by = _mm512_set1_ps(factor);
         const __m512 cos = _mm512_mul_ps(by, _mm512_loadu_ps(&rope.cos[size_t(position) * kHalf + 16 * part]));
         const __m512 sin = _mm512_mul_ps(by, _mm512_loadu_ps(&rope.sin[size_t(position) * kHalf + 16 * part]));
-        const __m512 x = widened(row + 16 * part), y = widened(row + kHalf + 16 * part);
+        const __m512 x = Vector512::load(row + 16 * part), y = Vector512::load(row + kHalf + 16 * part);
         left[part] = _mm512_fnmadd_ps(y, sin, _mm512_mul_ps(x, cos));
         right[part] = _mm512_fmadd_ps(x, sin, _mm512_mul_ps(y, cos));
     }
     halves[0] = narrowed(left[0], left[1]);
     halves[1] = narrowed(right[0], right[1]);
-}
-
-// 16 rows of 16 32-bit elements, transposed into a tile.
-inline void store_transposed(const __m512i rows[16], uint8_t* tile) {
-    __m512i a[16], b[16];
-    for (int at = 0; at < 16; at += 2) {
-        a[at] = _mm512_unpacklo_epi32(rows[at], rows[at + 1]);
-        a[at + 1] = _mm512_unpackhi_epi32(rows[at], rows[at + 1]);
-    }
-    for (int at = 0; at < 16; at += 4) {
-        b[at] = _mm512_unpacklo_epi64(a[at], a[at + 2]);
-        b[at + 1] = _mm512_unpackhi_epi64(a[at], a[at + 2]);
-        b[at + 2] = _mm512_unpacklo_epi64(a[at + 1], a[at + 3]);
-        b[at + 3] = _mm512_unpackhi_epi64(a[at + 1], a[at + 3]);
-    }
-    for (int at = 0; at < 4; ++at) {
-        const __m512i even = _mm512_shuffle_i32x4(b[at], b[at + 4], 0x88);
-        const __m512i odd = _mm512_shuffle_i32x4(b[at], b[at + 4], 0xdd);
-        const __m512i even2 = _mm512_shuffle_i32x4(b[at + 8], b[at + 12], 0x88);
-        const __m512i odd2 = _mm512_shuffle_i32x4(b[at + 8], b[at + 12], 0xdd);
-        _mm512_store_si512(tile + 64 * at, _mm512_shuffle_i32x4(even, even2, 0x88));
-        _mm512_store_si512(tile + 64 * (at + 4), _mm512_shuffle_i32x4(odd, odd2, 0x88));
-        _mm512_store_si512(tile + 64 * (at + 8), _mm512_shuffle_i32x4(even, even2, 0xdd));
-        _mm512_store_si512(tile + 64 * (at + 12), _mm512_shuffle_i32x4(odd, odd2, 0xdd));
-    }
 }
 
 void pack_keys(const RopeTable& rope, const uint16_t* k, size_t stride, int length, int padded, uint8_t* tiles) {
@@ -113,8 +85,11 @@ void pack_keys(const RopeTable& rope, const uint16_t* k, size_t stride, int leng
             rows[0][at] = halves[0];
             rows[1][at] = halves[1];
         }
-        for (int half = 0; half < 2; ++half)
-            store_transposed(rows[half], tiles + size_t(first / 16 * 2 + half) * kTileBytes);
+        for (int half = 0; half < 2; ++half) {
+            Vector512::transpose(rows[half]);
+            uint8_t* tile = tiles + size_t(first / 16 * 2 + half) * kTileBytes;
+            for (int at = 0; at < 16; ++at) _mm512_store_si512(tile + 64 * at, rows[half][at]);
+        }
     }
 }
 
@@ -138,17 +113,6 @@ void pack_values(const uint16_t* v, size_t stride, int length, int padded, uint8
             _mm512_store_si512(row + (2 * half + 1) * kTileBytes, _mm512_permutex2var_epi16(even, high, odd));
         }
     }
-}
-
-// 2^x to 8e-5, for x below 128: bf16 keeps 4e-3 of it. 2^−1e30 is 0.
-inline __m512 exp2(__m512 x) {
-    const __m512 magic = _mm512_set1_ps(12582912.0f);  // 1.5 · 2^23: adding it rounds to a whole number
-    const __m512 whole = _mm512_sub_ps(_mm512_add_ps(x, magic), magic);
-    const __m512 rest = _mm512_sub_ps(x, whole);
-    __m512 sum = _mm512_set1_ps(0.05517164f);  // least relative error over −½ … ½
-    for (const float factor : {0.24261112f, 0.69326099f, 0.99992807f})
-        sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(factor));
-    return _mm512_scalef_ps(sum, whole);
 }
 
 // Tiles 0 … 3 are sums of 32 × 32 results; 4 and 5 hold rows of the first factor, 6 and 7 of the second.
@@ -213,20 +177,6 @@ void mix_chunk(Scratch::Block& block, const uint8_t* values, int count, bool is_
     }
 }
 
-constexpr float kHidden = -1e30f;
-
-// Hides the scores outside of from … to − 1.
-inline void mask_row(float* scores, int count, int from, int to) {
-    const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    for (int at = 0; at < count; at += 16) {
-        if (at >= from && at + 16 <= to) continue;
-        const __m512i key = _mm512_add_epi32(lane, _mm512_set1_epi32(at));
-        const __mmask16 outside = _mm512_cmplt_epi32_mask(key, _mm512_set1_epi32(from)) |
-                                  _mm512_cmpge_epi32_mask(key, _mm512_set1_epi32(to));
-        _mm512_mask_storeu_ps(scores + at, outside, _mm512_set1_ps(kHidden));
-    }
-}
-
 // A row's reference grows: what was made with the old one shrinks.
 __attribute__((noinline)) void raise_reference(Scratch::Block& block, int row, float to, int weights) {
     const float shrink = std::exp2(std::max(block.reference[row] - to, -200.0f));
@@ -236,7 +186,7 @@ __attribute__((noinline)) void raise_reference(Scratch::Block& block, int row, f
     for (int at = 0; at < kHeadDim; at += 16)
         _mm512_storeu_ps(&block.mixed[row][at], _mm512_mul_ps(by, _mm512_loadu_ps(&block.mixed[row][at])));
     for (int at = 0; at < weights; at += 32) {
-        const __m512 first = widened(&block.weights[row][at]), second = widened(&block.weights[row][at + 16]);
+        const __m512 first = Vector512::load(&block.weights[row][at]), second = Vector512::load(&block.weights[row][at + 16]);
         _mm512_storeu_si512(&block.weights[row][at], narrowed(_mm512_mul_ps(by, first), _mm512_mul_ps(by, second)));
     }
 }
@@ -257,8 +207,8 @@ inline void soften_row(Scratch::Block& block, const float* scores, int row, int 
     const __m512 reference = _mm512_set1_ps(block.reference[row]);
     __m512 sum = _mm512_loadu_ps(block.sums[row]);
     for (int key = 0; key < count; key += 32) {
-        const __m512 first = exp2(_mm512_sub_ps(_mm512_loadu_ps(scores + key), reference));
-        const __m512 second = exp2(_mm512_sub_ps(_mm512_loadu_ps(scores + key + 16), reference));
+        const __m512 first = exp2<Vector512, 3>(_mm512_sub_ps(_mm512_loadu_ps(scores + key), reference));
+        const __m512 second = exp2<Vector512, 3>(_mm512_sub_ps(_mm512_loadu_ps(scores + key + 16), reference));
         sum = _mm512_add_ps(sum, _mm512_add_ps(first, second));
         _mm512_storeu_si512(&block.weights[row][at + key], narrowed(first, second));
     }
@@ -283,7 +233,6 @@ void attend_bf16_amx(const RaggedAttention& task, int64_t begin, int64_t end, in
 
     const TileConfig config;
     _tile_loadconfig(&config);
-    constexpr float kLog2E = 1.44269504f;  // into the queries, so that exponentials are powers of 2
     for (int first = 0; first < queries; first += kQueries) {
         const int rows = std::min(kQueries, queries - first);
         for (int row = 0; row < kQueries; ++row) {
@@ -307,7 +256,7 @@ void attend_bf16_amx(const RaggedAttention& task, int64_t begin, int64_t end, in
             for (int row = 0; row < rows; ++row) {
                 const int low = is_local ? first + row - task.window - at : 0;
                 const int high = (is_local ? std::min(length, first + row + task.window + 1) : length) - at;
-                if (low > 0 || high < keys) mask_row(scores[row], keys, low, high);
+                if (low > 0 || high < keys) mask<Vector512>(scores[row], keys, low, high);
                 soften_row(block, scores[row], row, place, keys, at == from);
             }
             if (place + keys == kKeys || at + keys == stop) {

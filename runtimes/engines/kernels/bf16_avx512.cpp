@@ -3,22 +3,16 @@
 #include <cmath>
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")
 #include "vector512.hpp"
+#include "products.hpp"
 #include "vector_attention.hpp"
 
 namespace ettin {
 namespace {
 // Queries, keys, values and weights are rounded to bf16; sums are float32.
-struct Bf16Products {
-    using Floats = Vector512::Floats;
-    using Words = Vector512::Words;
-    using Sums = Floats;
-    static constexpr bool kIsFloating = true, kIsExact = false;
+struct Bf16Products : FloatingProducts<Vector512> {
+    static constexpr bool kIsExact = false;
     static constexpr int kGroup = 2;
-    static constexpr float kLogRange = 0.0f;
 
-    static Sums zero() { return Vector512::all(0.0f); }
-    static Sums start(const int32_t*) { return zero(); }
-    static Floats floats(Sums x) { return x; }
     static Sums step(Sums sums, Words left, Words right) {
         return _mm512_dpbf16_ps(sums, reinterpret_cast<__m512bh>(left), reinterpret_cast<__m512bh>(right));
     }

@@ -74,20 +74,15 @@ public:
         outputs[0].set_shape(inputs[0].get_shape());
         const auto bounds = values_of(inputs[3]);
         const size_t pairs = bounds.size() - 1;
-        int64_t longest = 1;
-        for (size_t pair = 0; pair < pairs; ++pair) longest = std::max(longest, bounds[pair + 1] - bounds[pair]);
         const int head_dim = int(inputs[0].get_shape().back() / m_heads);
-        const auto rope = rope_table(m_theta, head_dim, int(longest));
+        const auto rope = rope_table(m_theta, head_dim, int(ettin::longest_sequence(bounds.data(), pairs)));
         const ettin::RaggedAttention task{
             inputs[0].data(), inputs[1].data(), inputs[2].data(), outputs[0].data(), type == ov::element::bf16, m_step,
             rope.get(), int(m_heads), head_dim, int(m_window), m_first_only};
         OPENVINO_ASSERT((task.is_bf16 || type == ov::element::f32) && variant->takes(task), "RaggedAttention: '",
                         m_variant, "' does not take ", type, " in heads of ", head_dim);
-        ov::parallel_for(pairs * m_heads, [&](size_t at) {
-            const size_t pair = at / m_heads;
-            if (bounds[pair + 1] > bounds[pair])
-                variant->attend(task, bounds[pair], bounds[pair + 1], m_first_only ? pair : bounds[pair], at % m_heads);
-        });
+        ov::parallel_for(pairs * m_heads,
+                         [&](size_t part) { ettin::attend_part(*variant, task, bounds.data(), part); });
         if (!m_first_only) {
             const size_t row_bytes = inputs[0].get_shape().back() * outputs[0].get_element_type().size();
             auto* out = static_cast<uint8_t*>(outputs[0].data());

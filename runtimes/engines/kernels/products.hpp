@@ -1,4 +1,4 @@
-// The products of `vector_attention.hpp` in float32 and int8. Included after `vector256.hpp` or `vector512.hpp`.
+// The products of `vector_attention.hpp` in float32 and int8, and what those in bf16 share with them. Included after `vector256.hpp` or `vector512.hpp`.
 #pragma once
 
 #include <cstddef>
@@ -7,17 +7,32 @@
 namespace ettin {
 namespace {
 
-template <class Vector> struct F32Products {
+// Whole numbers −128 … 127, the nearest to x.
+template <class Vector> void store_int8(uint8_t* to, typename Vector::Floats x) {
+    const auto least = Vector::all(-128.0f), most = Vector::all(127.0f);
+    Vector::store_bytes(to, Vector::to_words(Vector::smaller(most, Vector::larger(least, x))));
+}
+
+// What products have in common whose sums are float32.
+template <class Vector> struct FloatingProducts {
     using Floats = typename Vector::Floats;
     using Words = typename Vector::Words;
     using Sums = Floats;
-    static constexpr bool kIsFloating = true, kIsExact = true;
-    static constexpr int kGroup = 1;
+    static constexpr bool kIsFloating = true;
     static constexpr float kLogRange = 0.0f;
 
     static Sums zero() { return Vector::all(0.0f); }
     static Sums start(const int32_t*) { return zero(); }
     static Floats floats(Sums x) { return x; }
+};
+
+template <class Vector> struct F32Products : FloatingProducts<Vector> {
+    using Floats = typename Vector::Floats;
+    using Words = typename Vector::Words;
+    using Sums = Floats;
+    static constexpr bool kIsExact = true;
+    static constexpr int kGroup = 1;
+
     static Sums step(Sums sums, Words left, Words right) {
         return Vector::multiply_add(Vector::as_floats(left), Vector::as_floats(right), sums);
     }

@@ -82,6 +82,18 @@ const Variant* variant_named(const char* name) {
     return nullptr;
 }
 
+int64_t longest_sequence(const int64_t* bounds, size_t pairs) {
+    int64_t longest = 1;
+    for (size_t pair = 0; pair < pairs; ++pair) longest = std::max(longest, bounds[pair + 1] - bounds[pair]);
+    return longest;
+}
+
+void attend_part(const Variant& variant, const RaggedAttention& task, const int64_t* bounds, size_t part) {
+    const size_t pair = part / task.heads;
+    const int64_t begin = bounds[pair], end = bounds[pair + 1];
+    if (end > begin) variant.attend(task, begin, end, task.first_only ? pair : begin, part % task.heads);
+}
+
 bool can_normalise(const Variant& variant, bool is_bf16, int size) {
     const bool takes = variant.normalise == normalise_avx512 || (variant.normalise && !is_bf16);
     return takes && size % 32 == 0;
@@ -100,14 +112,10 @@ extern "C" __attribute__((visibility("default"))) bool ettin_attend(
     const char* name, bool is_bf16, const void* q, const void* k, const void* v, void* out, const int64_t* bounds,
     int64_t pairs, int heads, int head_dim, int window, float theta, bool first_only, float step) {
     const ettin::Variant* variant = ettin::variant_named(name);
-    int64_t longest = 1;
-    for (int64_t pair = 0; pair < pairs; ++pair) longest = std::max(longest, bounds[pair + 1] - bounds[pair]);
-    const ettin::RopeTable rope(theta, head_dim, int(longest));
+    const ettin::RopeTable rope(theta, head_dim, int(ettin::longest_sequence(bounds, pairs)));
     const ettin::RaggedAttention task{q, k, v, out, is_bf16, step, &rope, heads, head_dim, window, first_only};
     if (!variant || !variant->can_run() || !variant->takes(task)) return false;
-    for (int64_t pair = 0; pair < pairs; ++pair)
-        for (int head = 0; head < heads && bounds[pair + 1] > bounds[pair]; ++head)
-            variant->attend(task, bounds[pair], bounds[pair + 1], first_only ? pair : bounds[pair], head);
+    for (size_t part = 0; part < size_t(pairs) * heads; ++part) ettin::attend_part(*variant, task, bounds, part);
     return true;
 }
 

@@ -51,6 +51,12 @@ struct Variant {
 // The variant of that name; nullptr: there is none.
 const Variant* variant_named(const char* name);
 
+// Tokens of the longest sequence of a batch, at least 1. `bounds` [pairs + 1]: where each begins and the last ends.
+int64_t longest_sequence(const int64_t* bounds, size_t pairs);
+
+// A part of the work of a batch, of pairs · heads parts: one head of one sequence, nothing for an empty one. Any thread.
+void attend_part(const Variant& variant, const RaggedAttention& task, const int64_t* bounds, size_t part);
+
 // Whether it has a norm for these elements and this size.
 bool can_normalise(const Variant& variant, bool is_bf16, int size);
 
@@ -59,8 +65,8 @@ void attend_f32_avx512(const RaggedAttention& task, int64_t begin, int64_t end, 
 void attend_int8_avx2(const RaggedAttention& task, int64_t begin, int64_t end, int64_t out_row, int head);
 void attend_int8_avx512(const RaggedAttention& task, int64_t begin, int64_t end, int64_t out_row, int head);
 void attend_bf16_avx512(const RaggedAttention& task, int64_t begin, int64_t end, int64_t out_row, int head);
+void attend_bf16_amx(const RaggedAttention& task, int64_t begin, int64_t end, int64_t out_row, int head);
 void normalise_avx2(const RoundedNorm& norm, size_t from, size_t to);
 void normalise_avx512(const RoundedNorm& norm, size_t from, size_t to);
-void attend_bf16_amx(const RaggedAttention& task, int64_t begin, int64_t end, int64_t out_row, int head);
 
 }  // namespace ettin

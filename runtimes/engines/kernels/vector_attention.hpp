@@ -1,5 +1,5 @@
 // Attention over sequences laid end to end, for any vector width and any kind of products. Included after the pragma
-// that switches instructions on, and after `vector256.hpp` or `vector512.hpp`.
+// that switches instructions on, and after `vector256.hpp` or `vector512.hpp` and `products.hpp`.
 //
 // A block of queries meets its keys a chunk at a time. Scores of a chunk become weights relative to the chunk's largest
 // score, and what the chunk adds up to is scaled when it joins the block's result. So weights of 8 bits have the full
@@ -47,6 +47,13 @@ template <class Vector, int kTerms> typename Vector::Floats exp2(typename Vector
     auto sum = Vector::all(factors[0]);
     for (int term = 1; term <= kTerms; ++term) sum = Vector::multiply_add(sum, rest, Vector::all(factors[term]));
     return Vector::scaled(sum, whole);
+}
+
+// Hides the scores of a row outside of from … to − 1.
+template <class Vector> void mask(float* scores, int count, int from, int to) {
+    for (int at = 0; at < count; at += Vector::kLanes)
+        if (at < from || at + Vector::kLanes > to)
+            Vector::store(scores + at, Vector::within(Vector::load(scores + at), Vector::all(kHidden), at, from, to));
 }
 
 template <class Vector, class Products, class Element, int kDim> class Attention {
@@ -287,13 +294,6 @@ template <class Vector, class Products, class Element, int kDim> class Attention
         }
     }
 
-    // Hides the scores of a row outside of from … to − 1.
-    static void mask(float* scores, int count, int from, int to) {
-        for (int at = 0; at < count; at += kLanes)
-            if (at < from || at + kLanes > to)
-                Vector::store(scores + at, Vector::within(Vector::load(scores + at), Vector::all(kHidden), at, from, to));
-    }
-
     // Scores of a row become weights.
     void soften(int row, int count) {
         const float* scores = block_->scores[row];
@@ -367,8 +367,7 @@ template <class Vector, class Products, class Element, int kDim> class Attention
                 if (task_.step == 0)
                     Vector::store(out + at, mixed);
                 else
-                    Vector::store_bytes(bytes + at, Vector::to_words(Vector::smaller(
-                        Vector::all(127.0f), Vector::larger(Vector::all(-128.0f), Vector::multiply(mixed, by)))));
+                    store_int8<Vector>(bytes + at, Vector::multiply(mixed, by));
             }
         }
     }
@@ -408,7 +407,7 @@ public:
                 for (int row = 0; row < rows; ++row) {
                     const int low = is_local ? first + row - task_.window - key : 0;
                     const int high = (is_local ? std::min(length_, first + row + task_.window + 1) : length_) - key;
-                    if (low > 0 || high < count) mask(block_->scores[row], count, low, high);
+                    if (low > 0 || high < count) mask<Vector>(block_->scores[row], count, low, high);
                     soften(row, count);
                 }
                 rescale();

@@ -25,11 +25,8 @@ template <class Vector, class Element> void normalise(const Element* x, uint8_t*
         }
     const float variance = Vector::sum(Vector::add(squares[0], squares[1])) / float(norm.size);
     const Floats by = Vector::all(1.0f / (std::sqrt(variance + norm.eps) * norm.step));
-    const Floats least = Vector::all(-128.0f), most = Vector::all(127.0f);
-    for (int at = 0; at < norm.size; at += kLanes) {
-        const Floats scaled = Vector::multiply(Vector::subtract(Vector::load(x + at), mean), by);
-        Vector::store_bytes(out + at, Vector::to_words(Vector::smaller(most, Vector::larger(least, scaled))));
-    }
+    for (int at = 0; at < norm.size; at += kLanes)
+        store_int8<Vector>(out + at, Vector::multiply(Vector::subtract(Vector::load(x + at), mean), by));
 }
 
 template <class Vector, class Element> void normalise(const RoundedNorm& norm, size_t from, size_t to) {
