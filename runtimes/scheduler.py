@@ -30,7 +30,6 @@ from ettin.runtimes.tokenizer import PairTokenizer
 from ettin.runtimes.waiting import Chosen, Entry, Waiting, requests_of
 
 _TOKENISERS = 2  # threads that tokenise for callers that don't wait; for many texts each call uses all cores
-_LARGE = 8  # times the limit of waiting pairs: so many are refused, whatever is scored first
 _IDLE_S = 10.0  # time without work after which a thread ends
 _JOIN_S = 30.0  # how long `close` waits for batches that the engine has begun
 _SHOWN_EVERY_S = 0.1  # between two updates of a progress bar
@@ -161,22 +160,16 @@ class Scheduler:
     def _accept(self, request: Request, max_waiting_pairs: int | None, wait: bool) -> None:
         processes.refuse_child(self._process)  # first: in a child, a lock may be held for ever
 
-        def is_full() -> bool:
-            waiting = self._waiting.pairs
-            if max_waiting_pairs is None or waiting < max_waiting_pairs:
-                return False
-            # Requests that each have a little less work than the one before would all be accepted otherwise.
-            return waiting >= _LARGE * max_waiting_pairs or self._waiting.pairs_ahead(request) >= max_waiting_pairs
+        def refusal() -> Busy | None:
+            return self._waiting.refusal(request, max_waiting_pairs, self.queue_s)
 
         with self._lock:
-            while wait and not self._closing and is_full():
+            while (busy := refusal()) and wait and not self._closing:
                 self._changed.wait()
             if self._closing:
                 raise Closed(self._closing)
-            if is_full():
-                ahead = self._waiting.pairs_ahead(request)
-                seconds = self.queue_s * ahead / max(1, self._waiting.pairs)
-                raise Busy(f"{ahead} pairs are waiting before this request, limit {max_waiting_pairs}", seconds)
+            if busy is not None:
+                raise busy
             if not request.pairs:
                 request.succeed()
                 return

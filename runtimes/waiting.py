@@ -4,10 +4,12 @@ from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterator
 from itertools import count
 
+from ettin.artifacts.errors import Busy
 from ettin.runtimes.batch import BatchLimits, Ids, round_up
 from ettin.runtimes.request import Request
 
 _FIRST_SPEED = 20_000.0  # tokens/s, until measured
+_LARGE = 8  # times the limit of waiting pairs: so many are refused, whatever is scored first
 _CHOICE = 4  # batches' worth of pairs to choose from: as little padding as with 32, and requests end in order
 
 Chosen = list[tuple[Request, Ids, int]]  # a request, the ids of one of its pairs, and the pair's place in the request
@@ -17,7 +19,7 @@ Entry = tuple[float, int, Request]  # time at which the request is due, number o
 class Waiting:
     """The requests in progress, ordered by `Request.due_s` as it was when they last changed.
 
-    No method looks at all of them but `pairs_ahead`, so thousands can wait at little cost. The scheduler's lock guards
+    No method looks at all of them but `refusal`, so thousands can wait at little cost. The scheduler's lock guards
     everything here. `tokens_per_s` is the speed of the engine, which the scheduler measures.
     """
 
@@ -44,10 +46,25 @@ class Waiting:
         """Monotonic time of the next deadline."""
         return self._deadlines[0][0] if self._deadlines else float("inf")
 
-    def pairs_ahead(self, request: Request) -> int:
-        """Pairs of the requests that are due before a new one."""
-        due_s = request.due_s(self.tokens_per_s)
-        return sum(len(other.pairs) - other.done for other_s, _, other in self._entries.values() if other_s <= due_s)
+    def refusal(self, request: Request, limit: int | None, queue_s: float) -> Busy | None:
+        """Why there is no room for a new request.
+
+        Args:
+            request: not added yet.
+            limit: number of waiting pairs that are scored before the request; None: there is always room.
+            queue_s: seconds that all waiting pairs will take.
+        """
+        if limit is None or self.pairs < limit:
+            return None
+        due_s, entries = request.due_s(self.tokens_per_s), self._entries.values()
+        ahead = sum(len(other.pairs) - other.done for other_s, _, other in entries if other_s <= due_s)
+        if ahead >= limit:
+            seconds = queue_s * ahead / max(1, self.pairs)
+            return Busy(f"{ahead} pairs are waiting before this request, limit {limit}", seconds)
+        # Requests that each have a little less work than the one before would all be accepted otherwise.
+        if self.pairs >= _LARGE * limit:
+            return Busy(f"{self.pairs} pairs are waiting, limit {_LARGE * limit}", queue_s)
+        return None
 
     def add(self, request: Request) -> None:
         """Adds a new request."""
