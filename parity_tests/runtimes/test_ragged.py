@@ -3,26 +3,25 @@
 import os
 import shutil
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
 import openvino as ov
 import pytest
-from kernel_cases import HEADS, THETA, Case, Kernel, inputs, to_bf16
+from kernel_cases import Case, Kernel, inputs, to_bf16
+from kernel_in_openvino import compiled_graph
 from openvino import opset15 as op
 from support import rewrite, run
 
 from ettin.artifacts.files import list_files
 from ettin.artifacts.manifest import Arithmetic, Manifest
 from ettin.export.proof_pairs import natural_pairs
-from ettin.export.targets.openvino_ops import OpenVinoOps, save
 from ettin.export.targets.to_openvino import share_weights
 from ettin.runtimes import load
 from ettin.runtimes.batch import Batch
 from ettin.runtimes.engines import openvino_kernels
-from ettin.runtimes.engines.on_openvino import OpenVinoRuntime, set_attention
+from ettin.runtimes.engines.on_openvino import OpenVinoRuntime
 from ettin.runtimes.engines.openvino_kernels import (
     OPERATION,
     RAGGED_NAME,
@@ -66,23 +65,6 @@ def way(request: pytest.FixtureRequest, usable: Path) -> tuple[Variant, str]:
     return found, floats
 
 
-def compiled_graph(way: tuple[Variant, str], case: Case, threads: int = 1) -> ov.CompiledModel:
-    kernel, floats = way
-    q, k, v = (op.parameter([1, -1, HEADS * case.head_dim], ov.Type.f32) for _ in "qkv")
-    bounds = op.parameter([-1], ov.Type.i64)
-    mixed = OpenVinoOps({}, op.constant).ragged_attention(
-        q, k, v, bounds, HEADS, case.window, THETA, case.first_only, ""
-    )
-    core = ov.Core()
-    core.add_extension(str(compiled()))
-    with TemporaryDirectory() as folder:
-        save(ov.Model([mixed], [q, k, v, bounds]), Path(folder) / "model.xml")
-        model = core.read_model(Path(folder) / "model.xml")
-    set_attention(model, kernel, floats)
-    options = {"INFERENCE_PRECISION_HINT": floats, "NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": threads}
-    return core.compile_model(model, "CPU", options)
-
-
 @pytest.mark.parametrize("case", [Case(64, -1), Case(64, 64), Case(64, 5, first_only=True)])
 def test_in_a_graph(way: tuple[Variant, str], usable: Path, case: Case) -> None:
     """The same numbers as without an engine, bit by bit; tokens that belong to no sequence give 0."""
@@ -91,7 +73,7 @@ def test_in_a_graph(way: tuple[Variant, str], usable: Path, case: Case) -> None:
         q = q[case.bounds[:-1]]
     after = np.ones((5, q.shape[1]), np.float32)
     padded = [x if case.first_only and x is q else np.concatenate([x, after]) for x in (q, k, v)]
-    found = compiled_graph(way, case)([*(x[None] for x in padded), case.bounds])[0][0]
+    found = compiled_graph(case, *way)([*(x[None] for x in padded), case.bounds])[0][0]
     arrays = [to_bf16(x) for x in (q, k, v)] if way[1] == "bf16" else [q, k, v]
     assert np.array_equal(found[: len(q)], Kernel(usable).attend(way[0].name, case, *arrays))
     assert len(found) == len(padded[0]) and not found[len(q) :].any()
@@ -119,7 +101,7 @@ def test_rounding_moves_into_the_kernel(way: tuple[Variant, str], demo_artifacts
 def test_threads_share_a_batch(way: tuple[Variant, str]) -> None:
     case = Case(64, 64)
     data = [*(x[None] for x in inputs(case, 0.5)), case.bounds]
-    results = [compiled_graph(way, case, threads)(data)[0] for threads in (1, 2)]
+    results = [compiled_graph(case, *way, threads)(data)[0] for threads in (1, 2)]
     assert np.array_equal(*results)
 
 

@@ -16,22 +16,24 @@ from openvino import opset15 as op
 
 from ettin.export.targets.openvino_ops import OpenVinoOps, save
 from ettin.runtimes.engines.on_openvino import set_attention
-from ettin.runtimes.engines.openvino_kernels import compiled, problem, runnable
+from ettin.runtimes.engines.openvino_kernels import Variant, compiled, problem, runnable
 
 
-def scored(case: Case, variant: object, floats: str, library: Path, folder: Path) -> np.ndarray:
-    """The result of a graph that was written to a file and read again."""
+def compiled_graph(case: Case, variant: Variant, floats: str, threads: int = 1) -> ov.CompiledModel:
+    """Attention alone, written to a file and read again. It takes queries, keys, values [1, tokens, H] and bounds."""
     tensors = [op.parameter([1, -1, HEADS * case.head_dim], ov.Type.f32) for _ in "qkv"]
     bounds = op.parameter([-1], ov.Type.i64)
-    mixed = OpenVinoOps({}, op.constant).ragged_attention(*tensors, bounds, HEADS, case.window, THETA, False, "")
-    save(ov.Model([mixed], [*tensors, bounds]), folder / "model.xml")
+    mixed = OpenVinoOps({}, op.constant).ragged_attention(
+        *tensors, bounds, HEADS, case.window, THETA, case.first_only, ""
+    )
     core = ov.Core()
-    core.add_extension(str(library))
-    model = core.read_model(folder / "model.xml")
+    core.add_extension(str(compiled()))
+    with TemporaryDirectory() as folder:
+        save(ov.Model([mixed], [*tensors, bounds]), Path(folder) / "model.xml")
+        model = core.read_model(Path(folder) / "model.xml")
     set_attention(model, variant, floats)
-    options = {"INFERENCE_PRECISION_HINT": floats, "NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": 2}
-    found = core.compile_model(model, "CPU", options)([*(x[None] for x in inputs(case, 0.5)), case.bounds])
-    return np.asarray(found[0][0])
+    options = {"INFERENCE_PRECISION_HINT": floats, "NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": threads}
+    return core.compile_model(model, "CPU", options)
 
 
 def main() -> None:
@@ -40,13 +42,13 @@ def main() -> None:
         sys.exit(unusable.why)
     library, graphs, case = compiled(), 0, Case(64, 64)
     assert library
-    with TemporaryDirectory() as folder:
-        for variant in runnable():
-            for floats in variant.floats:
-                arrays = [to_bf16(x) for x in inputs(case, 0.5)] if floats == "bf16" else inputs(case, 0.5)
-                wanted = Kernel(library).attend(variant.name, case, *arrays)
-                assert np.array_equal(scored(case, variant, floats, library, Path(folder)), wanted), variant
-                graphs += 1
+    data = inputs(case, 0.5)
+    for variant in runnable():
+        for floats in variant.floats:
+            arrays = [to_bf16(x) for x in data] if floats == "bf16" else data
+            found = compiled_graph(case, variant, floats, 2)([*(x[None] for x in data), case.bounds])[0][0]
+            assert np.array_equal(found, Kernel(library).attend(variant.name, case, *arrays)), variant
+            graphs += 1
     sys.stdout.write(f"{ov.__version__.partition('-')[0]} {graphs}\n")
 
 
