@@ -130,7 +130,7 @@ class Arguments:
     "--doctor",
     "show_doctor",
     is_flag=True,
-    help="Show what works on this machine, and how to repair what does not work.",
+    help="Show which targets and servers work on this machine, and a repair command for each that does not.",
 )
 @click.version_option(package_name="ettin-export")
 def command(show_list: bool, show_doctor: bool, **options: Any) -> None:

@@ -95,7 +95,7 @@ class Finding:
 
 
 def show_doctor() -> None:
-    """Prints what is installed, what works on this machine, and the command that repairs what does not.
+    """Prints the installed packages, the targets and servers that work here, and a repair command for each problem.
 
     It changes nothing and imports no engine.
     """

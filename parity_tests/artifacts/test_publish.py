@@ -326,7 +326,7 @@ def test_a_workspace_that_was_killed_while_it_got_its_lock(tmp_path: Path) -> No
 
 
 def test_a_workspace_whose_lock_another_process_looks_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever cleans up holds the lock of a new workspace for a moment, before its owner does."""
+    """A process that removes leftovers may hold the lock of a new workspace for a moment before the owner takes it."""
     make = publishing.tempfile.mkdtemp
 
     def made_and_looked_at(**named: Any) -> str:
