@@ -116,14 +116,18 @@ def is_allowed(isa: str) -> bool:
     return limit not in _ISA_ORDER or _ISA_ORDER.index(limit) >= _ISA_ORDER.index(isa)
 
 
-def available_cpus(system: Path = Path("/sys")) -> int:
+def available_cpus(system: Path = Path("/sys"), *, performance_only: bool = False) -> int:
     """Number of cores that this process may use, within a container's CPU limit.
 
-    On a hybrid processor only performance cores count. A second thread on a core (hyperthreading) does not count: both
-    would share the units that matrix products wait for.
+    A second thread on a core (hyperthreading) does not count: both would share the units that matrix products wait for.
+
+    Args:
+        system: where the kernel describes the machine.
+        performance_only: on a hybrid processor, leave out the efficiency cores.
     """
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
-    allowed = allowed & _cpu_list(system / "devices/cpu_core/cpus") or allowed
+    if performance_only:
+        allowed = allowed & _cpu_list(system / "devices/cpu_core/cpus") or allowed
     siblings = (_cpu_list(system / f"devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") for cpu in allowed)
     cores = {min(shared, default=cpu) for cpu, shared in zip(allowed, siblings, strict=True)}
     return max(1, min(len(cores), _quota(system) or len(cores)))
@@ -162,8 +166,11 @@ class CpuPlan:
 
     @classmethod
     def of(cls, threads: int | None, streams: int | None) -> "CpuPlan":
-        """A plan for this machine; see `load`. Raises `UsageError` for more streams than threads."""
-        threads = threads or available_cpus()
+        """A plan for this machine; see `load`. Raises `UsageError` for more streams than threads.
+
+        Streams take batches from one queue, so a slow core does less. In one stream, all threads would wait for it.
+        """
+        threads = threads or available_cpus(performance_only=streams == 1)
         streams = streams or threads
         if streams > threads:
             raise UsageError(f"streams is {streams}, expected at most the number of threads, {threads}")

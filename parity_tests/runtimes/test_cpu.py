@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 
 from ettin.artifacts.errors import OutputError, UsageError
 from ettin.artifacts.manifest import Arithmetic, Manifest
-from ettin.runtimes import load
+from ettin.runtimes import load, machine
 from ettin.runtimes.batch import Batch
 from ettin.runtimes.engines import on_openvino
 from ettin.runtimes.engines.on_openvino import OpenVinoRuntime
@@ -38,19 +39,35 @@ def hybrid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_performance_cores_are_counted_once(hybrid: Path) -> None:
+def test_cores_are_counted_once(hybrid: Path) -> None:
     assert is_hybrid(hybrid)
-    assert available_cpus(hybrid) == 4
+    assert available_cpus(hybrid) == 8
+    assert available_cpus(hybrid, performance_only=True) == 4
 
 
 def test_affinity_is_respected(hybrid: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 9})
-    assert available_cpus(hybrid) == 2
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {9, 10, 11})  # efficiency cores alone
     assert available_cpus(hybrid) == 3
+    assert available_cpus(hybrid, performance_only=True) == 2
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {9, 10, 11})
+    assert available_cpus(hybrid, performance_only=True) == 3  # there are no others
 
 
-@pytest.mark.parametrize(("content", "expected"), [("150000 100000", 2), ("50000 100000", 1), ("max 100000", 4)])
+@pytest.mark.parametrize(("streams", "expected", "kind"), [(None, 8, "ANY_CORE"), (1, 4, "PCORE_ONLY")])
+def test_one_stream_leaves_out_slow_cores(
+    hybrid: Path, monkeypatch: pytest.MonkeyPatch, demo_artifacts: dict[tuple[str, str], Path],
+    streams: int | None, expected: int, kind: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(on_openvino, "is_hybrid", lambda: True)
+    monkeypatch.setattr(machine, "available_cpus", partial(available_cpus, hybrid))
+    with load(demo_artifacts["openvino", "int8"], streams=streams) as runtime:
+        options = runtime._options  # type: ignore[attr-defined]
+        assert options["INFERENCE_NUM_THREADS"] == expected
+        assert options["SCHEDULING_CORE_TYPE"] == kind
+        assert len(runtime.predict(PAIRS)) == len(PAIRS)
+
+
+@pytest.mark.parametrize(("content", "expected"), [("150000 100000", 2), ("50000 100000", 1), ("max 100000", 8)])
 def test_container_limit(hybrid: Path, content: str, expected: int) -> None:
     write(hybrid / "fs/cgroup/cpu.max", f"{content}\n")
     assert available_cpus(hybrid) == expected
@@ -61,7 +78,7 @@ def test_container_limit_of_cgroup_v1(hybrid: Path) -> None:
     write(hybrid / "fs/cgroup/cpu/cpu.cfs_period_us", "100000\n")
     assert available_cpus(hybrid) == 3
     write(hybrid / "fs/cgroup/cpu/cpu.cfs_quota_us", "-1\n")
-    assert available_cpus(hybrid) == 4
+    assert available_cpus(hybrid) == 8
 
 
 def test_without_sysfs_every_processor_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,7 +75,8 @@ class OpenVinoRuntime(Runtime):
             "INFERENCE_NUM_THREADS": plan.streams * plan.threads_per_stream,
         }
         if is_hybrid() and settings.threads is None:
-            self._options["SCHEDULING_CORE_TYPE"] = "PCORE_ONLY"
+            cores = "PCORE_ONLY" if plan.streams == 1 else "ANY_CORE"
+            self._options |= {"SCHEDULING_CORE_TYPE": cores, "ENABLE_HYPER_THREADING": False}
         tokens = _TOKENS_PER_THREAD * plan.threads_per_stream
         super().__init__(artifact, settings, BatchLimits(plan.streams, tokens, 1 if self._kernel else _LENGTH_MULTIPLE))
         self._model, key = self._read_model(artifact)
