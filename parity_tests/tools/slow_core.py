@@ -2,15 +2,19 @@
 
     python parity_tests/tools/slow_core.py ARTIFACT SET
 
-SET is a folder in BEIR form. A busy neighbour takes half of core 1. "fast" uses core 0 alone; "all" has a stream on each.
+SET is a folder in BEIR form. A busy neighbour takes half of core 1. "fast" uses core 0 alone, "all" has a stream on
+each.
 """
 
+import os
 import random
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+import click
 
 from ettin.bench.workloads import read_beir
 from ettin.runtimes import Runtime, load
@@ -19,8 +23,9 @@ from ettin.runtimes.engines.on_openvino import OpenVinoRuntime
 ROUNDS = 9
 
 
-def measured(artifact: Path, pairs: list[tuple[str, str]], affinity: str) -> None:
+def measured(artifact: Path, pairs: list[tuple[str, str]], cores: set[int]) -> None:
     """A child process: scores `pairs` whenever a line comes in, and prints the seconds."""
+    os.sched_setaffinity(0, cores)
     read_model = OpenVinoRuntime._read_model
 
     def pinned(runtime: OpenVinoRuntime, *arguments: object) -> object:
@@ -29,18 +34,18 @@ def measured(artifact: Path, pairs: list[tuple[str, str]], affinity: str) -> Non
 
     OpenVinoRuntime._read_model = pinned  # type: ignore[method-assign,assignment]
     runtime: Runtime = load(artifact, max_length=512)
-    assert runtime.limits.concurrency == (1 if affinity == "0" else 2)
+    assert runtime.limits.concurrency == len(cores)
     runtime.predict(pairs)
     for _ in sys.stdin:
         start_s = time.perf_counter()
         runtime.predict(pairs)
-        print(time.perf_counter() - start_s, flush=True)
+        click.echo(time.perf_counter() - start_s)
 
 
 def compared(artifact: str, folder: str, kind: str) -> None:
     children = {
         name: subprocess.Popen(
-            ["taskset", "-c", cores, sys.executable, __file__, artifact, folder, kind, cores],
+            [sys.executable, __file__, artifact, folder, kind, cores],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )
         for name, cores in (("fast", "0"), ("all", "0,1"))
@@ -53,21 +58,22 @@ def compared(artifact: str, folder: str, kind: str) -> None:
             child.stdin.flush()
             seconds[name].append(float(child.stdout.readline()))
     ratios = [fast_s / all_s for fast_s, all_s in zip(*seconds.values(), strict=True)]
-    print(f"{kind}: all cores {statistics.median(ratios):.2f} times the speed of the fast core alone", flush=True)
+    click.echo(f"{kind}: all cores {statistics.median(ratios):.2f} times the speed of the fast core alone")
     for child in children.values():
         child.terminate()
 
 
-def main(artifact: str, folder: str, kind: str = "", affinity: str = "") -> None:
+def main(artifact: str, folder: str, kind: str = "", cores: str = "") -> None:
     if kind:
         data, rng = read_beir(Path(folder), "test"), random.Random(1)
         queries, documents = list(data.queries.values()), list(data.documents.values())
         count, one = (300, None) if kind == "stream" else (100, queries[0])
         pairs = [(one or rng.choice(queries), rng.choice(documents)) for _ in range(count)]
-        return measured(Path(artifact), pairs, affinity)
-    with subprocess.Popen(["taskset", "-c", "1", sys.executable, "-c", "while True: pass"]) as neighbour:
-        for kind in ("stream", "100 candidates"):
-            compared(artifact, folder, kind)
+        return measured(Path(artifact), pairs, set(map(int, cores.split(","))))
+    busy = "import os\nos.sched_setaffinity(0, {1})\nwhile True: pass"
+    with subprocess.Popen([sys.executable, "-c", busy]) as neighbour:
+        for workload in ("stream", "100 candidates"):
+            compared(artifact, folder, workload)
         neighbour.kill()
     return None
 
