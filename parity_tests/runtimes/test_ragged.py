@@ -248,6 +248,8 @@ def test_switch(usable: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {each.products for each in runnable()} == {"f32"}
     monkeypatch.setenv(SWITCH, "off")
     assert problem() == Problem(f"switched off by {SWITCH}") and not runnable()
+    monkeypatch.setenv(SWITCH, "int4")
+    assert problem() == Problem(f"switched off by {SWITCH}=int4: nothing computes such products here")
 
 
 def test_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,5 +264,5 @@ def test_a_library_that_can_not_be_loaded(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 def test_a_later_release(usable: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ov, "__version__", "2027.1.0-12345-later")
+    monkeypatch.setattr(ov, "__version__", "2027.1.0.dev20270203-12345-later")
     assert problem() == Problem("not tested with OpenVINO 2027.1, and compiled for another", install_again=True)

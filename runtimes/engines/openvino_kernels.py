@@ -97,6 +97,8 @@ def problem() -> Problem | None:
         return library
     if runnable():
         return None
+    if runnable(""):
+        return Problem(f"switched off by {SWITCH}={os.environ[SWITCH]}: nothing computes such products here")
     return Problem(f"switched off by ONEDNN_MAX_CPU_ISA={isa_limit()}" if isa_limit() else "the processor has no AVX2")
 
 
@@ -111,7 +113,7 @@ def _compiled() -> Path | Problem:
         return Problem("not compiled at installation, which needs g++ 11 or later", install_again=True)
     import openvino
 
-    year, number, *_ = (int(part) for part in openvino.__version__.partition("-")[0].split("."))
+    year, number = map(int, openvino.__version__.split(".")[:2])
     releases: tuple[int, ...] = ()
     with suppress(OSError, AttributeError):  # it calls functions that are not there, or an earlier version compiled it
         loaded = _loaded(library, Path(openvino.__file__).parent / "libs")
