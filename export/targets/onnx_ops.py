@@ -244,6 +244,15 @@ class Int8OnnxOps(OnnxOps):
         self._quantised = quantised
         self._inputs: dict[tuple[str, float], Value] = {}
 
+    def embedding(self, ids: Value, name: str) -> Value:
+        """Rows of int8, each with a scale: the table is most of a small model's file, which browsers download."""
+        rows, scales = (
+            self.constant(part.numpy(), key)
+            for part, key in zip(int8_rows(torch.from_numpy(self._weights[name])), (name, f"{name}.scale"), strict=True)
+        )
+        values = self.cast(self.node("Gather", [rows, ids], axis=0), "float32")
+        return self.multiply(values, self.node("Gather", [scales, ids], axis=0))
+
     def linear(self, x: Value, name: str, bias: str | None = None) -> Value:
         if name in self._quantised.input_max and self._quantised.scheme.activations:
             x = self._rounded(x, self._quantised.input_max[name])
