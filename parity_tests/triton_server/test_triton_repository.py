@@ -156,7 +156,7 @@ def test_command(demo_artifacts: Artifacts, tmp_path: Path) -> None:
         (["{artifact}", "{artifact}", "--name", "one"], "--name is for one artifact, 2 are named"),
         (["{artifact}", "--instances", "2"], "--instances is for --native"),
         (["{artifact}", "--name", "../up"], "model name '../up': expected letters"),
-        (["nowhere"], "nowhere: no manifest.json"),
+        (["nowhere"], "nowhere: no such folder"),
     ],
 )
 def test_command_says_what_is_wrong(
