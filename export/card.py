@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from string import Template
 
 from ettin.artifacts.manifest import CARD_NAME, Manifest, Parity, TensorSpec
 from ettin.artifacts.targets import target_named
@@ -17,66 +18,7 @@ _MAX_CARD_BYTES = 1 << 20
 _LIBRARIES = {"onnx": "transformers.js", "openvino": "openvino", "transformers": "sentence-transformers"}
 _VARIANTS = re.compile(r"(?<=<!-- variants -->\n).*?(?=<!-- /variants -->)", re.DOTALL)
 
-_OURS = """```python
-# pip install "{requirement}"
-from ettin.runtimes import load
-
-with load("{folder}") as reranker:
-    scores = reranker.predict([("query", "document")])
-    hits = reranker.rank("query", ["document", "another"], top_k=1)
-```"""
-_SERVER = """```sh
-# pip install "ettin-export[serve]"; /rerank, /v1/rerank and /v2/rerank as in text-embeddings-inference, Jina and Cohere
-ettin-serve {folder}
-```"""
-_TRITON = """```sh
-# pip install "ettin-export[triton]"
-ettin-triton {folder} --repository models --serve
-```"""
-_TRANSFORMERS_JS = """`pipeline('text-classification')` gives 1 for every pair, because it takes the softmax of one
-logit. Read the logits instead:
-
-```js
-import {{ AutoModelForSequenceClassification, AutoTokenizer, env }} from '@huggingface/transformers';
-
-env.localModelPath = './'; // the folder above this one
-const tokenizer = await AutoTokenizer.from_pretrained('{folder}');
-const model = await AutoModelForSequenceClassification.from_pretrained('{folder}', {{ dtype: '{dtype}' }});
-const documents = ['document', 'another'];
-const inputs = tokenizer(documents.map(() => 'query'), {{ text_pair: documents, padding: true, truncation: true }});
-const {{ logits }} = await model(inputs);
-console.log(logits.tolist()); // one logit for each pair, higher is more relevant
-```"""
-_FASTEMBED = """```python
-from fastembed.common.model_description import ModelSource
-from fastembed.rerank.cross_encoder import TextCrossEncoder
-
-source = ModelSource(hf="from/a-folder")  # fastembed asks for one, and does not use it
-TextCrossEncoder.add_custom_model(model="ettin", model_file="{entry}", sources=source)
-reranker = TextCrossEncoder("ettin", specific_model_path="{folder}")
-print(list(reranker.rerank("query", ["document", "another"])))
-```"""
-_GENAI = """It gives sigmoid(logit), which is 1 for all logits above about 16:
-
-```python
-import openvino_genai
-
-pipeline = openvino_genai.TextRerankPipeline("{folder}/openvino", "CPU", top_n=2, INFERENCE_PRECISION_HINT="f32")
-print(pipeline.rerank("query", ["document", "another"]))  # (index, score), best first
-```"""
-_CROSS_ENCODER = """```python
-from sentence_transformers import CrossEncoder
-
-print(CrossEncoder("{folder}").predict([("query", "document")]))
-```"""
-# What transformers.js calls the precision of a file.
-_DTYPES = {"model_quantized.onnx": "q8"}
-# Of each target: the other programs that load its artifacts, a file that they need ("": none), and how.
-_OTHERS = {
-    "onnx": (("transformers.js", "", _TRANSFORMERS_JS), ("fastembed", "", _FASTEMBED)),
-    "openvino": (("OpenVINO GenAI", "openvino/openvino_tokenizer.xml", _GENAI),),
-    "transformers": (("sentence-transformers", "", _CROSS_ENCODER),),
-}
+_DTYPES = {"model_quantized.onnx": "q8"}  # what transformers.js calls the precision of a file
 
 
 def code(text: str) -> str:
@@ -166,7 +108,7 @@ def _front_matter(manifest: Manifest, tags: Iterable[str], checkpoint: Path, lib
     if manifest.source.revision and _IDENTIFIER.fullmatch(manifest.source.id):
         lines.append(f"base_model: {manifest.source.id}")
     lines += ["pipeline_tag: text-ranking", f"library_name: {library}", "tags:"]
-    return "\n".join(["---", *lines, *(f"- {tag}" for tag in tags), "---"])
+    return "\n".join(["---", *lines, *(f"- {tag}" for tag in tags), "---", ""])
 
 
 def _metadata(path: Path) -> dict[str, str]:
@@ -194,18 +136,22 @@ def _folder(manifest: Manifest) -> str:
 
 
 def _uses(manifest: Manifest) -> str:
+    """The sections of `uses.md` that are for this artifact: its target's, and those that need a file that it has."""
     target = target_named(manifest.target)
-    uses = [("Python, without PyTorch" if manifest.target != "transformers" else "Python", "", _OURS)]
-    uses += _OTHERS.get(manifest.target, ())
-    uses += [("HTTP server", "", _SERVER)]
-    if target.triton_backends:
-        uses.append(("Triton Inference Server", "", _TRITON))
-    files = {"", *(entry.path for entry in manifest.files)}
-    words = {
-        "requirement": target.runtime.requirement, "folder": _folder(manifest), "entry": manifest.entry,
-        "dtype": _DTYPES.get(Path(manifest.entry).name, manifest.precision),
-    }  # fmt: skip
-    return "\n\n".join(f"### {name}\n\n{text.format(**words)}" for name, needed, text in uses if needed in files)
+    kinds = {
+        "all",
+        manifest.target,
+        "triton" if target.triton_backends else "",
+        *(file.path for file in manifest.files),
+    }
+    text = (Path(__file__).parent / "uses.md").read_text(encoding="utf-8")
+    chosen = [use for kind, use in re.findall(r"<!-- (.*?) -->\n(.*?)(?=<!--|\Z)", text, re.DOTALL) if kind in kinds]
+    return Template("".join(chosen).rstrip()).substitute(
+        requirement=target.runtime.requirement,
+        folder=_folder(manifest),
+        entry=manifest.entry,
+        dtype=_DTYPES.get(Path(manifest.entry).name, manifest.precision),
+    )
 
 
 def _tensors(specs: tuple[TensorSpec, ...]) -> str:

@@ -109,8 +109,9 @@ def located(name: str | Path) -> Path:
     """The folder of an artifact: one that is here, or else what a hub id names, downloaded if it is not in the cache.
 
     Args:
-        name: a path, or ORGANISATION/NAME[@REVISION][/FOLDER]. A folder here wins, and so does a path whose first
-            part is here. A revision of 40 hex digits is a commit, which is not asked for when it is in the cache.
+        name: a path, or ORGANISATION/NAME[@REVISION][/FOLDER]. A folder here wins, and so does a name without a
+            revision whose first part is here. A revision of 40 hex digits is a commit, which is not asked for when it
+            is in the cache.
 
     Raises:
         ManifestError: neither a folder here nor a hub id, or the hub's manifest is not valid.
@@ -124,7 +125,8 @@ def located(name: str | Path) -> Path:
             f"{name}: no such folder, and not a hub id (ORGANISATION/NAME[@REVISION][/FOLDER]). Make an artifact: "
             "ettin-export --size demo"
         )
-    if parts is None or os.path.lexists(path.parts[0]):
+    repository, revision, below = parts or ("", None, "")
+    if parts is None or os.path.lexists(path) or (revision is None and os.path.lexists(path.parts[0])):
         return path
     try:
         import huggingface_hub  # noqa: F401
@@ -132,7 +134,6 @@ def located(name: str | Path) -> Path:
         if error.name != "huggingface_hub":
             raise
         raise MissingDependency(f"{name}: no such folder here, so a hub id, which", "huggingface-hub", "hub") from None
-    repository, revision, below = parts
     is_pinned = revision is not None and _COMMIT.fullmatch(revision) is not None
     if is_pinned and (cached := Remote(repository, str(revision), below)).is_complete():
         return cached.folder

@@ -255,6 +255,7 @@ def test_names(
     assert located("org/other") == Path("org/other")  # below a folder that is here, no hub id either
     assert "org/other: no manifest.json" in refused("org/other", ManifestError)
     assert hub.requests == []
+    assert located(pinned(hub)).is_relative_to(tmp_path / "hub-cache")  # a revision means the hub
     shutil.rmtree(tmp_path / "org")
     for name, message in (
         ("org/nothing", "no such repository on the hub"),
