@@ -210,7 +210,7 @@ class Remote:
 
     def download(self) -> None:
         """Puts it into the cache, the manifest last."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".ettin-", dir=self.cache) as scratch:
             content = self._fetched(MANIFEST_NAME, MAX_MANIFEST_BYTES, Path(scratch) / MANIFEST_NAME)
             manifest = Manifest.from_bytes(content.read_bytes(), Path(self.name))

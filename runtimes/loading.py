@@ -68,7 +68,7 @@ def load(
     """Loads an artifact.
 
     Args:
-        path: its folder, or its hub id ORGANISATION/NAME[@REVISION][/FOLDER], see `ettin.runtimes.hub.located`.
+        path: its folder, or else its id on the Hugging Face hub: `ORGANISATION/NAME[@REVISION][/FOLDER]`.
         device: "cpu", or "cuda" for ONNX Runtime's CUDA provider, torch and TensorRT; None: the one that the artifact
             is for, "cpu" if it is for both. Never replaced by another.
         threads: CPU threads to use; None: one for each core that this process may use (on a hybrid processor: each
