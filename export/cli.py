@@ -198,17 +198,12 @@ def _push(arguments: Arguments, checkpoint: "Checkpoint", made: list[Job]) -> No
 
     if not sys.stderr.isatty():
         disable_progress_bars()
-    artifacts = {_folder(arguments, job.target, job.precision): job.output for job in made}
+    artifacts = {job.output.resolve().name: job.output for job in made}
     with console.step(f"push to {arguments.push}"):
         commit, page = push(artifacts, str(arguments.push), checkpoint.folder, arguments.allow_unverified)
     console.note(f"  {page}")
     for name in artifacts:
         console.note(f"  load('{arguments.push}@{commit}/{name}')")
-
-
-def _folder(arguments: Arguments, target: str, precision: str) -> str:
-    arch = "" if arguments.arch in (None, "native") else f"-{arguments.arch}"
-    return f"{target}-{precision}{arch if target_named(target).is_compiled else ''}"
 
 
 def _check_machine(targets: Sequence[str], options: Options, everything: bool) -> None:
@@ -232,7 +227,11 @@ def _jobs(arguments: Arguments, variants: list[tuple[str, str]], name: str) -> l
     if arguments.output and not arguments.everything:
         return [Job(target, precision, arguments.output) for target, precision in variants]
     above = arguments.output or Path(name)
-    return [Job(target, precision, above / _folder(arguments, target, precision)) for target, precision in variants]
+    arch = "" if arguments.arch in (None, "native") else f"-{arguments.arch}"
+    return [
+        Job(target, precision, above / f"{target}-{precision}{arch if target_named(target).is_compiled else ''}")
+        for target, precision in variants
+    ]
 
 
 def _show_plan(export: "Export", jobs: list[Job], everything: bool) -> None:

@@ -52,6 +52,7 @@ def push(
         The commit and its page.
 
     Raises:
+        UsageError: a folder's name is none that `load` would take.
         UnverifiedArtifact: one is not verified.
         DamagedArtifact: one is not as its manifest says.
         DownloadError: the hub can't be reached, or refuses.
@@ -60,6 +61,8 @@ def push(
 
     files: dict[str, Path | bytes] = {}
     for name, folder in artifacts.items():
+        if parsed(f"{repository}/{name}") is None:
+            raise UsageError(f"{folder}: on the hub, '{name}' can't name a folder. Choose another: --output DIR")
         with OpenArtifact(folder) as artifact:
             manifest = artifact.manifest
             if manifest.parity.status == "unverified" and not allow_unverified:

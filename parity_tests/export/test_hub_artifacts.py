@@ -108,6 +108,8 @@ def test_pushes_that_are_refused(
     rewrite(folder, lambda content: content["parity"].update(status="unverified", pairs=0))
     with pytest.raises(UnverifiedArtifact, match="not proven. Push it all the same: --allow-unverified"):
         push({"onnx-fp32": folder}, "org/name", DEMO_FOLDER)
+    with pytest.raises(UsageError, match="'my artifact' can't name a folder"):
+        push({"my artifact": folder}, "org/name", DEMO_FOLDER)
     assert not hub.commits
     push({"onnx-fp32": folder}, "org/name", DEMO_FOLDER, allow_unverified=True)
     (folder / "tokenizer.json").write_bytes(b"{}")
