@@ -3,8 +3,9 @@
     EttinError
     ├── UsageError, InputError, ShapeError: arguments and texts
     ├── MissingDependency, HardwareError: this machine
+    ├── DownloadError
     ├── CheckpointError
-    │   └── DownloadError, UnsupportedCheckpoint
+    │   └── UnsupportedCheckpoint
     ├── ArtifactError
     │   └── ManifestError, DamagedArtifact, SignatureError, NewerFormat, UnverifiedArtifact
     ├── BuildError, ScoringError: engines
@@ -67,12 +68,12 @@ class HardwareError(EttinError):
     """A device, provider or instruction set that this machine lacks."""
 
 
+class DownloadError(EttinError):
+    """The hub can't be reached, or does not have what was asked for."""
+
+
 class CheckpointError(EttinError):
     """A checkpoint that can't be read."""
-
-
-class DownloadError(CheckpointError):
-    """The hub did not deliver the checkpoint."""
 
 
 class UnsupportedCheckpoint(CheckpointError):

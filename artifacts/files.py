@@ -7,7 +7,7 @@ from typing import BinaryIO, TypeVar
 
 from ettin.artifacts.errors import DamagedArtifact, OutputError
 from ettin.artifacts.folder import Folder
-from ettin.artifacts.manifest import MANIFEST_NAME, FileEntry
+from ettin.artifacts.manifest import CARD_NAME, MANIFEST_NAME, FileEntry
 
 _Argument = TypeVar("_Argument")
 _Result = TypeVar("_Result")
@@ -15,7 +15,7 @@ _MOST_BYTES_A_READ = 1 << 30
 
 
 def list_files(folder: Path) -> tuple[FileEntry, ...]:
-    """Every file below `folder` but the manifest, in order of their paths.
+    """Every file below `folder` but the manifest and the card, in order of their paths.
 
     Raises:
         OutputError: something there is neither file nor folder, such as a link that could lead outside.
@@ -28,7 +28,7 @@ def list_files(folder: Path) -> tuple[FileEntry, ...]:
                     pending.append(name)
                 elif kind != "file":
                     raise OutputError(f"{folder / name}: an artifact holds plain files only")
-                elif name != MANIFEST_NAME:
+                elif name not in (MANIFEST_NAME, CARD_NAME):
                     names.append(name)
         entries = []
         for name in sorted(names, key=lambda name: name.split("/")):

@@ -16,6 +16,7 @@ _FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _NEW_FILE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+_SHARED_BLOB = re.compile(r"\.\./\.\./blobs/[0-9a-f]{2}/[0-9a-f]{64}")
 _NO_SYNC = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
@@ -24,7 +25,8 @@ class Folder:
 
     The path that the user gives is resolved once, so it may lead through links. Below it links are refused, with one
     exception: in a snapshot of the model hub's cache (`models--ORG--NAME/snapshots/REVISION`, or a folder in it) a file
-    may be a link to `models--ORG--NAME/blobs/HASH`, written relative, as the hub's client writes it.
+    may be a link to `models--ORG--NAME/blobs/HASH`, written relative, as the hub's client writes it. That may be a link
+    to `blobs/HH/HASH` of the whole cache, where newer clients keep what several repositories share.
 
     All methods raise `OSError`.
 
@@ -64,7 +66,18 @@ class Folder:
         blob = target.removeprefix("../" * len(parents) + way)
         if target != "../" * len(parents) + way + blob or not _BLOB.fullmatch(blob):
             raise OSError(errno.ELOOP, "a link that does not lead to a blob of its own hub repository", name)
-        return _plain_file(blob, blobs)
+        try:
+            shared = os.readlink(blob, dir_fd=blobs)
+        except OSError:  # no link
+            return _plain_file(blob, blobs)
+        if not _SHARED_BLOB.fullmatch(shared):
+            raise OSError(errno.ELOOP, "a link that does not lead to a blob of its own hub cache", name)
+        *parents, blob = shared.split("/")
+        parent = self._opened_folder(parents, blobs)
+        try:
+            return _plain_file(blob, parent)
+        finally:
+            os.close(parent)
 
     def read(self, name: str, limit_bytes: int) -> bytes:
         """Content of a plain file that may not be larger than `limit_bytes`."""
@@ -116,8 +129,8 @@ class Folder:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _opened_folder(self, parts: list[str]) -> int:
-        descriptor = os.dup(self._top)
+    def _opened_folder(self, parts: list[str], start: int | None = None) -> int:
+        descriptor = os.dup(self._top if start is None else start)
         for part in parts:
             try:
                 below = os.open(part, _FOLDER_FLAGS, dir_fd=descriptor)

@@ -23,8 +23,8 @@ from ettin.artifacts.names import FileName, Line, PathInside, Sha256, Word
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
-
-_MAX_MANIFEST_BYTES = 4 << 20
+CARD_NAME = "README.md"  # for people: no part of the artifact, so editing it changes nothing
+MAX_MANIFEST_BYTES = 4 << 20
 
 
 _ATTENTION = {"own-attention": "own attention kernel", "int8-attention": "own attention kernel in int8"}
@@ -273,7 +273,7 @@ def opened_folder(folder: Path) -> Folder:
 def manifest_bytes(opened: Folder, folder: Path) -> bytes:
     """Content of the manifest in a folder that is open, not validated; raises `ManifestError`."""
     try:
-        return opened.read(MANIFEST_NAME, _MAX_MANIFEST_BYTES)
+        return opened.read(MANIFEST_NAME, MAX_MANIFEST_BYTES)
     except FileNotFoundError:
         raise _no_artifact(folder) from None
     except OSError as error:

@@ -10,15 +10,15 @@ from typing import BinaryIO, Self
 from ettin.artifacts.errors import DamagedArtifact, OutputError, UsageError
 from ettin.artifacts.files import CheckedFile, file_entry
 from ettin.artifacts.folder import Kind
-from ettin.artifacts.manifest import MANIFEST_NAME, FileEntry, Manifest, manifest_bytes, opened_folder
+from ettin.artifacts.manifest import CARD_NAME, MANIFEST_NAME, FileEntry, Manifest, manifest_bytes, opened_folder
 from ettin.artifacts.signatures import SIGNATURE_NAME, check_signed, read_signature, signature, signed_digests
 
 TOKENIZER_NAME = "tokenizer.json"
 
 _PART_SUFFIX = ".new"
-# Never read, and no part of the artifact: what the hub's client leaves in a folder that it downloads to, and what a
-# process leaves that is killed while it replaces the manifest or the signature.
-_IGNORED = frozenset({".gitattributes", MANIFEST_NAME + _PART_SUFFIX, SIGNATURE_NAME + _PART_SUFFIX})
+# Never read, and no part of the artifact: the card, which people may edit; what the hub's client leaves in a folder
+# that it downloads to; and what a process leaves that is killed while it replaces the manifest or the signature.
+_IGNORED = frozenset({CARD_NAME, ".gitattributes", MANIFEST_NAME + _PART_SUFFIX, SIGNATURE_NAME + _PART_SUFFIX})
 _IGNORED_FOLDERS = frozenset({".cache/huggingface"})
 _KINDS: dict[Kind, str] = {"file": "a file", "folder": "a folder", "link": "a link", "other": "a special file"}
 

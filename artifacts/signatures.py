@@ -18,7 +18,7 @@ from ettin.artifacts.manifest import MANIFEST_NAME, Manifest
 
 SIGNATURE_NAME = "model.sig"
 
-_MAX_SIGNATURE_BYTES = 4 << 20
+MAX_SIGNATURE_BYTES = 4 << 20
 _MAX_KEY_BYTES = 1 << 16
 _HASHES = {"secp256r1": "SHA256", "secp384r1": "SHA384", "secp521r1": "SHA512"}
 _MAKE_KEY = "Make one: openssl ecparam -genkey -name prime256v1 -noout -out key.pem"
@@ -106,7 +106,7 @@ def signature(manifest_bytes: bytes, manifest: Manifest, private_key: Path) -> b
 def read_signature(opened: Folder, folder: Path) -> bytes | None:
     """Content of `model.sig` in an artifact's open folder, not verified; None: there is none."""
     try:
-        return opened.read(SIGNATURE_NAME, _MAX_SIGNATURE_BYTES)
+        return opened.read(SIGNATURE_NAME, MAX_SIGNATURE_BYTES)
     except FileNotFoundError:
         return None
     except OSError as error:

@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +14,13 @@ from ettin.artifacts.errors import EttinError, HardwareError, MissingDependency,
 from ettin.artifacts.targets import registered_targets, target_named, target_names
 from ettin.export import reports
 from ettin.export.options import BuildOptions, Job, Options
+from ettin.export.push import check_push, push
 from ettin.runtimes.commands import console
 
 if TYPE_CHECKING:  # these import torch
     from ettin.export.pipeline import Export
     from ettin.export.source.checkpoint import Checkpoint
 
-_MISSING = {"torch", "transformers", "sentence_transformers", "safetensors"}
 EXAMPLES = (
     "ettin-export --size demo --target openvino",
     "ettin-export --size 68m --target onnx --precision fp16",
@@ -45,6 +46,7 @@ class Arguments:
     force: bool
     allow_unverified: bool
     sign: Path | None
+    push: str | None
     arch: str | None
     build_kit: bool
     workspace: int | None
@@ -113,6 +115,7 @@ class Arguments:
 @click.option("--force", is_flag=True, help="Replace an artifact that is already there.")
 @click.option("--allow-unverified", is_flag=True, help="Publish what can't be run here; it loads after ettin-verify.")
 @click.option("--sign", type=click.Path(path_type=Path), help="Private key (PEM) to sign the artifact with.")
+@click.option("--push", metavar="ORGANISATION/NAME", help="Repository on the hub that gets the artifact, too.")
 @click.option("--arch", help="TensorRT: the GPU, such as sm_90 or sm_86.  [default: this machine's]")
 @click.option(
     "--build-kit", is_flag=True, help="trt: write what builds the engine elsewhere (typed ONNX and a script)."
@@ -147,15 +150,24 @@ def command(show_list: bool, show_doctor: bool, **options: Any) -> None:
 
 def _export(arguments: Arguments) -> None:
     variants = arguments.variants()
-    try:
-        from ettin.export.pipeline import Export
-        from ettin.export.source.resolve import opened
-    except ModuleNotFoundError as error:
-        if error.name not in _MISSING:
-            raise
-        raise MissingDependency("exporting", str(error.name), "export") from None
+    absent = reports.missing(reports.REFERENCE_PACKAGES)
+    if absent:
+        raise MissingDependency("exporting", absent[0], "export")
+    from ettin.export.source.resolve import opened
 
-    build = arguments.build_options()
+    options = Options(
+        max_length=arguments.max_length,
+        verify_pairs=arguments.verify_pairs,
+        calibration=arguments.calibration,
+        force=arguments.force,
+        allow_unverified=arguments.allow_unverified,
+        command=shlex.join(["ettin-export", *sys.argv[1:]]),
+        build=arguments.build_options(),
+        sign=arguments.sign,
+    )
+    _check_machine([target for target, _ in variants], options, arguments.everything)
+    if arguments.push is not None:
+        check_push(arguments.push)
     with ExitStack() as stack:
         with console.step("read the checkpoint"):
             checkpoint = stack.enter_context(
@@ -168,25 +180,46 @@ def _export(arguments: Arguments) -> None:
                     tokenizer=arguments.tokenizer,
                 )
             )
-        options = Options(
-            max_length=arguments.max_length,
-            verify_pairs=arguments.verify_pairs,
-            calibration=arguments.calibration,
-            force=arguments.force,
-            allow_unverified=arguments.allow_unverified,
-            command=shlex.join(["ettin-export", *sys.argv[1:]]),
-            build=build,
-            sign=arguments.sign,
-        )
+        from ettin.export.pipeline import Export  # imports for seconds: not before it is known to be of use
+
         export = Export(checkpoint, options, console.Console())
         jobs = _jobs(arguments, variants, checkpoint.name)
         _announce(checkpoint)
         if arguments.dry_run:
-            _show_plan(export, jobs, arguments.everything)
-        elif arguments.everything:
-            _run_all(export, jobs)
-        else:
-            _run_one(export, jobs[0])
+            return _show_plan(export, jobs, arguments.everything)
+        made = _run_all(export, jobs) if arguments.everything else _run_one(export, jobs[0])
+        if arguments.push is not None and made:
+            _push(arguments, checkpoint, made)
+    return None
+
+
+def _push(arguments: Arguments, checkpoint: "Checkpoint", made: list[Job]) -> None:
+    from huggingface_hub.utils import disable_progress_bars
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    artifacts = {job.output.resolve().name: job.output for job in made}
+    with console.step(f"push to {arguments.push}"):
+        commit, page = push(artifacts, str(arguments.push), checkpoint.folder, arguments.allow_unverified)
+    console.note(f"  {page}")
+    for name in artifacts:
+        console.note(f"  load('{arguments.push}@{commit}/{name}')")
+
+
+def _check_machine(targets: Sequence[str], options: Options, everything: bool) -> None:
+    """Says what can't be made here before anything is downloaded; an error unless `everything` leaves something."""
+    from ettin.export.writer import check_machine
+
+    problems: dict[str, EttinError] = {}
+    for target in dict.fromkeys(targets):
+        try:
+            check_machine(target, options)
+        except EttinError as error:
+            problems[target] = error
+            if everything:
+                console.note(f"  target '{target}': not here: {error}")
+    if len(problems) == len(set(targets)):
+        raise problems[targets[-1]] if not everything else EttinError("no target can be exported here, see above")
 
 
 def _jobs(arguments: Arguments, variants: list[tuple[str, str]], name: str) -> list[Job]:
@@ -219,7 +252,7 @@ def _announce(source: "Checkpoint") -> None:
         console.note("  RANDOM WEIGHTS: the shape is right, the scores mean nothing", fg="yellow", bold=True)
 
 
-def _run_one(export: "Export", job: Job) -> None:
+def _run_one(export: "Export", job: Job) -> list[Job]:
     export.check([job])
     export.prepare([job])
     verification = export.run(job)
@@ -240,10 +273,11 @@ def _run_one(export: "Export", job: Job) -> None:
     else:
         console.note(f"  {verification.runtime}: {verification.summary}")
     click.echo(job.output)
+    return [job]
 
 
-def _run_all(export: "Export", jobs: list[Job]) -> None:
-    """Exports what can be built here; what can't is a row of the report with its reason."""
+def _run_all(export: "Export", jobs: list[Job]) -> list[Job]:
+    """Exports what can be built here, and returns it; what can't is a row of the report with its reason."""
     buildable, rows, elsewhere = _sorted(export, jobs)
     for job, outcome in export.run_all(buildable):
         if isinstance(outcome, EttinError):
@@ -255,6 +289,7 @@ def _run_all(export: "Export", jobs: list[Job]) -> None:
     failed = sum(row.problem is not None for row in rows) - elsewhere
     if failed:
         raise EttinError(f"{failed} of {len(rows)} exports failed, see the report above")
+    return buildable
 
 
 def _sorted(export: "Export", jobs: list[Job]) -> tuple[list[Job], list[reports.Row], int]:

@@ -11,13 +11,12 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from ettin.artifacts.errors import EttinError, HardwareError, MissingDependency, OutputError, ParityError, UsageError
+from ettin.artifacts.errors import EttinError, OutputError, ParityError, UsageError
 from ettin.artifacts.manifest import Calibration, Parity
 from ettin.artifacts.opened import OpenArtifact
 from ettin.artifacts.parity import write_parity
 from ettin.artifacts.publishing import NEW, check_output, staged, workspace
 from ettin.artifacts.signatures import read_private_key
-from ettin.artifacts.targets import target_named
 from ettin.artifacts.tolerances import FP16_MAX_ACTIVATION, REDUCED_RATIO
 from ettin.export.options import Job, Options, Progress, Silent
 from ettin.export.proof_pairs import proof_pairs
@@ -25,7 +24,7 @@ from ettin.export.quantise import LADDER, CalibrationText, Quantiser, calibratio
 from ettin.export.record import About, unverified, write_manifest
 from ettin.export.reference import Gold, score_gold
 from ettin.export.source.checkpoint import Checkpoint
-from ettin.export.writer import Lowered, Model, Writer, rewrite
+from ettin.export.writer import Lowered, Model, Writer, can_be_proven, check_machine, rewrite, writer_for
 from ettin.runtimes.tokenizer import PairTokenizer
 from ettin.runtimes.verify import Verification, verify_in_child
 
@@ -74,9 +73,7 @@ class Export:
             _ = self._calibration_text
         for job in jobs:
             check_output(job.output, self.options.force)
-            writer = self._writer(job.target)
-            writer.check()
-            self._can_be_proven(writer)
+            check_machine(job.target, self.options)
         if jobs:
             self._check_disk(jobs)
 
@@ -132,8 +129,8 @@ class Export:
             ParityError: the scores differ from gold; nothing was published.
             EttinError: anything else; nothing was published.
         """
-        writer = self._writer(job.target)
-        is_provable = self._can_be_proven(writer)
+        writer = writer_for(job.target, self.options)
+        is_provable = can_be_proven(writer, self.options)
         if self._gold is None:
             self.prepare([job])
         self._check_range(job)
@@ -229,33 +226,6 @@ class Export:
                 f"fp16 ends at 65504, an activation of gold reaches {largest}, limit {FP16_MAX_ACTIVATION:.0f}. Export "
                 f"another precision: --target {job.target} --precision fp32"
             )
-
-    def _can_be_proven(self, writer: Writer) -> bool:
-        """Whether the artifact can be run here; False only where it may be published unproven.
-
-        Raises:
-            EttinError: what keeps it from being run, and so from being proven.
-        """
-        if writer.build.kit:
-            return False  # a kit is proven when its engine is built
-        try:
-            writer.check_runs_here()
-        except (MissingDependency, HardwareError) as error:
-            if self.options.allow_unverified:
-                return False
-            if isinstance(error, MissingDependency):
-                raise
-            raise HardwareError(
-                f"{error}; so its scores can't be proven here. Publish it unproven: --allow-unverified, then where "
-                "it runs: ettin-verify"
-            ) from None
-        return True
-
-    def _writer(self, target_name: str) -> Writer:
-        target = target_named(target_name)
-        build = self.options.build if target.is_compiled else None
-        writer: Writer = target.writer.load(f"target '{target_name}'")(target, build)
-        return writer
 
     @cached_property
     def _model(self) -> Model:

@@ -1,4 +1,4 @@
-"""What an export writes about an artifact: its manifest and its card."""
+"""What an export writes about an artifact: its manifest, and with it its card."""
 
 import platform
 from dataclasses import dataclass
@@ -7,8 +7,8 @@ from pathlib import Path
 
 from ettin.artifacts.errors import shown
 from ettin.artifacts.files import file_sha256, list_files
-from ettin.artifacts.manifest import MANIFEST_NAME, Calibration, Graph, Manifest, Parity, Source, TensorSpec, Tokenizer
-from ettin.artifacts.targets import target_named
+from ettin.artifacts.manifest import CARD_NAME, MANIFEST_NAME, Calibration, Graph, Manifest, Parity, Source, Tokenizer
+from ettin.export.card import card
 from ettin.export.source.checkpoint import Checkpoint
 from ettin.export.writer import Lowered
 from ettin.runtimes.machine import installed_versions
@@ -34,7 +34,7 @@ class About:
 def write_manifest(
     stage: Path, checkpoint: Checkpoint, about: About, lowered: Lowered, parity: Parity, calibration: Calibration | None
 ) -> None:
-    """Writes `README.md` and, over all files, `manifest.json` into `stage`."""
+    """Writes `manifest.json` and, for people, `README.md` into `stage`."""
     manifest = Manifest(
         name=checkpoint.name,
         target=about.target,
@@ -63,11 +63,10 @@ def write_manifest(
         command=shown(about.command),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         parity=parity,
-        files=(),
+        files=list_files(stage),
     )
-    (stage / "README.md").write_text(card(manifest), encoding="utf-8")
-    whole = manifest.model_copy(update={"files": list_files(stage)})
-    (stage / MANIFEST_NAME).write_bytes(whole.to_bytes())
+    (stage / MANIFEST_NAME).write_bytes(manifest.to_bytes())
+    (stage / CARD_NAME).write_text(card(manifest, checkpoint.folder), encoding="utf-8")
 
 
 def unverified() -> Parity:
@@ -76,55 +75,3 @@ def unverified() -> Parity:
         status="unverified", pairs=0, max_abs_error=None, mean_abs_error=None, spearman=None, batch_max_abs_error=None,
         arithmetic=(), reference=REFERENCE, rule="not run",
     )  # fmt: skip
-
-
-def card(manifest: Manifest) -> str:
-    """The `README.md` of an artifact: how to use it, and what was proven about it."""
-    source = manifest.source
-    revision = f" at revision `{source.revision}`" if source.revision else ""
-    scores = "raw logits" if manifest.activation == "identity" else "sigmoid(logit)"
-    random = f"""> [!WARNING]
-> **Random weights.** This artifact has the shape of {source.id} and none of its weights: the scores mean nothing. It is
-> for trying hardware.
-
-"""
-    return f"""# {manifest.name}: {manifest.target}, {manifest.precision}
-
-{random if source.weights == "random" else ""}\
-Reranker `{source.id}`{revision}, exported by ettin-export {manifest.toolchain["ettin-export"]}:
-
-    {manifest.command}
-
-```python
-# pip install "{target_named(manifest.target).runtime.requirement}"
-from ettin.runtimes import load
-
-with load(".") as reranker:
-    scores = reranker.predict([("query", "document")])
-    hits = reranker.rank("query", ["document", "another"], top_k=1)
-```
-
-Scores are {scores}; pairs are truncated to {manifest.max_length_tokens} tokens (`longest_first`).
-`{manifest.entry}` takes {_tensors(manifest.interface.inputs)} and gives {_tensors(manifest.interface.outputs)}.
-
-## Proof
-
-{_proof(manifest.parity)}
-"""
-
-
-def _tensors(specs: tuple[TensorSpec, ...]) -> str:
-    return ", ".join(f"`{spec.name}` {spec.dtype} [{', '.join(map(str, spec.shape))}]" for spec in specs)
-
-
-def _proof(parity: Parity) -> str:
-    if parity.status != "verified":
-        return "**Not verified.** It loads after `ettin-verify .` has passed once on the machine that runs it."
-    spearman = "–" if parity.spearman is None else f"{parity.spearman:.6f}"
-    return f"""Compared with {parity.reference} on {parity.pairs} pairs ({parity.rule}):
-
-| max \\|Δ\\| | mean \\|Δ\\| | Spearman | mixed batch against single |
-| --- | --- | --- | --- |
-| {parity.max_abs_error:.2e} | {parity.mean_abs_error:.2e} | {spearman} | {parity.batch_max_abs_error:.1e} |
-
-To verify it again, on any machine, without torch: `ettin-verify .`"""

@@ -23,9 +23,9 @@ if TYPE_CHECKING:  # these import torch
     from ettin.export.pipeline import Export
     from ettin.runtimes.verify import Verification
 
-_REFERENCE_PACKAGES = ("torch", "transformers", "sentence_transformers", "safetensors")
+REFERENCE_PACKAGES = ("torch", "transformers", "sentence_transformers", "safetensors")
 _PACKAGES = (
-    *_REFERENCE_PACKAGES, "huggingface_hub", "tokenizers", "onnx", "onnxruntime", "openvino", "tensorrt",
+    *REFERENCE_PACKAGES, "huggingface_hub", "tokenizers", "onnx", "onnxruntime", "openvino", "tensorrt",
     "tensorrt_rtx",
 )  # fmt: skip
 # Servers, the extra of each, and the packages that it installs.
@@ -146,7 +146,8 @@ def _has(module: str) -> bool:
         return False
 
 
-def _missing(modules: Sequence[str]) -> list[str]:
+def missing(modules: Sequence[str]) -> list[str]:
+    """Those of the modules that are not installed."""
     return [module for module in dict.fromkeys(modules) if not _has(module)]
 
 
@@ -171,8 +172,8 @@ def _packages() -> Iterator[Finding]:
 
 def _targets() -> Iterator[Finding]:
     for target in registered_targets():
-        to_run = _missing(target.runtime.packages)
-        to_export = _missing((*_REFERENCE_PACKAGES, *target.writer.packages))
+        to_run = missing(target.runtime.packages)
+        to_export = missing((*REFERENCE_PACKAGES, *target.writer.packages))
         if target.is_compiled and not to_export:
             detail = _compiled_detail(target, to_run)
         elif to_export and to_run:
@@ -206,6 +207,6 @@ def _compiled_detail(target: Target, to_run: list[str]) -> str:
 
 def _servers() -> Iterator[Finding]:
     for what, extra, modules in _SERVERS:
-        missing = _missing(modules)
-        detail = f"no {', '.join(missing)}" if missing else "installed"
-        yield Finding(what, not missing, detail, _install(requirement(extra)) if missing else "")
+        absent = missing(modules)
+        detail = f"no {', '.join(absent)}" if absent else "installed"
+        yield Finding(what, not absent, detail, _install(requirement(extra)) if absent else "")

@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ettin.artifacts.errors import HardwareError, MissingDependency
 from ettin.artifacts.manifest import Engine, Interface, Needs, TensorSpec
-from ettin.artifacts.targets import Target
-from ettin.export.options import BuildOptions
+from ettin.artifacts.targets import Target, target_named
+from ettin.export.options import BuildOptions, Options
 from ettin.export.quantise import Quantised
 from ettin.export.source.checkpoint import Checkpoint
 from ettin.export.source.weights import read_weights
@@ -146,3 +147,44 @@ class Writer(ABC):
             HardwareError: this machine lacks the device.
         """
         self.target.runtime_class()
+
+
+def check_machine(target_name: str, options: Options) -> None:
+    """Refuses a target that can't be made here, before anything is read or downloaded.
+
+    Raises:
+        EttinError: a missing package or device, or options of another target.
+    """
+    writer = writer_for(target_name, options)
+    writer.check()
+    can_be_proven(writer, options)
+
+
+def can_be_proven(writer: Writer, options: Options) -> bool:
+    """Whether the artifact can be run here; False only where it may be published unproven.
+
+    Raises:
+        EttinError: what keeps it from being run, and so from being proven.
+    """
+    if writer.build.kit:
+        return False  # a kit is proven when its engine is built
+    try:
+        writer.check_runs_here()
+    except (MissingDependency, HardwareError) as error:
+        if options.allow_unverified:
+            return False
+        if isinstance(error, MissingDependency):
+            raise
+        raise HardwareError(
+            f"{error}; so its scores can't be proven here. Publish it unproven: --allow-unverified, then where it "
+            "runs: ettin-verify"
+        ) from None
+    return True
+
+
+def writer_for(target_name: str, options: Options) -> Writer:
+    """The writer of a target; raises `MissingDependency`."""
+    target = target_named(target_name)
+    build = options.build if target.is_compiled else None
+    writer: Writer = target.writer.load(f"target '{target_name}'")(target, build)
+    return writer

@@ -1,13 +1,14 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from filelock import FileLock, Timeout
+from hub_stand_in import TOKEN, Hub, serving
 from support import TINY, VARIANTS, shared_path
 
 from ettin.export.cli import main
@@ -41,6 +42,30 @@ def export_here(
         return subprocess.CompletedProcess(words, int(ended.value.code or 0), written.out, written.err)
 
     return export
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A stand-in of the hub, which its client in this process and in children talks to; the cache is empty."""
+    cache = tmp_path / "hub-cache"
+    with serving() as stand_in:
+        variables = {
+            "HF_ENDPOINT": stand_in.url,
+            "HF_HUB_CACHE": str(cache),
+            "HF_TOKEN": TOKEN,
+            "HF_HUB_DISABLE_XET": "1",
+        }
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        constants = {
+            "ENDPOINT": stand_in.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": stand_in.url + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_CACHE": str(cache),
+            "HF_HUB_DISABLE_XET": True,
+        }
+        for name, constant in constants.items():
+            monkeypatch.setattr(f"huggingface_hub.constants.{name}", constant)
+        yield stand_in
 
 
 @pytest.fixture(scope="session")

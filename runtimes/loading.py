@@ -19,6 +19,7 @@ from ettin.artifacts.manifest import Manifest
 from ettin.artifacts.opened import OpenArtifact
 from ettin.artifacts.targets import target_named
 from ettin.runtimes.base import Runtime, Settings
+from ettin.runtimes.hub import located
 from ettin.runtimes.machine import lacks_vnni, model_name
 
 _RETRY_S = 5.0
@@ -67,7 +68,7 @@ def load(
     """Loads an artifact.
 
     Args:
-        path: its folder.
+        path: its folder, or else its id on the Hugging Face hub: `ORGANISATION/NAME[@REVISION][/FOLDER]`.
         device: "cpu", or "cuda" for ONNX Runtime's CUDA provider, torch and TensorRT; None: the one that the artifact
             is for, "cpu" if it is for both. Never replaced by another.
         threads: CPU threads to use; None: one for each core that this process may use (on a hybrid processor, one
@@ -86,7 +87,8 @@ def load(
 
     Raises:
         ArtifactError: not an artifact, damaged, edited, newer, unverified, or not signed by the key.
-        MissingDependency: the engine is not installed.
+        DownloadError: the hub can't be reached, or has no such artifact.
+        MissingDependency: the engine is not installed, or for a hub id the hub's client.
         HardwareError: this machine lacks the device or an instruction set.
         UsageError: an argument out of its range.
     """
@@ -96,16 +98,17 @@ def load(
     if device not in (None, "cpu", "cuda"):
         raise UsageError(f"unknown device '{device}', expected one of: cpu, cuda")
     key = Path(trusted_key) if trusted_key is not None else None
+    folder = located(path)
 
     def opened() -> Runtime:
-        with OpenArtifact(Path(path), checksums=checksums, trusted_key=key) as artifact:
+        with OpenArtifact(folder, checksums=checksums, trusted_key=key) as artifact:
             check_usable(artifact, allow_unverified=allow_unverified)
             used = _device(artifact, device)
             cache = Path(cache_dir) if cache_dir else None
             settings = Settings(used, threads, streams, cache, max_length, batch_tokens, allow_unverified)
             return _loaded(artifact, settings)
 
-    return of_current(Path(path), opened)
+    return of_current(folder, opened)
 
 
 def _device(artifact: OpenArtifact, device: str | None) -> str:

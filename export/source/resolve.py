@@ -6,61 +6,44 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ettin.artifacts.errors import CheckpointError, DownloadError, MissingDependency, UsageError
+from ettin.artifacts.errors import CheckpointError, MissingDependency, UsageError
 from ettin.export.source.checkpoint import Checkpoint, read_checkpoint
 from ettin.export.source.sizes import DEMO, DEMO_FOLDER, SIZES
 from ettin.export.source.weights import write_random_checkpoint
+from ettin.runtimes.hub import first_answer, reached
 
 # Pickled weights, code, and the hub's own ONNX and OpenVINO files (the encoder without its head) are not fetched.
-_FILES = ["*.json", "*.safetensors", "*/config.json", "*/model.safetensors"]
+# README.md: its licence and languages go into the cards of artifacts.
+_FILES = ["*.json", "*.safetensors", "*/config.json", "*/model.safetensors", "README.md"]
 _LEFT_OUT = ["onnx/*", "openvino/*"]
 _HUB_ID = re.compile(r"^\w[\w.-]*/\w[\w.-]*$")
 
 
-@contextmanager
-def reached(what: str, otherwise: str) -> Iterator[None]:
-    """Turns a lost connection into one line.
-
-    Args:
-        what: what is fetched.
-        otherwise: what the user can do without a connection.
+def download(hub_id: str, revision: str | None) -> Checkpoint:
+    """Fetches a checkpoint into the hub's cache and reads it. Once it is there, no network is needed.
 
     Raises:
-        DownloadError: the hub can't be reached.
+        DownloadError: the hub can't be reached or refuses, and the checkpoint is not in the cache.
     """
-    from huggingface_hub import errors
-
-    try:
-        yield
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.HTTPError, OSError) as error:
-        # errors.HTTPError is that of the HTTP library which the installed hub client uses.
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DownloadError(f"{what}: the hub can't be reached ({reason}). {otherwise}") from None
-
-
-def download(hub_id: str, revision: str | None) -> Checkpoint:
-    """Fetches a checkpoint into the hub's cache and reads it. Once it is there, no network is needed."""
     try:
         import huggingface_hub
         from huggingface_hub import errors
     except ModuleNotFoundError as error:
         raise MissingDependency("downloading a checkpoint", str(error.name), "export") from None
-    refusals = {  # the first that matches: a gated repository is also one that is not found
-        errors.GatedRepoError: "the hub asks you to accept its terms first. Visit "
-        f"https://huggingface.co/{hub_id} and run: hf auth login",
-        errors.RepositoryNotFoundError: "no such repository on the hub, or a private one. Run: hf auth login",
-        errors.RevisionNotFoundError: f"has no revision {revision}. Leave --revision out for the newest",
-        errors.HFValidationError: "neither a folder here nor a hub id",
-    }
     by_hand = f"Or bring it as a folder: hf download {hub_id} --local-dir DIR elsewhere, then --checkpoint DIR"
+    problem: Exception | None = None
     with reached(f"{hub_id} at revision {revision}" if revision else hub_id, by_hand):
         try:
+            first_answer(lambda: huggingface_hub.HfApi().model_info(hub_id, revision=revision))
+        except (errors.HTTPError, OSError) as error:
+            problem = error
+        try:
             folder = huggingface_hub.snapshot_download(
-                hub_id, revision=revision, allow_patterns=_FILES, ignore_patterns=_LEFT_OUT
-            )
-        except tuple(refusals) as error:
-            reason = next(text for kind, text in refusals.items() if isinstance(error, kind))
-            raise DownloadError(f"{hub_id}: {reason}") from None
+                hub_id, revision=revision, allow_patterns=_FILES, ignore_patterns=_LEFT_OUT,
+                local_files_only=problem is not None,
+            )  # fmt: skip
+        except errors.LocalEntryNotFoundError as error:
+            raise problem or error from None
     return read_checkpoint(Path(folder), id=hub_id, revision=Path(folder).name)
 
 
@@ -78,7 +61,8 @@ def opened(
 
     Raises:
         UsageError: options that contradict each other.
-        CheckpointError: the checkpoint can't be read or downloaded, or is not an Ettin reranker.
+        DownloadError: it can't be downloaded.
+        CheckpointError: the checkpoint can't be read, or is not an Ettin reranker.
     """
     if (size is None) == (checkpoint is None):
         raise UsageError("name one checkpoint: --size demo|17m|…|1b, or --checkpoint FOLDER|HUB_ID")

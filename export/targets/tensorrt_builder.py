@@ -44,8 +44,16 @@ def check_options(target: str, options: BuildOptions) -> None:
     if options.timing_cache is not None and target == "trt-rtx":
         raise UsageError("--timing-cache: TensorRT-RTX times no kernels when it builds. Leave it out")
     if not options.kit:
+        try:
+            builder_module(target)
+        except MissingDependency as error:
+            if target == "trt" and not gpus():
+                raise HardwareError(
+                    f"{error}. There is no GPU here either; a build kit needs neither: --target trt --arch sm_86 "
+                    "--build-kit"
+                ) from None
+            raise
         checked_arch(target, options.arch, gpus())
-        builder_module(target)
     elif target != "trt":
         raise UsageError(f"--build-kit is for --target trt, not for '{target}'")
     elif options.arch in (None, "native"):

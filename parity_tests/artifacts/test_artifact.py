@@ -21,8 +21,9 @@ from ettin.artifacts.errors import (
     ParityError,
     UnverifiedArtifact,
 )
-from ettin.artifacts.files import list_files
+from ettin.artifacts.files import file_sha256, list_files
 from ettin.artifacts.manifest import Arithmetic, Graph, Manifest
+from ettin.artifacts.opened import OpenArtifact
 from ettin.artifacts.parity import read_parity
 from ettin.artifacts.targets import Target
 from ettin.export import pipeline
@@ -96,7 +97,7 @@ def test_format_page_names_every_key() -> None:
 
 
 @pytest.mark.parametrize("damage", ["flip", "shorten", "remove", "link"])
-@pytest.mark.parametrize("name", ["openvino/openvino_model.bin", "tokenizer.json", "parity.jsonl", "README.md"])
+@pytest.mark.parametrize("name", ["openvino/openvino_model.bin", "tokenizer.json", "parity.jsonl"])
 def test_damaged_file(artifact: Path, name: str, damage: str) -> None:
     path = artifact / name
     content = bytearray(path.read_bytes())
@@ -115,8 +116,38 @@ def test_damaged_file(artifact: Path, name: str, damage: str) -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("change", ["edit", "remove", "link", "folder"])
+def test_the_card_is_no_part_of_an_artifact(artifact: Path, change: str) -> None:
+    card = artifact / "README.md"
+    content = card.read_bytes()
+    card.unlink()
+    if change == "edit":
+        card.write_bytes(b"---\nlicense: mit\n---\n" + content)
+    elif change == "link":
+        card.symlink_to("/etc/hostname")
+    elif change == "folder":
+        card.mkdir()
+    with load(artifact) as runtime:
+        assert runtime.predict(("a", "b")).shape == ()
+    copy = artifact.with_name("copy")
+    with OpenArtifact(artifact) as opened:
+        opened.copy_all(copy)
+    assert not (copy / "README.md").exists()
+
+
+def test_an_early_artifact_lists_its_card(artifact: Path) -> None:
+    card = artifact / "README.md"
+    entry = {"path": "README.md", "size_bytes": card.stat().st_size, "sha256": file_sha256(card)}
+    rewrite(artifact, lambda content: content["files"].append(entry))
+    with load(artifact) as runtime:
+        assert runtime.predict(("a", "b")).shape == ()
+    card.write_bytes(card.read_bytes()[:-1] + b"?")
+    with pytest.raises(DamagedArtifact, match="README.md: sha256 differs"):
+        load(artifact)
+
+
 def test_sizes_only(artifact: Path) -> None:
-    path = artifact / "README.md"
+    path = artifact / "parity.jsonl"
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     with load(artifact, checksums=False) as runtime:
         assert runtime.predict(("a", "b")).shape == ()
@@ -167,9 +198,10 @@ def test_what_is_no_manifest(artifact: Path, content: str) -> None:
 
 
 def test_no_artifact(tmp_path: Path) -> None:
-    for folder in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(ManifestError, match="this is not an artifact. Make one: ettin-export"):
-            load(folder)
+    with pytest.raises(ManifestError, match="this is not an artifact. Make one: ettin-export"):
+        load(tmp_path)
+    with pytest.raises(ManifestError, match="missing: no such folder, and not a hub id"):
+        load(tmp_path / "missing")
 
 
 def test_entry_must_be_listed(artifact: Path) -> None:

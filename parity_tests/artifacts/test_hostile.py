@@ -219,11 +219,11 @@ def test_links_are_refused(copied: Any) -> None:
     assert "a link" in refused(folder, DamagedArtifact)
     (folder / "openvino").unlink()
     (folder.parent / "elsewhere").rename(folder / "openvino")
-    (folder / "README.md").rename(folder / "card.md")
-    (folder / "README.md").symlink_to("card.md")
-    assert "README.md: can't be read (a link)" in refused(folder, DamagedArtifact)
-    (folder / "README.md").unlink()
-    (folder / "card.md").rename(folder / "README.md")
+    (folder / "parity.jsonl").rename(folder / "other.jsonl")
+    (folder / "parity.jsonl").symlink_to("other.jsonl")
+    assert "parity.jsonl: can't be read (a link)" in refused(folder, DamagedArtifact)
+    (folder / "parity.jsonl").unlink()
+    (folder / "other.jsonl").rename(folder / "parity.jsonl")
     (folder / "secret").symlink_to("/etc/hostname")
     assert "secret: a link that is not listed" in refused(folder, DamagedArtifact)
 
@@ -255,20 +255,35 @@ def as_hub_snapshot(artifact: Path, cache: Path, below: str = "") -> Path:
 def test_a_snapshot_of_the_hub_loads(demo_artifacts: Artifacts, tmp_path: Path, below: str) -> None:
     snapshot = as_hub_snapshot(demo_artifacts["openvino", "fp32"], tmp_path, below)
     assert np.array_equal(scores(snapshot), scores(demo_artifacts["openvino", "fp32"]))
-    readme = snapshot / "README.md"
-    content = readme.read_bytes()
-    readme.unlink()
+    listed = snapshot / "parity.jsonl"
+    content = listed.read_bytes()
+    listed.unlink()
     (tmp_path / "blobs").mkdir()
     hidden = tmp_path / "blobs" / ("0" * 64)
     hidden.write_bytes(content)
-    for target in (hidden, Path(os.path.relpath(hidden, readme.parent)), Path("card.md")):
-        readme.symlink_to(target)
-        assert "README.md: can't be read (a link)" in refused(snapshot, DamagedArtifact)
-        readme.unlink()
+    for target in (hidden, Path(os.path.relpath(hidden, listed.parent)), Path("other.jsonl")):
+        listed.symlink_to(target)
+        assert "parity.jsonl: can't be read (a link)" in refused(snapshot, DamagedArtifact)
+        listed.unlink()
     blob = snapshot.parents[1 + bool(below)] / "blobs" / ("1" * 64)
     blob.symlink_to(hidden)  # from there it would go anywhere
-    readme.symlink_to(os.path.relpath(blob, readme.parent))
-    assert "README.md: can't be read (not a plain file)" in refused(snapshot, DamagedArtifact)
+    listed.symlink_to(os.path.relpath(blob, listed.parent))
+    assert "parity.jsonl: can't be read (a link)" in refused(snapshot, DamagedArtifact)
+    blob.unlink()
+    shared = tmp_path / "blobs" / "ab" / ("ab" * 32)  # what newer clients of the hub keep for several repositories
+    shared.parent.mkdir()
+    shared.write_bytes(content)
+    blob.symlink_to(os.path.relpath(shared, blob.parent))
+    assert np.array_equal(scores(snapshot), scores(demo_artifacts["openvino", "fp32"]))
+    for other in (shared, Path(os.path.relpath(hidden, blob.parent)), Path("../../blobs/ab/../" + "0" * 64)):
+        blob.unlink()
+        blob.symlink_to(other)
+        assert "parity.jsonl: can't be read (a link)" in refused(snapshot, DamagedArtifact)
+    blob.unlink()
+    blob.symlink_to(os.path.relpath(shared, blob.parent))
+    shared.unlink()
+    shared.symlink_to(hidden)
+    assert "parity.jsonl: can't be read (not a plain file)" in refused(snapshot, DamagedArtifact)
 
 
 def test_copies_of_a_snapshot_are_plain_files(

@@ -263,7 +263,7 @@ def hub_error(name: str) -> Exception:
     [
         ("GatedRepoError", "accept its terms first"),
         ("RepositoryNotFoundError", "no such repository on the hub"),
-        ("RevisionNotFoundError", "has no revision"),
+        ("RevisionNotFoundError", "has no such revision"),
         ("LocalEntryNotFoundError", "--checkpoint DIR"),
         ("HfHubHTTPError", "--checkpoint DIR"),
         ("OfflineModeIsEnabled", "--checkpoint DIR"),
@@ -275,6 +275,7 @@ def test_hub_errors_say_what_to_do(monkeypatch: pytest.MonkeyPatch, kind: str, m
     def fail(*_: Any, **__: Any) -> str:
         raise hub_error(kind)
 
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: None)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(DownloadError) as error:
         hub.download(SIZES["17m"].hub_id, SIZES["17m"].revision)
@@ -292,6 +293,7 @@ def test_sizes_are_downloaded_at_their_pinned_revision(monkeypatch: pytest.Monke
         asked.update(arguments, hub_id=hub_id)
         return str(snapshot)
 
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: None)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", deliver)
     with sources.opened(size="17m") as checkpoint:
         assert (checkpoint.id, checkpoint.revision) == (SIZES["17m"].hub_id, SIZES["17m"].revision)

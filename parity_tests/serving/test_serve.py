@@ -271,7 +271,7 @@ def test_port_in_use_is_one_line(demo_artifacts: Artifacts) -> None:
     [
         ([], "expected an ARTIFACT or --triton HOST:PORT, one of them"),
         (["somewhere", "--triton", "localhost:1"], "expected an ARTIFACT or --triton HOST:PORT, one of them"),
-        (["somewhere", "--port", "0"], "somewhere: no manifest.json"),
+        (["somewhere", "--port", "0"], "somewhere: no such folder"),
         (["somewhere", "--port", "0", "--api-key-file", "{empty}"], "is empty"),
         (["--triton", "127.0.0.1:1", "--port", "0"], "Triton at 127.0.0.1:1 does not answer"),
     ],

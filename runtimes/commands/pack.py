@@ -19,6 +19,7 @@ from ettin.artifacts.publishing import NEW, workspace
 from ettin.artifacts.targets import target_named
 from ettin.artifacts.writing import replace
 from ettin.runtimes.commands import console
+from ettin.runtimes.hub import located
 from ettin.runtimes.loading import check_usable
 from ettin.runtimes.machine import own_source
 
@@ -151,7 +152,7 @@ def command(artifact: Path, output: Path | None, wheels: bool, force: bool) -> N
     On another machine, pip installs the unpacked archive without a network, and ettin-verify, ettin-rerank and
     ettin-serve run.
     """
-    with OpenArtifact(artifact) as opened:
+    with OpenArtifact(located(artifact)) as opened:
         check_usable(opened)
         archive = output or Path(f"{opened.manifest.full_name}.tar.gz")
         with console.step(f"pack {archive.name}"):

@@ -9,6 +9,7 @@ import click
 
 from ettin.artifacts.errors import ServerError, UsageError
 from ettin.runtimes.commands import console
+from ettin.runtimes.hub import located
 from ettin.runtimes.loading import checked_manifest
 from ettin.runtimes.triton.repository import TritonOptions, publish
 
@@ -58,7 +59,8 @@ def command(
     if instances > 1 and not native:
         raise UsageError("--instances is for --native: our runtime has --streams")
     runtime = {key: str(value) for key, value in settings.items() if value is not None}
-    for artifact, manifest in [(artifact, checked_manifest(artifact, trusted_key)) for artifact in artifacts]:
+    folders = [located(artifact) for artifact in artifacts]
+    for artifact, manifest in [(folder, checked_manifest(folder, trusted_key)) for folder in folders]:
         options = TritonOptions(
             native=native,
             on_gpu="cuda" in (settings["device"], manifest.needs.device),

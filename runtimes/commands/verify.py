@@ -11,6 +11,7 @@ from ettin.artifacts.manifest import Arithmetic, Manifest
 from ettin.artifacts.opened import OpenArtifact
 from ettin.artifacts.signatures import SIGNATURE_NAME, read_private_key
 from ettin.runtimes.commands import console
+from ettin.runtimes.hub import located
 from ettin.runtimes.verify import Verification, adopt_engine, record_verified, verify
 
 
@@ -36,6 +37,7 @@ def command(artifact: Path, trusted_key: Path | None, sign: Path | None, **setti
     """
     if sign is not None:
         read_private_key(sign)
+    artifact = located(artifact)
     with OpenArtifact(artifact, trusted_key=trusted_key) as opened:
         keeps_signature = opened.signature is not None and sign is None
     if adopt_engine(artifact, trusted_key):
