@@ -76,7 +76,7 @@ class DownloadError(CheckpointError):
 
 
 class UnsupportedCheckpoint(CheckpointError):
-    """A checkpoint that is not an Ettin reranker."""
+    """A checkpoint that is not a ModernBERT reranker in a form that can be exported."""
 
 
 class ArtifactError(EttinError):

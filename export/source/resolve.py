@@ -78,7 +78,7 @@ def opened(
 
     Raises:
         UsageError: options that contradict each other.
-        CheckpointError: the checkpoint can't be read or downloaded, or is not an Ettin reranker.
+        CheckpointError: the checkpoint can't be read or downloaded, or is not a reranker that can be exported.
     """
     if (size is None) == (checkpoint is None):
         raise UsageError("name one checkpoint: --size demo|17m|…|1b, or --checkpoint FOLDER|HUB_ID")
