@@ -77,7 +77,7 @@ class CheckpointError(EttinError):
 
 
 class UnsupportedCheckpoint(CheckpointError):
-    """A checkpoint that is not an Ettin reranker."""
+    """A checkpoint that is not a ModernBERT reranker in a form that can be exported."""
 
 
 class ArtifactError(EttinError):

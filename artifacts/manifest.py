@@ -64,7 +64,7 @@ class Source(_Strict):
     revision: Line | None = Field(description="hub commit; null for a folder")
     weights: Literal["checkpoint", "random"] = Field(description="random: shape only, scores mean nothing")
     weights_sha256: Sha256 = Field(description="over all weight files, in order of their names")
-    shape: dict[Line, int | float | list[bool]] = Field(description="the model's shape, see ModelShape")
+    shape: dict[Line, int | float | Line | list[bool] | list[Line]] = Field(description="see ModelShape")
 
 
 class TensorSpec(_Strict):

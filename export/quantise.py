@@ -123,7 +123,7 @@ class Quantiser:
         """Smoothed weights and the ranges of what `scheme` quantises."""
         weights, channel_max = dict(self._weights), dict(self._channel_max)
         attention_max = {}
-        for layer in range(self._shape.num_layers - 1) if scheme.scores else ():
+        for layer in range(self._shape.full_layers) if scheme.scores else ():
             reader = f"layers.{layer}.o"
             _balance(weights, channel_max, f"layers.{layer}", self._shape)
             attention_max[reader] = (
@@ -153,9 +153,9 @@ class _RangeOps(TorchOps):
         super().__init__(weights)
         self.channel_max: dict[str, Tensor] = {}
 
-    def linear(self, x: Tensor, name: str, bias: str | None = None) -> Tensor:
+    def linear(self, x: Tensor, name: str) -> Tensor:
         self._note(x, name)
-        return super().linear(x, name, bias)
+        return super().linear(x, name)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, reader: str) -> Tensor:
         for x, name in ((q, "queries"), (k, "keys")):
@@ -176,11 +176,11 @@ class _RoundingOps(TorchOps):
         super().__init__({**weights, **rounded})
         self._input_max = input_max
 
-    def linear(self, x: Tensor, name: str, bias: str | None = None) -> Tensor:
+    def linear(self, x: Tensor, name: str) -> Tensor:
         if name in self._input_max:
             step = self._input_max[name] / 128
             x = (x / step).round().clamp(-128, 127) * step
-        return super().linear(x, name, bias)
+        return super().linear(x, name)
 
 
 @torch.inference_mode()
@@ -219,8 +219,15 @@ def _smooth(weights: dict[str, Tensor], channel_max: dict[str, Tensor], name: st
     factors = inputs**_SMOOTHING / columns ** (1 - _SMOOTHING)
     factors = factors / factors.log().mean().exp()
     weights[name] = weights[name] * factors
-    weights[source] = weights[source] / factors[:, None]
+    _scale_rows(weights, source, 1 / factors)
     channel_max[name] = channel_max[name] / factors
+
+
+def _scale_rows(weights: dict[str, Tensor], name: str, factors: Tensor) -> None:
+    """Multiplies the outputs of `name` by factors, channel by channel."""
+    weights[name] = weights[name] * factors[:, None]
+    if f"{name}.bias" in weights:
+        weights[f"{name}.bias"] = weights[f"{name}.bias"] * factors
 
 
 def _balance(weights: dict[str, Tensor], channel_max: dict[str, Tensor], layer: str, shape: ModelShape) -> None:
@@ -236,7 +243,7 @@ def _balance(weights: dict[str, Tensor], channel_max: dict[str, Tensor], layer: 
 
     factors = (per_pair(keys) / per_pair(queries)).sqrt()
     for name, noted, factor in ((f"{layer}.q", queries, factors), (f"{layer}.k", keys, 1 / factors)):
-        weights[name] = weights[name] * factor[:, None]
+        _scale_rows(weights, name, factor)
         channel_max[noted] = channel_max[noted] * factor
 
 

@@ -33,7 +33,8 @@ def load_gold(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Cro
 
     Raises:
         CheckpointError: transformers can't read it.
-        UnsupportedCheckpoint: transformers reads it with another RoPE base than it states.
+        UnsupportedCheckpoint: transformers reads it with another RoPE base than it states, or CrossEncoder with another
+            activation.
     """
     if int(transformers.__version__.split(".")[0]) < 5:
         raise EttinError(
@@ -53,6 +54,12 @@ def load_gold(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Cro
     if read != stated:
         raise UnsupportedCheckpoint(
             f"{checkpoint.folder / 'config.json'}: states RoPE bases {stated}, transformers reads {read}: {WRONG_BASE}"
+        )
+    applied = type(model.activation_fn).__name__.lower()
+    if applied != checkpoint.activation:
+        raise UnsupportedCheckpoint(
+            f"{checkpoint.folder}: its configs say that scores are {checkpoint.activation} of the logit, CrossEncoder "
+            f"applies {applied}"
         )
     dtypes = {parameter.dtype for parameter in model.parameters()}
     if dtypes != {dtype} or config._attn_implementation != "sdpa":

@@ -1,6 +1,7 @@
 """Checkpoint tensors → the weights of the inference graph, with the norms folded in. Needs torch."""
 
 from collections.abc import Mapping
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -9,6 +10,43 @@ from ettin.graph.shape import ModelShape
 
 # Names of the head's tensors in the modular checkpoint, as `<module folder>/<tensor>`.
 HEAD_DENSE, HEAD_NORM, HEAD_SCORE = "2_Dense", "3_LayerNorm", "4_Dense"
+# The same of a plain checkpoint, by the names of its modules.
+PLAIN_HEAD = {
+    "head.dense": f"{HEAD_DENSE}/linear",
+    "head.norm": f"{HEAD_NORM}/norm",
+    "classifier": f"{HEAD_SCORE}/linear",
+}
+
+# The projections of a layer: their name in the checkpoint, the norm in front of them, and what the graph makes of them.
+_PROJECTIONS = (
+    ("attn.Wqkv", "attn_norm", ("q", "k", "v")),
+    ("attn.Wo", None, ("o",)),
+    ("mlp.Wi", "mlp_norm", ("up", "gate")),
+    ("mlp.Wo", None, ("down",)),
+)
+
+
+class Affine(NamedTuple):
+    """Weight and bias of a linear layer or a norm, in float64."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], module: str) -> Self:
+        """Those of a module, by its name."""
+        bias = tensors.get(f"{module}.bias")
+        return cls(tensors[f"{module}.weight"].to(torch.float64), None if bias is None else bias.to(torch.float64))
+
+    def behind(self, norm: "Affine") -> "Affine":
+        """A linear layer that takes in the weight and the bias of the norm in front of it.
+
+        W · (n ⊙ g + b) + c = (W ⊙ g) · n + (W · b + c), where g and b are the norm's weight and bias.
+        """
+        bias = self.bias
+        if norm.bias is not None:
+            bias = self.weight @ norm.bias + (0.0 if bias is None else bias)
+        return Affine(self.weight * norm.weight, bias)
 
 
 def rope_tables(theta: float, rows: int, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -37,50 +75,45 @@ def inference_weights(
     Returns:
         embedding [V, H] with its norm applied; layers.i.{q,k,v,o} [H, H]; layers.i.{up,gate} [I, H];
         layers.i.down [H, I]; head.dense [H, H]; head.score [1, H] and head.score.bias [1];
-        rope.{global,local}.{cos,sin} [rope_rows, d].
+        rope.{global,local}.{cos,sin} [rope_rows, d]. A linear layer with a bias, its own or that of the norm in front
+        of it, has it under its name and ".bias", [out].
     """
-    wide = torch.float64
-
-    def scaled(weight: Tensor, norm: Tensor | None, factor: float = 1.0) -> Tensor:
-        result = weight.to(wide) * factor
-        return (result if norm is None else result * norm.to(wide)).to(dtype)
-
-    table = torch.nn.functional.layer_norm(
-        encoder["embeddings.tok_embeddings.weight"].to(wide),
-        (shape.hidden_size,),
-        encoder["embeddings.norm.weight"].to(wide),
-        eps=shape.norm_eps,
-    )
+    norm = Affine.of(encoder, "embeddings.norm")
+    table = encoder["embeddings.tok_embeddings.weight"].to(torch.float64)
+    table = torch.nn.functional.layer_norm(table, (shape.hidden_size,), norm.weight, norm.bias, shape.norm_eps)
     weights = {"embedding": table.to(dtype)}
-    for layer in range(shape.num_layers):
-        source, target = f"layers.{layer}.", f"layers.{layer}."
-        attention_norm = encoder[source + "attn_norm.weight"] if layer else None
-        q, k, v = encoder[source + "attn.Wqkv.weight"].chunk(3)
-        weights[target + "q"] = scaled(q, attention_norm, shape.head_dim**-0.5)
-        weights[target + "k"] = scaled(k, attention_norm)
-        weights[target + "v"] = scaled(v, attention_norm)
-        weights[target + "o"] = scaled(encoder[source + "attn.Wo.weight"], None)
-        up, gate = encoder[source + "mlp.Wi.weight"].chunk(2)
-        mlp_norm = encoder[source + "mlp_norm.weight"]
-        weights[target + "up"] = scaled(up, mlp_norm)
-        weights[target + "gate"] = scaled(gate, mlp_norm)
-        weights[target + "down"] = scaled(encoder[source + "mlp.Wo.weight"], None)
 
-    score, score_bias = folded_classifier(head)
-    weights["head.dense"] = scaled(head[f"{HEAD_DENSE}/linear.weight"], encoder["final_norm.weight"])
-    weights["head.score"] = scaled(score, head[f"{HEAD_NORM}/norm.weight"])
-    weights["head.score.bias"] = score_bias.to(dtype)
+    def keep(layer: Affine, *names: str) -> None:
+        """Stores a linear layer, cut by its rows into several."""
+        tensors = {"": layer.weight} if layer.bias is None else {"": layer.weight, ".bias": layer.bias}
+        for suffix, tensor in tensors.items():
+            for name, part in zip(names, tensor.chunk(len(names)), strict=True):
+                factor = shape.head_dim**-0.5 if name.endswith(".q") else 1.0  # the softmax scale
+                weights[name + suffix] = (part * factor).to(dtype)
+
+    for index in range(shape.num_layers):
+        prefix = f"layers.{index}."
+        for source, before, targets in _PROJECTIONS:
+            layer = Affine.of(encoder, prefix + source)
+            if before and (index or before != "attn_norm"):  # the first layer reads the norm of the embeddings
+                layer = layer.behind(Affine.of(encoder, prefix + before))
+            keep(layer, *(prefix + target for target in targets))
+    keep(Affine.of(head, f"{HEAD_DENSE}/linear").behind(Affine.of(encoder, "final_norm")), "head.dense")
+    keep(Affine.of(head, f"{HEAD_SCORE}/linear").behind(Affine.of(head, f"{HEAD_NORM}/norm")), "head.score")
     for kind, theta in (("global", shape.rope_theta_global), ("local", shape.rope_theta_local)):
         cos, sin = rope_tables(theta, shape.rope_rows, shape.head_dim, dtype)
         weights[f"rope.{kind}.cos"], weights[f"rope.{kind}.sin"] = cos, sin
     return weights
 
 
-def folded_classifier(head: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """The last Dense with the LayerNorm's bias moved into its own: weight [1, H], bias [1] in float64.
-
-    w · (n ⊙ g + b) + c = w · (n ⊙ g) + (c + w · b), where g and b are the LayerNorm's weight and bias.
-    """
-    weight = head[f"{HEAD_SCORE}/linear.weight"].to(torch.float64)
-    bias = head[f"{HEAD_SCORE}/linear.bias"].to(torch.float64)
-    return weight, bias + weight @ head[f"{HEAD_NORM}/norm.bias"].to(torch.float64)
+def modular_tensors(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Encoder and head from the state dict of a plain checkpoint, as `inference_weights` takes them."""
+    encoder: dict[str, Tensor] = {}
+    head: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        module, _, part = name.rpartition(".")
+        if module in PLAIN_HEAD:
+            head[f"{PLAIN_HEAD[module]}.{part}"] = tensor
+        else:
+            encoder[name.removeprefix("model.")] = tensor
+    return encoder, head

@@ -87,14 +87,17 @@ class Ops(Protocol[T]):
     def embedding(self, ids: T, name: str) -> T:
         """Rows of table `name`, in the compute type: ids [rows, columns] → [rows, columns, H]."""
 
-    def linear(self, x: T, name: str, bias: str | None = None) -> T:
-        """The product x · Wᵀ (+ bias) over the last axis, with the weight `name` stored [out, in]."""
+    def linear(self, x: T, name: str) -> T:
+        """The product x · Wᵀ over the last axis, with weight `name` stored [out, in], plus `name`.bias if it exists."""
 
     def linears(self, x: T, names: Sequence[str], joint: bool) -> list[T]:
         """`linear` with each of several weights of one shape; joint: as one product that is then split."""
 
     def normalise(self, x: T, eps: float) -> T:
         """LayerNorm over the last axis without weight and bias, computed in float32."""
+
+    def mean(self, x: T, members: T) -> T:
+        """Means of tokens, in float32: x [rows, tokens, H], members 0 or 1 [rows, means, tokens] → [rows, means, H]."""
 
     def gelu(self, x: T) -> T:
         """The exact (erf) GELU."""

@@ -55,9 +55,13 @@ class PackedScorer(Scorer[T]):
         Returns:
             float32 [pairs, 1].
         """
-        ids, packing = self._packing(input_ids, cu_seqlens, self.ops.dim(longest, 0))
+        ops = self.ops
+        ids, packing = self._packing(input_ids, cu_seqlens, ops.dim(longest, 0))
         return self._scored(
-            ids, partial(self._packed_attention, packing=packing), partial(self._packed_cls_layer, packing=packing)
+            ids,
+            partial(self._packed_attention, packing=packing),
+            partial(self._packed_cls_layer, packing=packing),
+            partial(_members, ops, ids, cu_seqlens),
         )
 
     def _packing(self, input_ids: T, cu_seqlens: T, longest: T) -> tuple[T, _Packing[T]]:
@@ -154,6 +158,16 @@ class PackedScorer(Scorer[T]):
         return self._cls_output(layer, cls, mixed)
 
 
+def _members(ops: Ops[T], ids: T, cu_seqlens: T) -> T:
+    """1 for the tokens of each sequence [1, pairs, tokens]; those that fill the end belong to none."""
+    one = ops.integer(1)
+    pairs = ops.subtract(ops.dim(cu_seqlens, 0), one)
+    starts = ops.reshape(ops.first(cu_seqlens, pairs, 0), [1, -1, 1])
+    ends = ops.reshape(ops.gather(cu_seqlens, ops.add(ops.arange(pairs), one), 0), [1, -1, 1])
+    token = ops.arange(ops.dim(ids, 1))
+    return ops.multiply(ops.bias_where(ends, token, 1.0), ops.bias_where(ops.add(token, one), starts, 1.0))
+
+
 class RaggedOps(Ops[T], Protocol[T]):
     """What an engine must offer beyond `Ops`."""
 
@@ -193,11 +207,13 @@ class RaggedScorer(Scorer[T]):
             float32 [pairs, 1].
         """
         ops = self.ops
+        ids = ops.reshape(input_ids, [1, -1])
         starts = ops.first(cu_seqlens, ops.subtract(ops.dim(cu_seqlens, 0), ops.integer(1)), 0)
         return self._scored(
-            ops.reshape(input_ids, [1, -1]),
+            ids,
             partial(self._ragged_attention, cu_seqlens=cu_seqlens),
             partial(self._ragged_cls_layer, cu_seqlens=cu_seqlens, starts=starts),
+            partial(_members, ops, ids, cu_seqlens),
         )
 
     def _ragged_attention(self, layer: int, x: T, cu_seqlens: T) -> T:

@@ -1,10 +1,10 @@
-"""The Ettin scorer as a cheaper graph that is equivalent to the checkpoint's own.
+"""The scorer as a cheaper graph that is equivalent to the checkpoint's own.
 
 All rewritings are exact (up to rounding):
 
-- **CLS-only last layer**: only the first token is read out, so the last layer computes keys and values for all
-  tokens, but query, attention, output projection and MLP for one.
-- **Folded norms**: the norms here have no weight; `fold` moved it into the projection that follows.
+- **CLS-only last layer**: where only the first token is read out (`ModelShape.pooling`), the last layer computes keys
+  and values for all tokens, but query, attention, output projection and MLP for one.
+- **Folded norms**: the norms here have no weight and no bias; `fold` moved both into the projection that follows.
 - **Split projections**: Q, K, V (and, where it pays, the two GeGLU halves) are separate products, so that no joint
   product is split or transposed. The softmax scale is folded into Q.
 - **Block-local attention**: a local layer attends from blocks of queries to the keys that they can see, so its cost
@@ -66,6 +66,7 @@ class _Layout(Generic[T]):
 
     rows: T
     tokens: T
+    mask: T  # int64 [rows, tokens]: 1 for real tokens
     blocks: T  # of each row: 1 up to the threshold
     block_rows: T  # rows · blocks
     views: dict[bool, _View[T]]  # by "is global"
@@ -91,17 +92,41 @@ class Scorer(Generic[T]):
     def logits(self, input_ids: T, attention_mask: T) -> T:
         """Raw logits, float32 [rows, 1], of input_ids and attention_mask, int64 [rows, tokens]."""
         input_ids, layout = self._layout(input_ids, attention_mask)
-        return self._scored(input_ids, partial(self._attention, layout=layout), partial(self._cls_layer, layout=layout))
+        return self._scored(
+            input_ids,
+            partial(self._attention, layout=layout),
+            partial(self._cls_layer, layout=layout),
+            partial(self._members, layout),
+        )
 
-    def _scored(self, input_ids: T, attention: Callable[[int, T], T], cls_layer: Callable[[int, T], T]) -> T:
-        """Embedding, layers and head; the functions for attention and the last layer know the layout of the tokens."""
-        ops = self.ops
+    def _scored(
+        self,
+        input_ids: T,
+        attention: Callable[[int, T], T],
+        cls_layer: Callable[[int, T], T],
+        members: Callable[[], T],
+    ) -> T:
+        """Embedding, layers, pooling and head.
+
+        The functions know the layout of the tokens: `attention` of a layer, the last layer for first tokens alone, and
+        the tokens that each mean is taken of, see `Ops.mean`.
+        """
+        ops, shape = self.ops, self.shape
         x = ops.embedding(input_ids, "embedding")
-        last = self.shape.num_layers - 1
-        for layer in range(last):
+        for layer in range(shape.full_layers):
             x = ops.add(x, attention(layer, self._attention_input(layer, x)))
             x = ops.add(x, self._mlp(layer, x))
-        return self._head(cls_layer(last, x))
+        if shape.pooling == "cls":
+            return self._head(self._final_norm(cls_layer(shape.full_layers, x)))
+        return self._head(ops.mean(self._final_norm(x), ops.cast(members(), "float32")))
+
+    def _final_norm(self, x: T) -> T:
+        return self.ops.normalise(self.ops.cast(x, "float32"), self.shape.norm_eps)
+
+    def _members(self, layout: _Layout[T]) -> T:
+        """1 for the real tokens of each row [rows, 1, tokens]."""
+        ops = self.ops
+        return ops.reshape(ops.bias_where(layout.mask, ops.integer(0), 1.0), [layout.rows, 1, layout.tokens])
 
     def _layout(self, input_ids: T, attention_mask: T) -> tuple[T, _Layout[T]]:
         ops, form, window = self.ops, self.form, self.shape.window_tokens
@@ -142,7 +167,7 @@ class Scorer(Generic[T]):
         else:
             nearby = _View(ops.reshape(bias, [rows, 1, blocks, queries, keys]), rope, rope, flat_index)
         views = {True: everywhere, False: nearby}
-        return input_ids, _Layout(rows, tokens, blocks, ops.multiply(rows, blocks), views)
+        return input_ids, _Layout(rows, tokens, attention_mask, blocks, ops.multiply(rows, blocks), views)
 
     def _view_of_blocks(self, bias: T, rope: tuple[T, T], key_index: T, dims: tuple[T, T, T, T]) -> _View[T]:
         """A local layer's view for `GraphForm.rotate_blocks`; dims: rows, blocks, queries, keys."""
@@ -245,9 +270,8 @@ class Scorer(Generic[T]):
         cls = self.ops.add(cls, self.ops.linear(mixed, f"layers.{layer}.o"))
         return self.ops.add(cls, self._mlp(layer, cls))
 
-    def _head(self, cls: T) -> T:
-        """Dense, GELU, LayerNorm, Dense in float32: [rows, 1, H] → [rows, 1]."""
+    def _head(self, pooled: T) -> T:
+        """Dense, GELU, LayerNorm, Dense in float32: H values of each pair → [pairs, 1]."""
         ops, shape = self.ops, self.shape
-        x = ops.reshape(ops.cast(cls, "float32"), [-1, shape.hidden_size])
-        x = ops.gelu(ops.linear(ops.normalise(x, shape.norm_eps), "head.dense"))
-        return ops.linear(ops.normalise(x, shape.head_norm_eps), "head.score", bias="head.score.bias")
+        x = ops.gelu(ops.linear(ops.reshape(pooled, [-1, shape.hidden_size]), "head.dense"))
+        return ops.linear(ops.normalise(x, shape.head_norm_eps), "head.score")

@@ -69,14 +69,18 @@ class TorchOps:
     def embedding(self, ids: Tensor, name: str) -> Tensor:
         return F.embedding(ids, self.weights[name])
 
-    def linear(self, x: Tensor, name: str, bias: str | None = None) -> Tensor:
-        return F.linear(x, self.weights[name].to(x.dtype), None if bias is None else self.weights[bias].to(x.dtype))
+    def linear(self, x: Tensor, name: str) -> Tensor:
+        bias = self.weights.get(f"{name}.bias")
+        return F.linear(x, self.weights[name].to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     def linears(self, x: Tensor, names: Sequence[str], joint: bool) -> list[Tensor]:
         return [self.linear(x, name) for name in names]  # eager torch gains nothing from a joint product
 
     def normalise(self, x: Tensor, eps: float) -> Tensor:
         return F.layer_norm(self.cast(x, "float32"), (x.shape[-1],), eps=eps).to(x.dtype)
+
+    def mean(self, x: Tensor, members: Tensor) -> Tensor:
+        return members @ x / members.sum(-1, keepdim=True)
 
     def expand(self, x: Tensor, dims: Sequence[int | Tensor]) -> Tensor:
         return x.expand([int(size) for size in dims])

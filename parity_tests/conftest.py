@@ -3,13 +3,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 from filelock import FileLock, Timeout
 from hub_stand_in import TOKEN, Hub, serving
-from support import TINY, VARIANTS, shared_path
+from support import TINY, VARIANTS, shared_path, write_plain
 
 from ettin.export.cli import main
 from ettin.export.options import Job, Options
@@ -78,6 +79,17 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     folder = tmp_path_factory.mktemp("tiny")
     write_random_checkpoint(folder, TINY, seed=1)
     return read_checkpoint(folder, is_random=True)
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Checkpoint]:
+    """Plain checkpoints with random weights, by the kinds in `support.PLAIN`."""
+
+    @cache
+    def checkpoint(kind: str) -> Checkpoint:
+        return read_checkpoint(write_plain(tmp_path_factory.mktemp("plain"), kind), is_random=True)
+
+    return checkpoint
 
 
 @pytest.fixture(scope="session")

@@ -62,7 +62,7 @@ def opened(
     Raises:
         UsageError: options that contradict each other.
         DownloadError: it can't be downloaded.
-        CheckpointError: the checkpoint can't be read, or is not an Ettin reranker.
+        CheckpointError: the checkpoint can't be read, or is not a reranker that can be exported.
     """
     if (size is None) == (checkpoint is None):
         raise UsageError("name one checkpoint: --size demo|17m|…|1b, or --checkpoint FOLDER|HUB_ID")

@@ -15,7 +15,9 @@ from ettin.artifacts.errors import CheckpointError
 from ettin.export.source.checkpoint import Checkpoint
 from ettin.export.source.sizes import DEMO_FOLDER
 from ettin.graph import ModelShape
-from ettin.graph.fold import HEAD_DENSE, HEAD_NORM, HEAD_SCORE
+from ettin.graph.fold import HEAD_DENSE, HEAD_NORM, HEAD_SCORE, modular_tensors
+
+_BIASED = {"norm": "norm.", "attention": ".attn.", "mlp": ".mlp."}  # by the kind of bias: part of a tensor's name
 
 
 @dataclass(frozen=True)
@@ -32,16 +34,20 @@ def read_weights(checkpoint: Checkpoint) -> Weights:
     Raises:
         CheckpointError: a file is truncated, a tensor missing, unknown, or of another shape than the config says.
     """
-    encoder: dict[str, Tensor] = {}
-    for path in sorted(checkpoint.folder.glob("model*.safetensors")):
-        encoder.update(_load(path))
+    tensors, expected_head = _load_all(checkpoint.folder), head_shapes(checkpoint.shape)
+    if checkpoint.is_plain:
+        encoder, head = modular_tensors(tensors)
+        if "norm" not in checkpoint.shape.biases:
+            expected_head.pop(f"{HEAD_NORM}/norm.bias")
+    else:
+        encoder = tensors
+        head = {
+            f"{module}/{name}": tensor
+            for module, folder in zip((HEAD_DENSE, HEAD_NORM, HEAD_SCORE), checkpoint.head_folders, strict=True)
+            for name, tensor in _load(checkpoint.folder / folder / "model.safetensors").items()
+        }
     _check(checkpoint.folder, encoder, encoder_shapes(checkpoint.shape))
-    head = {
-        f"{module}/{name}": tensor
-        for module, folder in zip((HEAD_DENSE, HEAD_NORM, HEAD_SCORE), checkpoint.head_folders, strict=True)
-        for name, tensor in _load(checkpoint.folder / folder / "model.safetensors").items()
-    }
-    _check(checkpoint.folder, head, head_shapes(checkpoint.shape))
+    _check(checkpoint.folder, head, expected_head)
     return Weights(encoder, head)
 
 
@@ -63,19 +69,29 @@ def encoder_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
             f"layers.{layer}.mlp.Wo.weight": (hidden, middle),
         }
     shapes.pop("layers.0.attn_norm.weight")  # the first layer reads the norm of the embeddings
+    for name, (rows, *_) in list(shapes.items()):
+        kind = next((kind for kind, part in _BIASED.items() if part in name), None)
+        if kind in shape.biases:
+            shapes[name.replace(".weight", ".bias")] = (rows,)
     return shapes
 
 
 def head_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the head's tensors, in the order in which random ones are drawn."""
     hidden = shape.hidden_size
-    return {
+    dense_bias: dict[str, tuple[int, ...]] = {f"{HEAD_DENSE}/linear.bias": (hidden,)}
+    return (dense_bias if "classifier" in shape.biases else {}) | {
         f"{HEAD_DENSE}/linear.weight": (hidden, hidden),
         f"{HEAD_NORM}/norm.weight": (hidden,),
         f"{HEAD_NORM}/norm.bias": (hidden,),
         f"{HEAD_SCORE}/linear.weight": (1, hidden),
         f"{HEAD_SCORE}/linear.bias": (1,),
     }
+
+
+def _load_all(folder: Path) -> dict[str, Tensor]:
+    """All shards of `model.safetensors`."""
+    return {name: tensor for path in sorted(folder.glob("model*.safetensors")) for name, tensor in _load(path).items()}
 
 
 def _load(path: Path) -> dict[str, Tensor]:

@@ -157,9 +157,9 @@ class OnnxOps:
     def embedding(self, ids: Value, name: str) -> Value:
         return self.node("Gather", [self.weight(name), ids], axis=0)
 
-    def linear(self, x: Value, name: str, bias: str | None = None) -> Value:
-        product = self.node("MatMul", [x, self._matrix(name)])
-        return product if bias is None else self.add(product, self.weight(bias))
+    def linear(self, x: Value, name: str) -> Value:
+        product, bias = self.node("MatMul", [x, self._matrix(name)]), f"{name}.bias"
+        return self.add(product, self.weight(bias)) if bias in self._weights else product
 
     def _matrix(self, name: str) -> Value:
         """A weight as MatMul takes it: [in, out]."""
@@ -174,6 +174,10 @@ class OnnxOps:
         wide = self.cast(x, "float32")
         ones = self.constant(np.ones(self._weights["embedding"].shape[1], np.float32), "norm.ones")
         return self._back(self.node("LayerNormalization", [wide, ones], axis=-1, epsilon=eps), x)
+
+    def mean(self, x: Value, members: Value) -> Value:
+        counts = self.node("ReduceSum", [members, self._integers(-1)], keepdims=1)
+        return self.node("Div", [self.node("MatMul", [members, x]), counts])
 
     def gelu(self, x: Value) -> Value:
         return self._back(self.node("Gelu", [self._widened(x)], approximate="none"), x)
@@ -253,10 +257,10 @@ class Int8OnnxOps(OnnxOps):
         values = self.cast(self.node("Gather", [rows, ids], axis=0), "float32")
         return self.multiply(values, self.node("Gather", [scales, ids], axis=0))
 
-    def linear(self, x: Value, name: str, bias: str | None = None) -> Value:
+    def linear(self, x: Value, name: str) -> Value:
         if name in self._quantised.input_max and self._quantised.scheme.activations:
             x = self._rounded(x, self._quantised.input_max[name])
-        return super().linear(x, name, bias)
+        return super().linear(x, name)
 
     def _rounded(self, x: Value, largest: float) -> Value:
         key = (x.name, largest)

@@ -95,21 +95,26 @@ class OpenVinoOps:
     def embedding(self, ids: ov.Node, name: str) -> ov.Node:
         return op.gather(self.weight(name), ids, self.integer(0))
 
-    def linear(self, x: ov.Node, name: str, bias: str | None = None) -> ov.Node:
-        product = op.matmul(x, self.weight(name), False, True)
+    def linear(self, x: ov.Node, name: str) -> ov.Node:
+        product, bias = op.matmul(x, self.weight(name), False, True), f"{name}.bias"
         product.set_friendly_name(f"{name}.matmul")
-        return product if bias is None else op.add(product, self.weight(bias))
+        return op.add(product, self.weight(bias)) if bias in self._weights or bias in self._stored else product
 
     def linears(self, x: ov.Node, names: Sequence[str], joint: bool) -> list[ov.Node]:
         if not joint:
             return [self.linear(x, name) for name in names]
         name = "+".join(names)
-        if name not in self._stored:
-            self._stored[name] = self._store(np.concatenate([self._weights[part] for part in names]))
+        for suffix in ("", ".bias"):
+            if f"{name}{suffix}" not in self._stored and f"{names[0]}{suffix}" in self._weights:
+                parts = [self._weights[f"{part}{suffix}"] for part in names]
+                self._stored[f"{name}{suffix}"] = self._store(np.concatenate(parts))
         return list(op.split(self.linear(x, name), self.integer(-1), len(names)).outputs())
 
     def normalise(self, x: ov.Node, eps: float) -> ov.Node:
         return op.mvn(x, _integers(-1), True, eps, "inside_sqrt")
+
+    def mean(self, x: ov.Node, members: ov.Node) -> ov.Node:
+        return op.divide(op.matmul(members, x, False, False), op.reduce_sum(members, _integers(-1), True))
 
     def gelu(self, x: ov.Node) -> ov.Node:
         return op.gelu(x, "erf")
@@ -200,11 +205,11 @@ class Int8OpenVinoOps(OpenVinoOps):
         rows, scales = int8_rows(torch.from_numpy(self._weights[name]))
         return op.multiply(op.convert(op.constant(rows.numpy()), "f32"), op.constant(scales.numpy()))
 
-    def linear(self, x: ov.Node, name: str, bias: str | None = None) -> ov.Node:
+    def linear(self, x: ov.Node, name: str) -> ov.Node:
         is_rounded = name in self._quantised.input_max and self._quantised.scheme.activations
         if is_rounded and name not in self._rounded_at_source:
             x = self._rounded(x, self._quantised.input_max[name])
-        return super().linear(x, name, bias)
+        return super().linear(x, name)
 
     def linears(self, x: ov.Node, names: Sequence[str], joint: bool) -> list[ov.Node]:
         # OpenVINO fuses activations only into separate int8 products. A group is left out of int8 as a whole.

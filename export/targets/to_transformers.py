@@ -10,17 +10,16 @@ from torch import Tensor
 
 from ettin.artifacts.errors import UnsupportedCheckpoint
 from ettin.artifacts.manifest import Needs
-from ettin.export.source.checkpoint import IDENTITY, SIGMOID, Checkpoint
+from ettin.export.source.checkpoint import CLASS, IDENTITY, SIGMOID, Checkpoint
 from ettin.export.source.weights import Weights, read_weights
 from ettin.export.writer import PADDED, Lowered, Model, Writer
-from ettin.graph.fold import HEAD_DENSE, HEAD_NORM, folded_classifier
+from ettin.graph.fold import HEAD_NORM, HEAD_SCORE, PLAIN_HEAD, Affine
 
-_CLASS = "ModernBertForSequenceClassification"
 _LOCAL_KEYS = {"backend", "is_local", "local_files_only"}  # what transformers 5 notes about its own loading
 
 
 def classification_tensors(checkpoint: Checkpoint, weights: Weights) -> dict[str, Tensor]:
-    """Its state dict, float32. The class has no bias in its head norm: the bias is folded into the classifier's.
+    """Its state dict. A bias that the class has no place for, that of the head's norm, is folded into the classifier's.
 
     Raises:
         UnsupportedCheckpoint: the encoder's epsilon is not the head's; the class has one for both.
@@ -28,15 +27,18 @@ def classification_tensors(checkpoint: Checkpoint, weights: Weights) -> dict[str
     shape = checkpoint.shape
     if shape.norm_eps != shape.head_norm_eps:
         raise UnsupportedCheckpoint(
-            f"{checkpoint.folder}: norm_eps is {shape.norm_eps}, the head's is {shape.head_norm_eps}, and {_CLASS} has "
+            f"{checkpoint.folder}: norm_eps is {shape.norm_eps}, the head's is {shape.head_norm_eps}, and {CLASS} has "
             "one for both. Export another target: --target onnx"
         )
-    classifier, bias = folded_classifier(weights.head)
+    head = dict(weights.head)
+    if not checkpoint.is_plain:
+        norm_bias = head.pop(f"{HEAD_NORM}/norm.bias").double()
+        score = Affine.of(head, f"{HEAD_SCORE}/linear").behind(Affine(torch.ones_like(norm_bias), norm_bias))
+        head |= {f"{HEAD_SCORE}/linear.{part}": tensor.float() for part, tensor in score._asdict().items()}
+    modules = {modular: plain for plain, modular in PLAIN_HEAD.items()}
+    renamed = {name: name.rpartition(".") for name in head}
     return {f"model.{name}": tensor for name, tensor in weights.encoder.items()} | {
-        "head.dense.weight": weights.head[f"{HEAD_DENSE}/linear.weight"],
-        "head.norm.weight": weights.head[f"{HEAD_NORM}/norm.weight"],
-        "classifier.weight": classifier.float(),
-        "classifier.bias": bias.float(),
+        f"{modules[module]}.{part}": head[name] for name, (module, _, part) in renamed.items()
     }
 
 
@@ -50,14 +52,12 @@ def write_configs(checkpoint: Checkpoint, folder: Path, dtype: str = "float32") 
     shape = checkpoint.shape
     config: dict[str, Any] = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))
     config |= {
-        "architectures": [_CLASS],
+        "architectures": [CLASS],
         "dtype": dtype,
         "torch_dtype": dtype,
-        "classifier_pooling": "cls",
+        "classifier_pooling": shape.pooling,
         "classifier_activation": "gelu",
-        "classifier_bias": False,
-        "id2label": {"0": "LABEL_0"},
-        "label2id": {"LABEL_0": 0},
+        "classifier_bias": "classifier" in shape.biases,
         "num_labels": 1,
         "layer_norm_eps": shape.norm_eps,
         # Layers from the first, which is global, to the next global one.
@@ -67,6 +67,8 @@ def write_configs(checkpoint: Checkpoint, folder: Path, dtype: str = "float32") 
         # What sentence-transformers' CrossEncoder reads; without it, it would apply a sigmoid.
         "sentence_transformers": {"activation_fn": IDENTITY if checkpoint.activation == "identity" else SIGMOID},
     }
+    if not checkpoint.is_plain:
+        config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     tokenizer = json.loads((checkpoint.folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     tokenizer = {key: value for key, value in tokenizer.items() if key not in _LOCAL_KEYS}
     tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"

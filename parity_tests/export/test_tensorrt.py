@@ -206,6 +206,13 @@ def test_builder_options(rtx: ModuleType, typed: Path, tmp_path: Path, capsys: p
         build("trt-rtx", broken, profiles(256)[:1], "sm_86", BuildOptions())
 
 
+def test_biases_and_mean_pooling_build(rtx: ModuleType, plain: Callable[[str], Checkpoint], tmp_path: Path) -> None:
+    checkpoint = plain("biased mean")
+    packed_onnx(rewrite(checkpoint), "bfloat16", tmp_path / "model.onnx")
+    built = build("trt-rtx", tmp_path / "model.onnx", profiles(256)[:1], "sm_86", BuildOptions())
+    assert built.fused_attentions == checkpoint.shape.num_layers
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 def test_every_size_builds(rtx: ModuleType, size: str, tmp_path: Path) -> None:

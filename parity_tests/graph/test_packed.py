@@ -1,12 +1,13 @@
 """The packed graph against the padded one, which is proven against the checkpoint."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
+from support import PLAIN
 from torch import Tensor
 
 from ettin.artifacts import tolerances
@@ -53,9 +54,11 @@ def one_by_one(graph: InferenceGraph, rows: Sequence[Tensor]) -> Tensor:
     return torch.cat([graph(row[None], torch.ones_like(row)[None]) for row in rows])
 
 
-@pytest.mark.parametrize("which", ["demo", "tiny"])
-def test_packed_equals_one_by_one_in_float64(which: str, request: pytest.FixtureRequest) -> None:
-    checkpoint: Checkpoint = request.getfixturevalue(which)
+@pytest.mark.parametrize("which", ["demo", "tiny", *PLAIN])
+def test_packed_equals_one_by_one_in_float64(
+    which: str, request: pytest.FixtureRequest, plain: Callable[[str], Checkpoint]
+) -> None:
+    checkpoint: Checkpoint = plain(which) if which in PLAIN else request.getfixturevalue(which)
     weights = weights_of(checkpoint, torch.float64)
     single, together = InferenceGraph(weights, checkpoint.shape), PackedGraph(weights, checkpoint.shape)
     for lengths in PACKS:
@@ -100,13 +103,17 @@ def test_a_neighbour_changes_nothing(demo: Checkpoint) -> None:
     torch.testing.assert_close(graph(*packed([another, first]))[1], alone, atol=1e-10, rtol=0)
 
 
-def test_onnx_form_in_onnx_runtime(tiny: Checkpoint, tmp_path: Path) -> None:
-    weights = weights_of(tiny, torch.float32)
-    packed_onnx(rewrite(tiny), "float32", tmp_path / "packed.onnx")
+@pytest.mark.parametrize("which", ["tiny", "biased mean"])
+def test_onnx_form_in_onnx_runtime(
+    which: str, tiny: Checkpoint, plain: Callable[[str], Checkpoint], tmp_path: Path
+) -> None:
+    checkpoint = tiny if which == "tiny" else plain(which)
+    weights = weights_of(checkpoint, torch.float32)
+    packed_onnx(rewrite(checkpoint), "float32", tmp_path / "packed.onnx")
     session = ort.InferenceSession(str(tmp_path / "packed.onnx"), providers=["CPUExecutionProvider"])
     names = [each.name for each in session.get_inputs()]
     for lengths in PACKS:
         feeds = packed(sequences(lengths, 8187), room=7)
-        expected = PackedGraph(weights, tiny.shape)(*feeds).numpy()
+        expected = PackedGraph(weights, checkpoint.shape)(*feeds).numpy()
         (found,) = session.run(None, {name: each.numpy() for name, each in zip(names, feeds, strict=True)})
         np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-4)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers.models.modernbert.modeling_modernbert as modernbert
+from support import PLAIN
 
 from ettin.artifacts import tolerances
 from ettin.export.reference import load_gold
@@ -77,6 +78,13 @@ def test_demo_equals_the_checkpoint_in_float64(demo: Checkpoint) -> None:
 @pytest.mark.parametrize("form", [GraphForm(), GraphForm(rotate_blocks=True)])
 def test_another_shape_equals_the_checkpoint_in_float64(tiny: Checkpoint, form: GraphForm) -> None:
     assert largest_error(tiny, torch.float64, form) <= tolerances.REWRITE_FLOAT64
+
+
+@pytest.mark.usefixtures("float64_rope")
+@pytest.mark.parametrize("form", [GraphForm(), GraphForm(rotate_blocks=True)])
+@pytest.mark.parametrize("kind", PLAIN)
+def test_plain_equals_the_checkpoint_in_float64(plain: Callable[[str], Checkpoint], kind: str, form: GraphForm) -> None:
+    assert largest_error(plain(kind), torch.float64, form) <= tolerances.REWRITE_FLOAT64
 
 
 @pytest.mark.usefixtures("float64_rope")

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support import PLAIN
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
@@ -61,12 +62,25 @@ def test_reference_equals_gold(demo_artifacts: dict[tuple[str, str], Path]) -> N
     assert WINDOWS[:7] == DEMO_WINDOWS
 
 
+def test_reference_pools_the_mean(plain: Callable[[str], Checkpoint]) -> None:
+    folder = plain("biased mean").folder
+    stock, model = (AutoModelForSequenceClassification.from_pretrained(folder).eval() for _ in range(2))
+    flash.use_flash(model, watched_varlen)
+    batch = batch_of([5, 90, 300])
+    with torch.inference_mode():
+        input_ids, attention_mask = (torch.from_numpy(array) for array in batch.padded())
+        expected = stock(input_ids=input_ids, attention_mask=attention_mask).logits[:, 0]
+        np.testing.assert_allclose(flash.flash_logits(model, batch, "cpu"), expected, atol=1e-4, rtol=1e-4)
+
+
 # Our graph on the kernel.
 
 
-@pytest.mark.parametrize("which", ["demo", "tiny"])
-def test_graph_equals_one_by_one_in_float64(which: str, request: pytest.FixtureRequest) -> None:
-    checkpoint: Checkpoint = request.getfixturevalue(which)
+@pytest.mark.parametrize("which", ["demo", "tiny", "biased cls", "biased mean"])
+def test_graph_equals_one_by_one_in_float64(
+    which: str, request: pytest.FixtureRequest, plain: Callable[[str], Checkpoint]
+) -> None:
+    checkpoint: Checkpoint = plain(which) if which in PLAIN else request.getfixturevalue(which)
     tensors = read_weights(checkpoint)
     weights = inference_weights(tensors.encoder, tensors.head, checkpoint.shape, torch.float64)
     single = InferenceGraph(weights, checkpoint.shape)

@@ -3,7 +3,8 @@
 The kernel is `torch.nn.attention.varlen.varlen_attn` (torch 2.11 or later), so nothing is downloaded or compiled.
 `use_flash` puts it into transformers' stock model, which benchmarks compare with. `FlashGraph` is our own graph on the
 same kernel, which takes window and sequence bounds itself: local layers need neither blocks nor masks. Queries, keys
-and values come from one product, and so do the two halves of the MLP; the last layer computes one token of a sequence.
+and values come from one product, and so do the two halves of the MLP; where only the first token of a sequence is read
+out, the last layer computes no other.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,7 +17,6 @@ from torch.nn import functional as F  # noqa: N812 (its usual name)
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from ettin.artifacts.errors import HardwareError
-from ettin.graph.fold import HEAD_DENSE, HEAD_NORM, HEAD_SCORE
 from ettin.graph.shape import ModelShape
 from ettin.runtimes.batch import Batch
 
@@ -102,7 +102,9 @@ def flash_logits(model: Any, batch: Batch, device: str | torch.device) -> Tensor
         max_length_q=batch.longest,
         max_length_k=batch.longest,
     ).last_hidden_state
-    logits: Tensor = model.classifier(model.head(hidden[0].index_select(0, bounds[:-1].long())))[:, 0]
+    is_mean = model.config.classifier_pooling == "mean"
+    pooled = _means(hidden[0], bounds) if is_mean else hidden[0].index_select(0, bounds[:-1].long())
+    logits: Tensor = model.classifier(model.head(pooled))[:, 0]
     return logits
 
 
@@ -122,22 +124,29 @@ class FlashGraph(nn.Module):
         super().__init__()
         self.shape, self._kernel, self._dtype = shape, kernel, dtype
         self._wide = torch.promote_types(dtype, torch.float32)  # float64 where the whole graph is
-        last = shape.num_layers - 1
-        self._keep("embedding", weights["embedding"])
+        self.register_buffer("embedding", weights["embedding"].to(dtype))
         for layer in range(shape.num_layers):
-            for joint in ("q", "kv") if layer == last else ("qkv",):
-                self._keep(f"{layer}_{joint}", torch.cat([weights[f"layers.{layer}.{name}"] for name in joint]))
-            up_gate = [weights[f"layers.{layer}.{name}"] for name in ("up", "gate")]
-            self._keep(f"{layer}_up_gate", torch.cat(up_gate))
+            for joint in ("qkv",) if layer < shape.full_layers else ("q", "kv"):
+                self._keep_linear(f"{layer}_{joint}", weights, *(f"layers.{layer}.{name}" for name in joint))
+            self._keep_linear(f"{layer}_up_gate", weights, f"layers.{layer}.up", f"layers.{layer}.gate")
             for name in ("o", "down"):
-                self._keep(f"{layer}_{name}", weights[f"layers.{layer}.{name}"])
+                self._keep_linear(f"{layer}_{name}", weights, f"layers.{layer}.{name}")
         for name in ("global.cos", "global.sin", "local.cos", "local.sin"):
             self.register_buffer(name.replace(".", "_"), weights[f"rope.{name}"].to(self._wide))
-        for name in ("dense", "score", "score.bias"):
-            self.register_buffer(f"head_{name.replace('.', '_')}", weights[f"head.{name}"].to(self._wide))
+        for name in ("dense", "score"):
+            self._keep_linear(f"head_{name}", weights, f"head.{name}", dtype=self._wide)
 
-    def _keep(self, name: str, weight: Tensor) -> None:
-        self.register_buffer(name, weight.to(self._dtype))
+    def _keep_linear(
+        self, name: str, weights: Mapping[str, Tensor], *parts: str, dtype: torch.dtype | None = None
+    ) -> None:
+        """Registers one linear layer, of several with one input, with its bias or None."""
+        for suffix in ("", ".bias"):
+            tensors = [weights[part + suffix] for part in parts if part + suffix in weights]
+            joint = torch.cat(tensors).to(dtype or self._dtype) if tensors else None
+            self.register_buffer(name + suffix.replace(".", "_"), joint)
+
+    def _linear(self, x: Tensor, name: str) -> Tensor:
+        return F.linear(x, self.get_buffer(name), getattr(self, f"{name}_bias"))
 
     def forward(self, input_ids: Tensor, positions: Tensor, bounds: Tensor, longest: int) -> Tensor:
         """Raw logits.
@@ -157,19 +166,22 @@ class FlashGraph(nn.Module):
             for is_global, kind in ((True, "global"), (False, "local"))
         }
         x = F.embedding(input_ids, self.get_buffer("embedding"))
-        last = shape.num_layers - 1
-        for layer in range(last):
+        for layer in range(shape.full_layers):
             is_global = shape.global_layers[layer]
             q, k, v = self._heads(self._normed(layer, x), f"{layer}_qkv", 3)
             q, k = _rotated(q, rope[is_global]), _rotated(k, rope[is_global])
             x = self._output(layer, x, self._attended(is_global, q, k, v, bounds, longest))
-        return self._head(self._cls_layer(last, x, rope[shape.global_layers[last]], bounds, longest))
+        if shape.pooling == "cls":
+            x = self._cls_layer(shape.full_layers, x, rope[shape.global_layers[-1]], bounds, longest)
+        x = _norm(x.to(self._wide), shape.norm_eps)
+        x = F.gelu(self._linear(x if shape.pooling == "cls" else _means(x, bounds), "head_dense"))
+        return self._linear(_norm(x, shape.head_norm_eps), "head_score")[:, 0]
 
     def _normed(self, layer: int, x: Tensor) -> Tensor:
         return x if layer == 0 else _norm(x, self.shape.norm_eps)
 
     def _heads(self, x: Tensor, name: str, count: int) -> tuple[Tensor, ...]:
-        heads = F.linear(x, self.get_buffer(name))
+        heads = self._linear(x, name)
         return heads.reshape(-1, count, self.shape.num_heads, self.shape.head_dim).unbind(1)
 
     def _attended(self, is_global: bool, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int) -> Tensor:
@@ -178,9 +190,9 @@ class FlashGraph(nn.Module):
 
     def _output(self, layer: int, x: Tensor, mixed: Tensor) -> Tensor:
         """The rest of a layer after attention."""
-        x = x + F.linear(mixed.flatten(1), self.get_buffer(f"{layer}_o"))
-        up, gate = F.linear(_norm(x, self.shape.norm_eps), self.get_buffer(f"{layer}_up_gate")).chunk(2, dim=-1)
-        return x + F.linear(F.gelu(up) * gate, self.get_buffer(f"{layer}_down"))
+        x = x + self._linear(mixed.flatten(1), f"{layer}_o")
+        up, gate = self._linear(_norm(x, self.shape.norm_eps), f"{layer}_up_gate").chunk(2, dim=-1)
+        return x + self._linear(F.gelu(up) * gate, f"{layer}_down")
 
     def _cls_layer(self, layer: int, x: Tensor, rope: tuple[Tensor, ...], bounds: Tensor, longest: int) -> Tensor:
         """The last layer for the first token of each sequence: [pairs, H]."""
@@ -189,7 +201,7 @@ class FlashGraph(nn.Module):
         k, v = self._heads(normed, f"{layer}_kv", 2)
         k = _rotated(k, rope)
         # Position 0 is rotated by the angle 0, so the query needs no rotation.
-        q = F.linear(normed[starts], self.get_buffer(f"{layer}_q")).reshape(-1, shape.num_heads, shape.head_dim)
+        q = self._linear(normed[starts], f"{layer}_q").reshape(-1, shape.num_heads, shape.head_dim)
         if shape.global_layers[layer]:
             one_each = torch.arange(len(bounds), dtype=torch.int32, device=bounds.device)
             mixed = self._kernel(q, k, v, one_each, bounds, 1, longest, scale=1.0, window_size=(-1, -1))
@@ -198,16 +210,14 @@ class FlashGraph(nn.Module):
             mixed = self._attended(False, every, k, v, bounds, longest)[starts]
         return self._output(layer, x[starts], mixed)
 
-    def _head(self, cls: Tensor) -> Tensor:
-        x, shape = cls.to(self._wide), self.shape
-        x = F.gelu(F.linear(_norm(x, shape.norm_eps), self.get_buffer("head_dense")))
-        return F.linear(
-            _norm(x, shape.head_norm_eps), self.get_buffer("head_score"), self.get_buffer("head_score_bias")
-        )[:, 0]
-
 
 def _norm(x: Tensor, eps: float) -> Tensor:
     return F.layer_norm(x, (x.shape[-1],), eps=eps)
+
+
+def _means(x: Tensor, bounds: Tensor) -> Tensor:
+    """Means of the tokens of each sequence: [tokens, H] → [pairs, H]."""
+    return torch.segment_reduce(x, "mean", lengths=bounds.diff().long(), axis=0)
 
 
 def _rotated(x: Tensor, rope: tuple[Tensor, ...]) -> Tensor:
@@ -216,16 +226,3 @@ def _rotated(x: Tensor, rope: tuple[Tensor, ...]) -> Tensor:
     wide = x.to(cos.dtype)
     left, right = wide.chunk(2, dim=-1)
     return (wide * cos + torch.cat([-right, left], dim=-1) * sin).to(x.dtype)
-
-
-def modular_tensors(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Encoder and head from the state dict of transformers' model, as `fold.inference_weights` takes them."""
-    encoder = {name.removeprefix("model."): tensor for name, tensor in state.items() if name.startswith("model.")}
-    norm = state["head.norm.weight"]
-    return encoder, {
-        f"{HEAD_DENSE}/linear.weight": state["head.dense.weight"],
-        f"{HEAD_NORM}/norm.weight": norm,
-        f"{HEAD_NORM}/norm.bias": torch.zeros_like(norm),
-        f"{HEAD_SCORE}/linear.weight": state["classifier.weight"],
-        f"{HEAD_SCORE}/linear.bias": state["classifier.bias"],
-    }
