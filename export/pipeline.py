@@ -176,6 +176,8 @@ class Export:
         with staged(job.output, self.options.force) as stage:
             with self.progress.step(f"write {job.target} {job.precision}"):
                 lowered = self._lower(stage, writer, model, job.precision, calibration)
+            for note in lowered.notes:
+                self.progress.note(note)
             if is_provable:
                 verification = self._verify(stage, writer, job.precision)
                 self._record(stage, writer, job.precision, lowered, calibration, verification.parity)

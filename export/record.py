@@ -15,8 +15,8 @@ from ettin.runtimes.machine import installed_versions
 
 REFERENCE = "gold: sentence-transformers CrossEncoder, fp32, SDPA, CPU"
 _PACKAGES = (
-    "ettin-export", "torch", "transformers", "sentence-transformers", "onnx", "onnxruntime", "openvino", "tensorrt",
-    "tensorrt-rtx", "tokenizers",
+    "ettin-export", "torch", "transformers", "sentence-transformers", "onnx", "onnxruntime", "openvino",
+    "openvino-tokenizers", "tensorrt", "tensorrt-rtx", "tokenizers",
 )  # fmt: skip
 
 

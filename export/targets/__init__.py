@@ -19,7 +19,7 @@ OPENVINO = Target(
     precisions=("int8", "bf16", "fp32"),
     runs_on="Intel and AMD CPUs",
     runtime=Component("ettin.runtimes.engines.on_openvino:OpenVinoRuntime", ("openvino",), "openvino"),
-    writer=Component("ettin.export.targets.to_openvino:OpenVinoWriter", ("openvino",), "openvino"),
+    writer=Component("ettin.export.targets.to_openvino:OpenVinoWriter", ("openvino", "openvino_tokenizers"), "export"),
     triton_backends=("python", "openvino"),
 )
 
