@@ -1,13 +1,15 @@
 """What an export writes about an artifact: its manifest and its card."""
 
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from ettin.artifacts.errors import shown
-from ettin.artifacts.files import file_sha256, list_files
+from ettin.artifacts.files import file_entry, file_sha256, list_files
 from ettin.artifacts.manifest import MANIFEST_NAME, Calibration, Graph, Manifest, Parity, Source, TensorSpec, Tokenizer
+from ettin.artifacts.precisions import in_precision, joined, precisions
 from ettin.artifacts.targets import target_named
 from ettin.export.source.checkpoint import Checkpoint
 from ettin.export.writer import Lowered
@@ -70,6 +72,21 @@ def write_manifest(
     (stage / MANIFEST_NAME).write_bytes(whole.to_bytes())
 
 
+def join(stage: Path, parts: Sequence[Path]) -> None:
+    """Moves the files of artifacts that differ in precision into `stage`, under one manifest and one card."""
+    manifests = tuple(map(Manifest.read, parts))
+    for part, manifest in zip(parts, manifests, strict=True):
+        for entry in manifest.files:
+            target = stage / entry.path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            (part / entry.path).replace(target)
+    whole = joined(manifests)
+    (stage / "README.md").write_text(card(whole), encoding="utf-8")
+    with (stage / "README.md").open("rb") as file:
+        files = (file_entry("README.md", file), *whole.files)
+    (stage / MANIFEST_NAME).write_bytes(whole.model_copy(update={"files": files}).to_bytes())
+
+
 def unverified() -> Parity:
     """The record of an artifact that was not run."""
     return Parity(
@@ -88,7 +105,11 @@ def card(manifest: Manifest) -> str:
 > for trying hardware.
 
 """
-    return f"""# {manifest.name}: {manifest.target}, {manifest.precision}
+    variants = [in_precision(manifest, precision) for precision in precisions(manifest)]
+    proofs = "\n\n".join(
+        f"### {variant.precision}: `{variant.entry}`\n\n{_proof(variant.parity)}" for variant in variants
+    )
+    return f"""# {manifest.name}: {manifest.target}, {", ".join(precisions(manifest))}
 
 {random if source.weights == "random" else ""}\
 Reranker `{source.id}`{revision}, exported by ettin-export {manifest.toolchain["ettin-export"]}:
@@ -99,7 +120,7 @@ Reranker `{source.id}`{revision}, exported by ettin-export {manifest.toolchain["
 # pip install "{target_named(manifest.target).runtime.requirement}"
 from ettin.runtimes import load
 
-with load(".") as reranker:
+with load(".") as reranker:{f'  # or precision="{manifest.variants[0].precision}"' if manifest.variants else ""}
     scores = reranker.predict([("query", "document")])
     hits = reranker.rank("query", ["document", "another"], top_k=1)
 ```
@@ -109,7 +130,7 @@ Scores are {scores}; pairs are truncated to {manifest.max_length_tokens} tokens 
 
 ## Proof
 
-{_proof(manifest.parity)}
+{proofs if manifest.variants else _proof(manifest.parity)}
 """
 
 

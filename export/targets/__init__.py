@@ -9,6 +9,7 @@ ONNX = Target(
     name="onnx",
     precisions=("fp32", "fp16", "int8"),
     runs_on="ONNX Runtime (CPU, CUDA), Optimum, transformers.js",
+    shares_folder=True,
     runtime=Component("ettin.runtimes.engines.on_onnxruntime:OnnxRuntime", ("onnxruntime",), "onnx"),
     writer=Component("ettin.export.targets.to_onnx:OnnxWriter", ("onnx",), "export"),
     triton_backends=("python", "onnxruntime"),

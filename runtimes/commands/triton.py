@@ -30,6 +30,7 @@ from ettin.runtimes.triton.repository import TritonOptions, publish
 )
 @click.option("--environment", help="Virtual environment of the model, as the server sees it.  [default: the server's]")
 @click.option("--response-cache", is_flag=True, help="Let Triton answer equal requests from its cache.")
+@console.PRECISION
 @console.DEVICE
 @console.THREADS
 @console.STREAMS
@@ -58,7 +59,8 @@ def command(
     if instances > 1 and not native:
         raise UsageError("--instances is for --native: our runtime has --streams")
     runtime = {key: str(value) for key, value in settings.items() if value is not None}
-    for artifact, manifest in [(artifact, checked_manifest(artifact, trusted_key)) for artifact in artifacts]:
+    checked = [(artifact, checked_manifest(artifact, trusted_key, settings["precision"])) for artifact in artifacts]
+    for artifact, manifest in checked:
         options = TritonOptions(
             native=native,
             on_gpu="cuda" in (settings["device"], manifest.needs.device),
