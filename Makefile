@@ -13,7 +13,7 @@ MINUTES ?= 10
 
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-.PHONY: demo test test-slow soak check wheel docs format clean
+.PHONY: demo test test-slow soak interop check wheel docs format clean
 demo: $(INSTALLED)  ## export the embedded checkpoint, rank with it, print parity and speed
 	$(BIN)/ettin-export --size demo --target openvino --force
 	$(BIN)/ettin-rerank $(DEMO) --query "Which planet is known as the Red Planet?" examples/planets.txt
@@ -29,6 +29,9 @@ test-slow: $(INSTALLED)  ## the tests that take minutes
 
 soak: $(INSTALLED)  ## attacks at full length: about an hour; MINUTES of load on each server
 	$(BIN)/python parity_tests/tools/soak.py --minutes $(MINUTES) --json bench/results/soak/$(shell date +%F).json
+
+interop: $(INSTALLED)  ## opens artifacts in other programs (needs node, npm and gigabytes of disk) and writes docs/interop.md
+	$(BIN)/python interop/run.py
 
 check: $(INSTALLED)  ## lint, format, types, and the links of all pages
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

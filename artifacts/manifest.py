@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -12,45 +11,22 @@ from pydantic import (
     Field,
     NonNegativeInt,
     PositiveInt,
+    SerializerFunctionWrapHandler,
     ValidationError,
     field_serializer,
+    model_serializer,
     model_validator,
 )
 
+from ettin.artifacts.arithmetic import Arithmetic
 from ettin.artifacts.errors import ManifestError, NewerFormat
 from ettin.artifacts.folder import Folder
 from ettin.artifacts.names import FileName, Line, PathInside, Sha256, Word
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 in a manifest without `variants`, so that earlier readers read it
 MANIFEST_NAME = "manifest.json"
 CARD_NAME = "README.md"  # for people: no part of the artifact, so editing it changes nothing
 MAX_MANIFEST_BYTES = 4 << 20
-
-
-_ATTENTION = {"own-attention": "own attention kernel", "int8-attention": "own attention kernel in int8"}
-
-
-class Arithmetic(StrEnum):
-    """The floating-point type that an engine computes in, and how."""
-
-    F32 = "f32"
-    F16 = "f16"
-    BF16 = "bf16"
-    F32_OWN_ATTENTION = "f32-own-attention"
-    BF16_OWN_ATTENTION = "bf16-own-attention"
-    F32_INT8_ATTENTION = "f32-int8-attention"
-    BF16_INT8_ATTENTION = "bf16-int8-attention"
-
-    @property
-    def description(self) -> str:
-        """The text for users."""
-        floats, _, attention = self.value.partition("-")
-        return f"{floats} ({_ATTENTION[attention]})" if attention else floats
-
-    @classmethod
-    def _missing_(cls, value: object) -> "Arithmetic | None":
-        """Early manifests hold the description."""
-        return next((member for member in cls if member.description == value), None)
 
 
 class _Strict(BaseModel):
@@ -161,10 +137,20 @@ class FileEntry(_Strict):
     sha256: Sha256
 
 
+class Variant(_Strict):
+    """The model in one more precision: what takes the place of the manifest's fields of the same names."""
+
+    precision: Word
+    needs: Needs
+    entry: PathInside
+    calibration: Calibration | None
+    parity: Parity
+
+
 class Manifest(_Strict):
     """The whole manifest. Unknown keys are refused."""
 
-    format_version: Literal[1] = 1
+    format_version: Literal[1, 2] = 1
     name: FileName
     target: Word
     precision: Word
@@ -183,16 +169,28 @@ class Manifest(_Strict):
     created: Line = Field(description="UTC, ISO 8601")
     parity: Parity
     files: tuple[FileEntry, ...] = Field(strict=False)
+    variants: tuple[Variant, ...] = Field(default=(), strict=False, description="the other precisions")
 
     @model_validator(mode="after")
-    def _lists_a_file_once(self) -> Self:
+    def _names_things_once(self) -> Self:
         if len({entry.path for entry in self.files}) < len(self.files):
             raise ValueError("'files' lists a path twice")
+        if len({self.precision, *(variant.precision for variant in self.variants)}) <= len(self.variants):
+            raise ValueError("'variants' has a precision twice")
+        if (self.format_version == FORMAT_VERSION) != bool(self.variants):
+            raise ValueError("format version 2 is for manifests with 'variants'")
         return self
 
     @field_serializer("graph")
     def _stored_graph(self, graph: Graph) -> dict[str, Any]:
         return graph.model_dump(exclude_unset=True)  # as it was read, so that the digest stays what it was
+
+    @model_serializer(mode="wrap")
+    def _stored(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = handler(self)
+        if not self.variants:  # so that the digest of earlier manifests stays what it was
+            del fields["variants"]
+        return fields
 
     def to_bytes(self) -> bytes:
         """The file's content: the fields, and `manifest_sha256` over them."""

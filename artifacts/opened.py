@@ -11,6 +11,7 @@ from ettin.artifacts.errors import DamagedArtifact, OutputError, UsageError
 from ettin.artifacts.files import CheckedFile, file_entry
 from ettin.artifacts.folder import Kind
 from ettin.artifacts.manifest import CARD_NAME, MANIFEST_NAME, FileEntry, Manifest, manifest_bytes, opened_folder
+from ettin.artifacts.precisions import in_precision
 from ettin.artifacts.signatures import SIGNATURE_NAME, check_signed, read_signature, signature, signed_digests
 
 TOKENIZER_NAME = "tokenizer.json"
@@ -34,15 +35,18 @@ class OpenArtifact:
         path: the folder; links on the way to it are followed, links below it are refused (see `Folder`).
         checksums: compare contents with the manifest; False: names and sizes only.
         trusted_key: PEM file with a public key whose holder must have signed the manifest and the checksums in it.
+        precision: the one that `manifest` describes, of several in the folder; None: the first.
 
     Raises:
         SignatureError: a key is given and the artifact is not signed by it as it is.
-        UsageError: not such a key, or a key without checksums.
+        UsageError: not such a key, or a key without checksums; no such precision.
         ManifestError: no manifest, not a valid one, or an edited one.
         NewerFormat: a newer version of this project wrote it.
     """
 
-    def __init__(self, path: Path, *, checksums: bool = True, trusted_key: Path | None = None) -> None:
+    def __init__(
+        self, path: Path, *, checksums: bool = True, trusted_key: Path | None = None, precision: str | None = None
+    ) -> None:
         if trusted_key is not None and not checksums:
             raise UsageError("a signature proves nothing without checksums. Leave out checksums=False or trusted_key")
         self.path, self._checksums = path, checksums
@@ -52,7 +56,8 @@ class OpenArtifact:
             signed = None
             if trusted_key is not None:
                 signed = signed_digests(self.signature, self.manifest_bytes, trusted_key, path)
-            self.manifest = Manifest.from_bytes(self.manifest_bytes, path)
+            self.whole_manifest = Manifest.from_bytes(self.manifest_bytes, path)
+            self.manifest = in_precision(self.whole_manifest, precision)
             if signed is not None:
                 check_signed(signed, ((entry.path, entry.sha256) for entry in self.manifest.files), path)
         except BaseException:

@@ -74,6 +74,7 @@ class Target:
         runtime: a subclass of `ettin.runtimes.Runtime`.
         writer: a subclass of `ettin.export.writer.Writer`.
         is_compiled: its engine is compiled for one GPU architecture.
+        shares_folder: one artifact can hold several precisions.
         triton_backends: backends of Triton Inference Server that serve it: "python" (our runtime) and at most one that
             opens the engine's own file; empty: Triton can't serve it.
     """
@@ -84,6 +85,7 @@ class Target:
     runtime: Component
     writer: Component
     is_compiled: bool = False
+    shares_folder: bool = False
     triton_backends: tuple[str, ...] = ("python",)
 
     @property

@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from string import Template
 
-from ettin.artifacts.manifest import CARD_NAME, Manifest, Parity, TensorSpec
+from ettin.artifacts.manifest import CARD_NAME, Manifest, TensorSpec
+from ettin.artifacts.precisions import in_precision, precisions
 from ettin.artifacts.targets import target_named
 
 _IDENTIFIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9._-]{1,96})?")
@@ -43,9 +44,12 @@ def card(manifest: Manifest, checkpoint: Path) -> str:
 > It is for trying hardware.
 
 """
-    tags = ["cross-encoder", "reranker", "modernbert", "ettin-export", manifest.target, manifest.precision]
+    names = precisions(manifest)
+    tags = ["cross-encoder", "reranker", "modernbert", "ettin-export", manifest.target, *names]
+    proofs = [(f"### {name}\n\n" if manifest.variants else "") + _proof(in_precision(manifest, name)) for name in names]
+    proof = "\n".join(proofs)
     return f"""{_front_matter(manifest, tags, checkpoint, _LIBRARIES.get(manifest.target, "ettin-export"))}
-# {code(manifest.name)}: {manifest.target}, {manifest.precision}
+# {code(manifest.name)}: {manifest.target}, {", ".join(names)}
 
 {random if source.weights == "random" else ""}\
 A reranker: it reads a query and a document together and gives one score, {scores}. A higher score means a more relevant
@@ -60,10 +64,15 @@ document. It is {code(source.id)}{revision} for {target_named(manifest.target).r
 
 Pairs are truncated to {manifest.max_length_tokens} tokens (`longest_first`). {code(manifest.entry)} takes
 {_tensors(manifest.interface.inputs)} and gives {_tensors(manifest.interface.outputs)}.
-
+{_other_precisions(manifest)}
 ## Proof
 
-{_proof(manifest.parity)}
+{proof}
+The pairs and the reference's scores are in `parity.jsonl`. To compare again, on any machine and without PyTorch:
+
+```sh
+ettin-verify .
+```
 
 ## How it was made
 
@@ -132,7 +141,7 @@ def _metadata(path: Path) -> dict[str, str]:
 
 
 def _folder(manifest: Manifest) -> str:
-    return f"{manifest.target}-{manifest.precision}"
+    return manifest.target if manifest.variants else f"{manifest.target}-{manifest.precision}"
 
 
 def _uses(manifest: Manifest) -> str:
@@ -154,13 +163,19 @@ def _uses(manifest: Manifest) -> str:
     )
 
 
+def _other_precisions(manifest: Manifest) -> str:
+    calls = (f'`load("{_folder(manifest)}", precision="{name}")`' for name in precisions(manifest)[1:])
+    return f"\nOther precisions in this folder: {', '.join(calls)}.\n" if manifest.variants else ""
+
+
 def _tensors(specs: tuple[TensorSpec, ...]) -> str:
     return ", ".join(f"`{spec.name}` {spec.dtype} [{', '.join(map(str, spec.shape))}]" for spec in specs)
 
 
-def _proof(parity: Parity) -> str:
+def _proof(manifest: Manifest) -> str:
+    parity = manifest.parity
     if parity.status != "verified":
-        return "**Not verified.** It loads after `ettin-verify .` has passed once on the machine that runs it."
+        return "**Not verified.** It loads after `ettin-verify .` has passed once on the machine that runs it.\n"
     figures = {
         "largest error (logits)": (parity.max_abs_error, ".2e"),
         "mean error (logits)": (parity.mean_abs_error, ".2e"),
@@ -178,12 +193,7 @@ def _proof(parity: Parity) -> str:
 | figure | value |
 | --- | --- |
 {rows}
-
-The pairs and the reference's scores are in `parity.jsonl`. To compare again, on any machine and without PyTorch:
-
-```sh
-ettin-verify .
-```"""
+"""
 
 
 def _how(manifest: Manifest) -> str:

@@ -20,6 +20,7 @@ from ettin.runtimes.commands import console
 if TYPE_CHECKING:  # these import torch
     from ettin.export.pipeline import Export
     from ettin.export.source.checkpoint import Checkpoint
+    from ettin.runtimes.verify import Verification
 
 EXAMPLES = (
     "ettin-export --size demo --target openvino",
@@ -62,13 +63,22 @@ class Arguments:
         Raises:
             UsageError: there are none of these names.
         """
+        wanted = self.precision.split(",") if self.precision else [None]
         if not self.everything:
-            return [(self.target, target_named(self.target).checked_precision(self.precision))]
+            target = target_named(self.target)
+            variants = [(self.target, target.checked_precision(precision)) for precision in wanted]
+            if len(variants) > len(set(variants)):
+                raise UsageError(f"--precision {self.precision}: names one twice")
+            if len(variants) > 1 and not target.shares_folder:
+                raise UsageError(
+                    f"an artifact of target '{self.target}' has one precision, expected one of: {self.precision}"
+                )
+            return variants
         variants = [
             (target.name, precision)
             for target in registered_targets()
             for precision in target.precisions
-            if self.precision in (None, precision)
+            if precision in wanted or wanted == [None]
         ]
         if not variants:
             raise UsageError(f"no target has a precision '{self.precision}'. Run: ettin-export --list")
@@ -94,14 +104,18 @@ class Arguments:
 @click.option("--checkpoint", help="A fine-tune instead: folder or hub id.")
 @click.option("--revision", help="Hub commit, branch or tag of --checkpoint.")
 @click.option("--target", default="openvino", show_default=True, help=f"What to write: {', '.join(target_names())}.")
-@click.option("--precision", help="int8, bf16, fp16 or fp32; --list shows those of each target.  [default: its first]")
+@click.option(
+    "--precision",
+    help="int8, bf16, fp16 or fp32; --list shows those of each target. onnx: also several, as in fp32,int8, in one "
+    "artifact.  [default: its first]",
+)
 @click.option(
     "--all", "everything", is_flag=True, help="Every target (of --precision, if given) that this machine can build."
 )
 @click.option(
     "--output",
     type=click.Path(path_type=Path),
-    help="Folder of the artifact.  [default: ./NAME/TARGET-PRECISION, and -ARCH if it is named]",
+    help="Folder of the artifact.  [default: ./NAME/TARGET-PRECISION, with several precisions ./NAME/TARGET]",
 )
 @click.option("--max-length", type=int, help="Tokens that pairs are truncated to.  [default: the checkpoint's]")
 @click.option(
@@ -187,7 +201,7 @@ def _export(arguments: Arguments) -> None:
         _announce(checkpoint)
         if arguments.dry_run:
             return _show_plan(export, jobs, arguments.everything)
-        made = _run_all(export, jobs) if arguments.everything else _run_one(export, jobs[0])
+        made = _run_all(export, jobs) if arguments.everything else _run_one(export, jobs)
         if arguments.push is not None and made:
             _push(arguments, checkpoint, made)
     return None
@@ -227,6 +241,8 @@ def _jobs(arguments: Arguments, variants: list[tuple[str, str]], name: str) -> l
     if arguments.output and not arguments.everything:
         return [Job(target, precision, arguments.output) for target, precision in variants]
     above = arguments.output or Path(name)
+    if len(variants) > 1 and not arguments.everything:
+        return [Job(target, precision, above / target) for target, precision in variants]
     arch = "" if arguments.arch in (None, "native") else f"-{arguments.arch}"
     return [
         Job(target, precision, above / f"{target}-{precision}{arch if target_named(target).is_compiled else ''}")
@@ -252,10 +268,18 @@ def _announce(source: "Checkpoint") -> None:
         console.note("  RANDOM WEIGHTS: the shape is right, the scores mean nothing", fg="yellow", bold=True)
 
 
-def _run_one(export: "Export", job: Job) -> list[Job]:
-    export.check([job])
-    export.prepare([job])
-    verification = export.run(job)
+def _run_one(export: "Export", jobs: list[Job]) -> list[Job]:
+    """Exports one artifact, of one precision or several."""
+    export.check(jobs)
+    export.prepare(jobs)
+    verifications = export.run_together(jobs) if len(jobs) > 1 else [export.run(jobs[0])]
+    for job, verification in zip(jobs, verifications, strict=True):
+        _announce_result(export, job, verification)
+    click.echo(jobs[0].output)
+    return jobs[:1]
+
+
+def _announce_result(export: "Export", job: Job, verification: "Verification | None") -> None:
     if export.options.build.kit:
         console.note(
             f"  A BUILD KIT: on a machine with TensorRT and a GPU of {export.options.build.arch}, run: "
@@ -272,8 +296,6 @@ def _run_one(export: "Export", job: Job) -> list[Job]:
         )
     else:
         console.note(f"  {verification.runtime}: {verification.summary}")
-    click.echo(job.output)
-    return [job]
 
 
 def _run_all(export: "Export", jobs: list[Job]) -> list[Job]:

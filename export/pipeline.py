@@ -21,7 +21,7 @@ from ettin.artifacts.tolerances import FP16_MAX_ACTIVATION, REDUCED_RATIO
 from ettin.export.options import Job, Options, Progress, Silent
 from ettin.export.proof_pairs import proof_pairs
 from ettin.export.quantise import LADDER, CalibrationText, Quantiser, calibration_text, linear_layers
-from ettin.export.record import About, unverified, write_manifest
+from ettin.export.record import About, join, unverified, write_manifest
 from ettin.export.reference import Gold, score_gold
 from ettin.export.source.checkpoint import Checkpoint
 from ettin.export.writer import Lowered, Model, Writer, can_be_proven, check_machine, rewrite, writer_for
@@ -78,7 +78,7 @@ class Export:
             self._check_disk(jobs)
 
     def _check_disk(self, jobs: Sequence[Job]) -> None:
-        need = max(self.expected_bytes(job) * (1 if job.precision == "fp32" else 3) for job in jobs)
+        need = sum(self.expected_bytes(job) * (1 if job.precision == "fp32" else 3) for job in jobs)
         folder = jobs[0].output.absolute()
         while not folder.exists():
             folder = folder.parent
@@ -143,6 +143,31 @@ class Export:
             self._proven.add(type(writer))
         return verification
 
+    def run_together(self, jobs: Sequence[Job]) -> list[Verification | None]:
+        """Makes one artifact of jobs that differ in precision and have the same output; each is verified by itself.
+
+        Returns:
+            What `run` returns, for each job.
+
+        Raises:
+            EttinError: as `run` does; nothing was published.
+        """
+        if self._gold is None:
+            self.prepare(jobs)
+        results = {}
+        with staged(jobs[0].output, self.options.force) as stage:
+            parts = {job.precision: replace(job, output=stage.parent / job.precision) for job in jobs}
+            for precision in sorted(parts, key=lambda precision: precision != "fp32"):  # it proves the graph of others
+                results[precision] = self.run(parts[precision])
+            join(stage, [part.output for part in parts.values()], self.checkpoint)
+            self._sign(stage)
+        return [results[job.precision] for job in jobs]
+
+    def _sign(self, stage: Path) -> None:
+        if self.options.sign is not None:
+            with OpenArtifact(stage) as artifact:
+                artifact.sign(self.options.sign)
+
     def _run_int8(self, job: Job, writer: Writer, is_provable: bool) -> Verification | None:
         """Publishes with the first scheme of the ladder that passes."""
         text = self._calibration_text
@@ -173,12 +198,12 @@ class Export:
         with staged(job.output, self.options.force) as stage:
             with self.progress.step(f"write {job.target} {job.precision}"):
                 lowered = self._lower(stage, writer, model, job.precision, calibration)
+            for note in lowered.notes:
+                self.progress.note(note)
             if is_provable:
                 verification = self._verify(stage, writer, job.precision)
                 self._record(stage, writer, job.precision, lowered, calibration, verification.parity)
-            if self.options.sign is not None:
-                with OpenArtifact(stage) as artifact:
-                    artifact.sign(self.options.sign)
+            self._sign(stage)
         return verification
 
     def _prove_graph(self, writer: Writer, job: Job) -> None:

@@ -1,6 +1,7 @@
 """What an export writes about an artifact: its manifest, and with it its card."""
 
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 from ettin.artifacts.errors import shown
 from ettin.artifacts.files import file_sha256, list_files
 from ettin.artifacts.manifest import CARD_NAME, MANIFEST_NAME, Calibration, Graph, Manifest, Parity, Source, Tokenizer
+from ettin.artifacts.precisions import joined
 from ettin.export.card import card
 from ettin.export.source.checkpoint import Checkpoint
 from ettin.export.writer import Lowered
@@ -15,8 +17,8 @@ from ettin.runtimes.machine import installed_versions
 
 REFERENCE = "gold: sentence-transformers CrossEncoder, fp32, SDPA, CPU"
 _PACKAGES = (
-    "ettin-export", "torch", "transformers", "sentence-transformers", "onnx", "onnxruntime", "openvino", "tensorrt",
-    "tensorrt-rtx", "tokenizers",
+    "ettin-export", "torch", "transformers", "sentence-transformers", "onnx", "onnxruntime", "openvino",
+    "openvino-tokenizers", "tensorrt", "tensorrt-rtx", "tokenizers",
 )  # fmt: skip
 
 
@@ -67,6 +69,19 @@ def write_manifest(
     )
     (stage / MANIFEST_NAME).write_bytes(manifest.to_bytes())
     (stage / CARD_NAME).write_text(card(manifest, checkpoint.folder), encoding="utf-8")
+
+
+def join(stage: Path, parts: Sequence[Path], checkpoint: Checkpoint) -> None:
+    """Moves the files of artifacts that differ in precision into `stage`, under one manifest and one card."""
+    manifests = tuple(map(Manifest.read, parts))
+    for part, manifest in zip(parts, manifests, strict=True):
+        for entry in manifest.files:
+            target = stage / entry.path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            (part / entry.path).replace(target)
+    whole = joined(manifests)
+    (stage / MANIFEST_NAME).write_bytes(whole.to_bytes())
+    (stage / CARD_NAME).write_text(card(whole, checkpoint.folder), encoding="utf-8")
 
 
 def unverified() -> Parity:

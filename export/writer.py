@@ -88,6 +88,7 @@ class Lowered:
         needs: what a machine must have.
         graph: speed choices, for the manifest.
         engine: TensorRT: what it was compiled for.
+        notes: what the user should know about what was written.
     """
 
     entry: str
@@ -95,6 +96,7 @@ class Lowered:
     needs: Needs
     graph: dict[str, int | bool] = field(default_factory=dict)
     engine: Engine | None = None
+    notes: tuple[str, ...] = ()
 
 
 class Writer(ABC):

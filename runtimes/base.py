@@ -30,6 +30,7 @@ class Settings:
     max_length: int | None = None
     batch_tokens: int | None = None
     allow_unverified: bool = False
+    precision: str | None = None
 
     def refuse(self, target: str, *names: str) -> None:
         """Raises `UsageError` if a setting is given that the engine does not have."""

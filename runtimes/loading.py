@@ -64,6 +64,7 @@ def load(
     checksums: bool = True,
     allow_unverified: bool = False,
     trusted_key: str | Path | None = None,
+    precision: str | None = None,
 ) -> Runtime:
     """Loads an artifact.
 
@@ -84,6 +85,7 @@ def load(
         allow_unverified: load an artifact whose scores nobody has proven yet, and compute in whatever this machine has.
         trusted_key: PEM file with an elliptic-curve public key. The artifact must be signed with its private key, as it
             is, every file of it; without a key, checksums prove that it is whole, and not whose it is.
+        precision: which of several precisions in the folder; None: the first.
 
     Raises:
         ArtifactError: not an artifact, damaged, edited, newer, unverified, or not signed by the key.
@@ -101,11 +103,11 @@ def load(
     folder = located(path)
 
     def opened() -> Runtime:
-        with OpenArtifact(folder, checksums=checksums, trusted_key=key) as artifact:
+        with OpenArtifact(folder, checksums=checksums, trusted_key=key, precision=precision) as artifact:
             check_usable(artifact, allow_unverified=allow_unverified)
             used = _device(artifact, device)
             cache = Path(cache_dir) if cache_dir else None
-            settings = Settings(used, threads, streams, cache, max_length, batch_tokens, allow_unverified)
+            settings = Settings(used, threads, streams, cache, max_length, batch_tokens, allow_unverified, precision)
             return _loaded(artifact, settings)
 
     return of_current(folder, opened)
@@ -163,19 +165,20 @@ def loaded_again(folder: str, settings: Settings, digest: str) -> Runtime:
     return runtime
 
 
-def checked_manifest(folder: Path, trusted_key: Path | None = None) -> Manifest:
+def checked_manifest(folder: Path, trusted_key: Path | None = None, precision: str | None = None) -> Manifest:
     """The manifest of an artifact that is whole and proven.
 
     Args:
         folder: the artifact.
         trusted_key: see `load`.
+        precision: see `load`.
 
     Raises:
         ArtifactError: not an artifact, damaged, edited, newer, unverified, or not signed by the key.
     """
 
     def opened() -> Manifest:
-        with OpenArtifact(folder, trusted_key=trusted_key) as artifact:
+        with OpenArtifact(folder, trusted_key=trusted_key, precision=precision) as artifact:
             check_usable(artifact)
             artifact.check_contents()
             return artifact.manifest

@@ -20,6 +20,7 @@ from ettin.artifacts.manifest import Arithmetic, Manifest, Parity
 from ettin.artifacts.metrics import ScoreError, score_error
 from ettin.artifacts.opened import OpenArtifact
 from ettin.artifacts.parity import ParityCase, read_parity
+from ettin.artifacts.precisions import in_precision, precisions, with_parity
 from ettin.artifacts.tolerances import FP32, MIN_PAIRS, REDUCED_MIN_PAIRS, fp32_rule, int8_rule, reduced_rule
 from ettin.runtimes.base import Runtime
 from ettin.runtimes.batch import Batch
@@ -77,7 +78,7 @@ def _figure(value: float | None, form: str) -> str:
 
 def verify(
     folder: Path, *, device: str | None = None, threads: int | None = None, unproven: bool = False,
-    trusted_key: Path | None = None,
+    trusted_key: Path | None = None, precision: str | None = None,
 ) -> Verification:  # fmt: skip
     """Runs the artifact's own pairs and compares ids and scores with the reference's.
 
@@ -88,6 +89,7 @@ def verify(
         unproven: in the fastest arithmetic that this machine has; else in what `load` takes. There is no other for an
             unverified artifact.
         trusted_key: see `load`.
+        precision: see `load`.
 
     Raises:
         ArtifactError: the artifact can't be used.
@@ -96,9 +98,11 @@ def verify(
     cases = read_parity(folder, trusted_key)
     if len(cases) < MIN_PAIRS:
         raise ParityError(f"{folder}: {len(cases)} parity pairs, expected at least {MIN_PAIRS}. Export again.")
-    recorded = Manifest.read(folder).parity
+    recorded = in_precision(Manifest.read(folder), precision).parity
     unproven = unproven or recorded.status == "unverified"
-    with load(folder, device=device, threads=threads, allow_unverified=unproven, trusted_key=trusted_key) as runtime:
+    with load(
+        folder, device=device, threads=threads, allow_unverified=unproven, trusted_key=trusted_key, precision=precision
+    ) as runtime:
         _check_ids(runtime, cases)
         scores = _scores(runtime, cases)
         alone, together = _mixed(runtime, cases)
@@ -162,10 +166,12 @@ def record_verified(folder: Path, verification: Verification) -> None:
         OutputError: the manifest can't be written.
     """
     with OpenArtifact(folder) as artifact:
-        manifest = artifact.manifest
-        if manifest.digest != verification.artifact:
-            raise ArtifactError(f"{folder}: was replaced while it was verified. Run again: ettin-verify {folder}")
-        artifact.replace_manifest(manifest.model_copy(update={"parity": _recorded(manifest, verification)}))
+        whole = artifact.whole_manifest
+        for manifest in (in_precision(whole, precision) for precision in precisions(whole)):
+            if manifest.digest == verification.artifact:
+                recorded = _recorded(manifest, verification)
+                return artifact.replace_manifest(with_parity(whole, manifest.precision, recorded))
+        raise ArtifactError(f"{folder}: was replaced while it was verified. Run again: ettin-verify {folder}")
 
 
 def _recorded(manifest: Manifest, verification: Verification) -> Parity:

@@ -9,6 +9,7 @@ ONNX = Target(
     name="onnx",
     precisions=("fp32", "fp16", "int8"),
     runs_on="ONNX Runtime (CPU, CUDA), Optimum, transformers.js",
+    shares_folder=True,
     runtime=Component("ettin.runtimes.engines.on_onnxruntime:OnnxRuntime", ("onnxruntime",), "onnx"),
     writer=Component("ettin.export.targets.to_onnx:OnnxWriter", ("onnx",), "export"),
     triton_backends=("python", "onnxruntime"),
@@ -19,7 +20,7 @@ OPENVINO = Target(
     precisions=("int8", "bf16", "fp32"),
     runs_on="Intel and AMD CPUs",
     runtime=Component("ettin.runtimes.engines.on_openvino:OpenVinoRuntime", ("openvino",), "openvino"),
-    writer=Component("ettin.export.targets.to_openvino:OpenVinoWriter", ("openvino",), "openvino"),
+    writer=Component("ettin.export.targets.to_openvino:OpenVinoWriter", ("openvino", "openvino_tokenizers"), "export"),
     triton_backends=("python", "openvino"),
 )
 

@@ -17,14 +17,14 @@ from ettin.runtimes.machine import installed_version
 
 FORM = GraphForm()
 _COMPUTE = {"fp32": "float32", "fp16": "float16"}
-# transformers.js finds a precision by its file name; Optimum takes the one ONNX file that there is.
-_FILE = {"fp32": "model.onnx", "fp16": "model_fp16.onnx", "int8": "model_int8.onnx"}
+# transformers.js finds a precision by its file name, and takes "quantized" unless told otherwise.
+_FILE = {"fp32": "model.onnx", "fp16": "model_fp16.onnx", "int8": "model_quantized.onnx"}
 _IR_VERSION = 9  # what ONNX Runtime 1.17 reads, the first with opset 20
 EXTERNAL_FROM_BYTES = 1 << 30  # larger weights go to `model.onnx_data`: a protobuf file has at most 2 GiB
 
 
 class OnnxWriter(Writer):
-    """Writes `onnx/model.onnx` and the configs beside it.
+    """Writes `onnx/model.onnx` (`model_fp16.onnx`, `model_quantized.onnx`) and the configs beside it.
 
     "fp16" has norms and head in fp32; "int8" has everything but the linear layers in fp32.
     """

@@ -11,24 +11,29 @@ import openvino as ov
 import torch
 from numpy.typing import NDArray
 from openvino import opset15 as op
+from transformers import PreTrainedTokenizerFast
 
 from ettin.artifacts.manifest import Interface, Needs
+from ettin.export.proof_pairs import natural_pairs
 from ettin.export.targets.openvino_ops import Int8OpenVinoOps, OpenVinoOps, save
+from ettin.export.targets.to_transformers import write_configs
 from ettin.export.writer import ISA, PADDED, RAGGED, Lowered, Model, Writer
 from ettin.graph import GraphForm, Scorer
 from ettin.graph.packed import RaggedScorer
 from ettin.runtimes.engines.openvino_kernels import HEAD_DIMS, RAGGED_NAME, SWITCH, problem, runnable
 from ettin.runtimes.machine import has_bf16
+from ettin.runtimes.tokenizer import PairTokenizer
 
 # One product for both GeGLU halves: OpenVINO 2026.4.1 fuses two of them into an LLMMLP node in bf16, which dies with
 # SIGFPE on one thread per stream and is no faster elsewhere.
 # Blocks make local layers faster from about 500 tokens on (17m shape, AMX; from 250 on with AVX2-VNNI): for shorter
 # inputs the runtime leaves out all that serves them.
 FORM = GraphForm(block_threshold_tokens=512, split_geglu=False, rotate_blocks=True)
+_TOKENIZER_NAME = "openvino_tokenizer.xml"  # OpenVINO GenAI looks for it beside the model
 
 
 class OpenVinoWriter(Writer):
-    """Writes `openvino/openvino_model.xml` and `.bin`.
+    """Writes `openvino/openvino_model.xml` and `.bin`, and what other programs need besides.
 
     Weights are stored as "fp32" or "bf16", or for "int8" the linear layers in int8 and the rest in bf16. Anything but
     int8 products is written as float32: the runtime's hint decides the arithmetic.
@@ -43,12 +48,15 @@ class OpenVinoWriter(Writer):
             ragged_path = path.with_name(RAGGED_NAME)
             _write(RaggedScorer(_ops(model, precision), shape, FORM).ragged_logits, RAGGED, ragged_path)
             share_weights(ragged_path, path)
+        write_configs(model.checkpoint, folder)
+        problem = _write_tokenizer(folder, model.max_length_tokens, path.with_name(_TOKENIZER_NAME))
         version = ov.__version__.split("-")[0]
         return Lowered(
             entry=path.relative_to(folder).as_posix(),
             interface=PADDED,
             needs=Needs(device="cpu", isa=ISA.get(precision, ()), package="openvino", version=version),
             graph={**asdict(FORM), "ragged": is_ragged},
+            notes=(f"OpenVINO GenAI can't open this artifact: {problem}",) if problem else (),
         )
 
     def environments(self, precision: str) -> Iterator[Mapping[str, str]]:
@@ -88,6 +96,26 @@ def _write(logits: Callable[..., ov.Node], interface: Interface, path: Path) -> 
     for node, spec in zip((*inputs, result), (*interface.inputs, *interface.outputs), strict=True):
         node.output(0).get_tensor().set_names({spec.name})
     save(ov.Model([result], inputs, "ettin-reranker"), path)
+
+
+def _write_tokenizer(folder: Path, max_length_tokens: int, path: Path) -> str | None:
+    """Writes the tokenizer as a model for OpenVINO GenAI if it gives our ids; otherwise says why not."""
+    import openvino_tokenizers  # on use: it changes `ov.Core`
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    try:
+        converted = openvino_tokenizers.convert_tokenizer(
+            tokenizer, number_of_inputs=2, truncation=True, max_length=max_length_tokens
+        )
+    except Exception as error:  # whatever the library makes of a tokenizer that it does not know
+        return f"openvino-tokenizers can't convert the tokenizer ({type(error).__name__}: {str(error)[:200]})"
+    compiled = ov.compile_model(converted, "CPU")
+    pairs = [(pair.query, pair.document) for pair in natural_pairs()]
+    for pair, ids in zip(pairs, PairTokenizer(folder / "tokenizer.json").pairs(pairs, max_length_tokens), strict=True):
+        if compiled([np.array([text]) for text in pair])["input_ids"][0].tolist() != ids.tolist():
+            return f"its tokenizer gives other ids than the checkpoint's for {pair[0][:60]!r}"
+    ov.save_model(converted, path)
+    return None
 
 
 def share_weights(path: Path, with_path: Path) -> None:

@@ -15,6 +15,7 @@ from ettin.export.source.weights import Weights, read_weights
 from ettin.export.writer import PADDED, Lowered, Model, Writer
 from ettin.graph.fold import HEAD_NORM, HEAD_SCORE, PLAIN_HEAD, Affine
 
+_SPECIAL_TOKENS = ("cls_token", "mask_token", "pad_token", "sep_token", "unk_token")
 _LOCAL_KEYS = {"backend", "is_local", "local_files_only"}  # what transformers 5 notes about its own loading
 
 
@@ -43,7 +44,7 @@ def classification_tensors(checkpoint: Checkpoint, weights: Weights) -> dict[str
 
 
 def write_configs(checkpoint: Checkpoint, folder: Path, dtype: str = "float32") -> None:
-    """Writes `config.json` and `tokenizer_config.json` for whatever loads the class by its config.
+    """Writes `config.json`, `tokenizer_config.json` and `special_tokens_map.json` for other programs.
 
     Both generations of keys are there: transformers 5 reads `rope_parameters` and `layer_types`; transformers 4,
     llama.cpp's converter and servers read `*_rope_theta` and `global_attn_every_n_layers`. `tokenizer_class` is the
@@ -72,7 +73,9 @@ def write_configs(checkpoint: Checkpoint, folder: Path, dtype: str = "float32") 
     tokenizer = json.loads((checkpoint.folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     tokenizer = {key: value for key, value in tokenizer.items() if key not in _LOCAL_KEYS}
     tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
-    for name, content in (("config.json", config), ("tokenizer_config.json", tokenizer)):
+    special = {key: tokenizer[key] for key in _SPECIAL_TOKENS if key in tokenizer}
+    contents = {"config.json": config, "tokenizer_config.json": tokenizer, "special_tokens_map.json": special}
+    for name, content in contents.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

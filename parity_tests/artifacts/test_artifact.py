@@ -164,8 +164,8 @@ def test_edited_manifest(artifact: Path) -> None:
 
 
 def test_newer_format(artifact: Path) -> None:
-    rewrite(artifact, lambda content: content.update(format_version=2, something="new"))
-    with pytest.raises(NewerFormat, match="format version 2, this ettin-export reads up to 1. Run: pip install -U"):
+    rewrite(artifact, lambda content: content.update(format_version=3, something="new"))
+    with pytest.raises(NewerFormat, match="format version 3, this ettin-export reads up to 2. Run: pip install -U"):
         load(artifact)
 
 

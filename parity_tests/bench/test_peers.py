@@ -47,7 +47,7 @@ def test_those_who_cant_take_part_say_why(demo_artifacts: Artifacts, environment
         Contest([("a", "b")] * 2, 1, 64, rounds=1).run(entries)
     by_name = {entry.name: entry for entry in entries}
     assert by_name["st-bf16"].problem is None and len(by_name["st-bf16"].scores) == 2
-    assert by_name["fastembed, onnx-int8"].arguments[1] == "onnx/model_int8.onnx"
+    assert by_name["fastembed, onnx-int8"].arguments[1] == "onnx/model_quantized.onnx"
     assert by_name["fastembed, onnx-int8"].problem == "ModuleNotFoundError: No module named 'fastembed'"
     assert "optimum" in str(by_name["optimum, onnx-fp32"].problem)
     assert by_name["llama.cpp"].problem == "runs 'transformers', of which there is none among the artifacts"

@@ -166,7 +166,7 @@ def test_openvino_stores_and_runs_int8_products(demo_artifacts: dict[tuple[str, 
 
 
 def test_onnx_quantises_every_linear_layer(demo_artifacts: dict[tuple[str, str], Path]) -> None:
-    model = onnx.load(demo_artifacts["onnx", "int8"] / "onnx" / "model_int8.onnx")
+    model = onnx.load(demo_artifacts["onnx", "int8"] / "onnx" / "model_quantized.onnx")
     types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     assert all(types[name] == onnx.TensorProto.INT8 for name in LINEARS)
     assert types["head.dense"] == onnx.TensorProto.FLOAT

@@ -111,7 +111,7 @@ def test_external_data_moves_with_its_folder(demo: Checkpoint, tmp_path: Path, m
 
 
 def test_configs_for_other_loaders(demo_artifacts: dict[tuple[str, str], Path]) -> None:
-    for target in ("onnx", "transformers"):
+    for target in ("onnx", "openvino", "transformers"):
         folder = demo_artifacts[target, "fp32"]
         config = json.loads((folder / "config.json").read_text())
         assert config["architectures"] == ["ModernBertForSequenceClassification"]
@@ -120,6 +120,11 @@ def test_configs_for_other_loaders(demo_artifacts: dict[tuple[str, str], Path]) 
         assert config["sentence_transformers"]["activation_fn"] == "torch.nn.modules.linear.Identity"
         tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
         assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
+        special = json.loads((folder / "special_tokens_map.json").read_text())
+        assert special == {
+            "cls_token": "[CLS]", "mask_token": "[MASK]", "pad_token": "[PAD]", "sep_token": "[SEP]",
+            "unk_token": "[UNK]",
+        }  # fmt: skip
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -20,6 +20,7 @@ KEY = click.option("--key", "trusted_key", type=click.Path(path_type=Path), help
 DEVICE = click.option(
     "--device", type=click.Choice(["cpu", "cuda"]), help="Device to score on.  [default: the artifact's]"
 )
+PRECISION = click.option("--precision", help="Precision to use, of several in the artifact.  [default: its first]")
 THREADS = click.option("--threads", type=click.IntRange(1), help="Number of CPU threads.  [default: all]")
 STREAMS = click.option(
     "--streams",

@@ -26,6 +26,7 @@ from ettin.runtimes.loading import load
 @click.option("--field", default="text", show_default=True, help="Key of the document's text in JSON lines.")
 @click.option("--json", "as_json", is_flag=True, help="Write JSON lines instead of a table.")
 @console.MAX_LENGTH
+@console.PRECISION
 @console.DEVICE
 @console.KEY
 @console.THREADS

@@ -50,6 +50,7 @@ def _limit_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option(
     "--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="Port to listen on; 0: a free one."
 )
+@console.PRECISION
 @console.DEVICE
 @console.KEY
 @console.THREADS

@@ -31,6 +31,7 @@ from ettin.runtimes.triton.repository import TritonOptions, publish
 )
 @click.option("--environment", help="Virtual environment of the model, as the server sees it.  [default: the server's]")
 @click.option("--response-cache", is_flag=True, help="Let Triton answer equal requests from its cache.")
+@console.PRECISION
 @console.DEVICE
 @console.THREADS
 @console.STREAMS
@@ -60,7 +61,8 @@ def command(
         raise UsageError("--instances is for --native: our runtime has --streams")
     runtime = {key: str(value) for key, value in settings.items() if value is not None}
     folders = [located(artifact) for artifact in artifacts]
-    for artifact, manifest in [(folder, checked_manifest(folder, trusted_key)) for folder in folders]:
+    checked = [(folder, checked_manifest(folder, trusted_key, settings["precision"])) for folder in folders]
+    for artifact, manifest in checked:
         options = TritonOptions(
             native=native,
             on_gpu="cuda" in (settings["device"], manifest.needs.device),

@@ -101,7 +101,8 @@ class HostedModel(_Model):
     """The whole artifact in our runtime."""
 
     def _load(self, artifact: Path, version: str, parameters: dict[str, str]) -> None:
-        types = {"threads": int, "streams": int, "max_length": int, "device": str, "trusted_key": str}
+        texts = dict.fromkeys(("device", "precision", "trusted_key"), str)
+        types = {**dict.fromkeys(("threads", "streams", "max_length"), int), **texts}
         settings: dict[str, Any] = {key: types[key](value) for key, value in parameters.items() if key in types}
         self._runtime = load(artifact, **settings)
         self._scheduler, self._max_length = self._runtime.scheduler, self._runtime.max_length

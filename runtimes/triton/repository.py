@@ -79,7 +79,8 @@ def publish(artifact: Path, repository: Path, name: str, options: TritonOptions)
         MissingDependency: tritonclient, which knows the form of the configuration, is not installed.
     """
     engine = name + _ENGINE_SUFFIX
-    with OpenArtifact(artifact, trusted_key=options.trusted_key) as opened:
+    precision = options.runtime.get("precision")
+    with OpenArtifact(artifact, trusted_key=options.trusted_key, precision=precision) as opened:
         opened.check()
         manifest = opened.manifest
         _check(manifest, options)
