@@ -129,6 +129,16 @@ def available_cpus(system: Path = Path("/sys")) -> int:
     return max(1, min(len(cores), _quota(system) or len(cores)))
 
 
+def default_threads(system: Path = Path("/sys")) -> int:
+    """Number of threads that this process should use: a core each, at most `OMP_NUM_THREADS`.
+
+    Ray and Spark set that variable to the cores that they assign to a worker process, which they do not enforce.
+    """
+    limit = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # a list has a number for each nesting level
+    cpus = available_cpus(system)
+    return min(cpus, int(limit)) if limit.isdecimal() and int(limit) > 0 else cpus
+
+
 def is_hybrid(system: Path = Path("/sys")) -> bool:
     """Whether the processor has performance and efficiency cores."""
     return bool(_cpu_list(system / "devices/cpu_core/cpus")) and bool(_cpu_list(system / "devices/cpu_atom/cpus"))
@@ -163,7 +173,7 @@ class CpuPlan:
     @classmethod
     def of(cls, threads: int | None, streams: int | None) -> "CpuPlan":
         """A plan for this machine; see `load`. Raises `UsageError` for more streams than threads."""
-        threads = threads or available_cpus()
+        threads = threads or default_threads()
         streams = streams or threads
         if streams > threads:
             raise UsageError(f"streams is {streams}, expected at most the number of threads, {threads}")
