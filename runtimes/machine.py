@@ -134,7 +134,7 @@ def default_threads(system: Path = Path("/sys")) -> int:
 
     Ray and Spark set that variable to the cores that they assign to a worker process, which they do not enforce.
     """
-    limit = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # a list has a number for each nesting level
+    limit = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # a list: one for each level of nesting
     cpus = available_cpus(system)
     return min(cpus, int(limit)) if limit.isdecimal() and int(limit) > 0 else cpus
 
