@@ -1,6 +1,6 @@
 """Scoring of Parquet files with Ray Data: an actor for each share of the cores."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -11,7 +11,8 @@ from tqdm import tqdm
 
 from ettin.artifacts.errors import InputError, ScoringError, UsageError
 from ettin.runtimes.clusters.parquet_files import Outcome, ParquetJob, Part
-from ettin.runtimes.clusters.tables import TableScorer, process_runtime
+from ettin.runtimes.clusters.tables import TableScorer
+from ettin.runtimes.clusters.workers import process_runtime
 from ettin.runtimes.loading import load
 
 
@@ -70,18 +71,7 @@ def score_parquet(
     scorer = TableScorer(artifact, query, document, score, threads=threads, **settings)
     job = ParquetJob(scorer, digest, source, target)
     parts, done_pairs = job.parts()
-    outcomes = []
-    if parts:
-        with tqdm(
-            total=done_pairs + sum(part.pairs for part in parts),
-            initial=done_pairs,
-            unit="pairs",
-            unit_scale=True,
-            disable=not show_progress_bar,
-        ) as bar:
-            for row in _scored(job, parts, actors, threads):
-                outcomes.append(Outcome(**row))
-                bar.update(row["pairs"])
+    outcomes = list(_scored(job, parts, done_pairs, actors, threads, show_progress_bar)) if parts else []
     failed = [outcome for outcome in outcomes if outcome.error is not None]
     if failed:
         raise InputError(f"{len(failed)} of {len(parts)} files have no scores. {failed[0]}")
@@ -91,7 +81,9 @@ def score_parquet(
     return outcomes
 
 
-def _scored(job: ParquetJob, parts: list[Part], actors: int | None, threads: int) -> Any:
+def _scored(
+    job: ParquetJob, parts: list[Part], done_pairs: int, actors: int | None, threads: int, progress: bool
+) -> Iterator[Outcome]:
     if not ray.is_initialized():
         ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     most = int(ray.cluster_resources().get("CPU", 0)) // threads
@@ -104,8 +96,12 @@ def _scored(job: ParquetJob, parts: list[Part], actors: int | None, threads: int
         compute=ray.data.ActorPoolStrategy(size=min(actors or most, len(parts))),
         num_cpus=threads,
     )
+    pairs = done_pairs + sum(part.pairs for part in parts)
     try:
-        yield from rows.iter_rows()
+        with tqdm(total=pairs, initial=done_pairs, unit="pairs", unit_scale=True, disable=not progress) as bar:
+            for row in rows.iter_rows():
+                bar.update(row["pairs"])
+                yield Outcome(**row)
     except RayError as error:
         why = str(error).strip().rpartition("\n")[2][:300]
         raise ScoringError(f"Ray gave up ({why}). Run the same again: what is scored stays") from error

@@ -82,8 +82,9 @@ class ParquetJob:
         infos = _parquet_files(files, source)
         if not infos:
             raise InputError(f"{self.source}: no Parquet files. Expected a file or a folder with *.parquet")
-        above = os.path.dirname(source) if infos[0].path == source else source  # noqa: PTH120 (not only local)
-        if f"{target}/".startswith(f"{above}/"):
+        is_file = infos[0].path == source
+        above = source.rpartition("/")[0] if is_file else source
+        if target == above or (not is_file and target.startswith(f"{above}/")):
             raise OutputError(f"{self.target}: the input {self.source} is there. Choose a folder elsewhere")
         for info in target_files.get_file_info(FileSelector(target, allow_not_found=True, recursive=True)):
             if _PART.fullmatch(info.base_name):
@@ -177,7 +178,8 @@ def _parquet_files(files: FileSystem, path: str) -> list[FileInfo]:
     if info.type == FileType.File:
         return [info]
     infos = files.get_file_info(FileSelector(path, allow_not_found=True, recursive=True))
-    return [info for info in infos if info.extension == "parquet" and not _HIDDEN.search(info.path.removeprefix(path))]
+    data = [info for info in infos if info.extension == "parquet" and not _HIDDEN.search(info.path.removeprefix(path))]
+    return sorted(data, key=lambda info: info.path)
 
 
 def _first_line(error: Exception) -> str:

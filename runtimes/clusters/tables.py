@@ -1,35 +1,12 @@
-"""Scores of the pairs in Arrow tables, and the one runtime of a worker process."""
+"""Scores of the pairs in Arrow tables."""
 
-import functools
-import os
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from ettin.artifacts.errors import InputError
-from ettin.runtimes.base import Runtime
-from ettin.runtimes.loading import load
-
-
-def process_runtime(artifact: str, **settings: Any) -> Runtime:
-    """The runtime of this process: loaded at the first call, and again in a process that is forked from this one.
-
-    It stays loaded until the process ends, so don't close it.
-
-    Args:
-        artifact: see `load`.
-        settings: other arguments of `load`.
-
-    Raises:
-        EttinError: see `load`.
-    """
-    return _loaded(os.getpid(), artifact, tuple(sorted(settings.items())))
-
-
-@functools.cache
-def _loaded(_: int, artifact: str, settings: tuple[tuple[str, Any], ...]) -> Runtime:
-    return load(artifact, **dict(settings))
+from ettin.runtimes.clusters.workers import process_runtime
 
 
 class TableScorer:
