@@ -27,22 +27,21 @@ import pyarrow.parquet as pq
 from ettin.bench.machine import about, write_result
 from ettin.runtimes import Runtime, load
 
-FILE_PAIRS = 5000
 COMMAND = "from ettin.runtimes.commands.score import main; main()"
 _COLUMNS = ["id", "query", "document"]
 
 
-def write_pairs(folder: Path, artifact: Path, pairs: int) -> None:
+def write_pairs(folder: Path, artifact: Path, pairs: int, file_pairs: int) -> None:
     """Short pairs, every one unlike all others, made from the natural ones of the artifact."""
     lines = (artifact / "parity.jsonl").read_text("utf-8").split("\n")
     cases = [case for case in map(json.loads, filter(None, lines)) if 20 < len(case["query"]) < 100]
     folder.mkdir()
-    for start in range(0, pairs, FILE_PAIRS):
-        ids = range(start, min(start + FILE_PAIRS, pairs))
+    for start in range(0, pairs, file_pairs):
+        ids = range(start, min(start + file_pairs, pairs))
         queries = [cases[number * 31 % len(cases)]["query"] for number in ids]
         documents = [f"{cases[number * 17 % len(cases)]['document'][:120]} {number}" for number in ids]
         table = pa.table({"id": list(ids), "query": queries, "document": documents})
-        pq.write_table(table, folder / f"part-{start // FILE_PAIRS:06d}.parquet")
+        pq.write_table(table, folder / f"part-{start // file_pairs:06d}.parquet")
 
 
 def started(artifact: Path, folder: Path, actors: int) -> subprocess.Popen[bytes]:
@@ -88,7 +87,7 @@ def proof(folder: Path, runtime: Runtime) -> dict[str, Any]:
     return {"rows": ids, "files": len(scored), "sha256_of_rows": whole.hexdigest(), "sample_max_difference": error}
 
 
-def measured(folder: Path, artifact: Path, actors: int, kill: bool) -> dict[str, Any]:
+def measured(folder: Path, artifact: Path, actors: int, kill: bool, file_pairs: int) -> dict[str, Any]:
     """One run, whose output is `folder / "scored"`."""
     scored, files = folder / "scored", len(list((folder / "pairs").iterdir()))
     start = time.time()
@@ -107,8 +106,8 @@ def measured(folder: Path, artifact: Path, actors: int, kill: bool) -> dict[str,
     result["wall_s"] = round(time.time() - start, 1)
     ends = sorted(path.stat().st_mtime for path in scored.iterdir())
     if not kill and len(ends) > 2 * actors:  # from the first files of all actors to the last file
-        pairs_per_s = (len(ends) - actors) * FILE_PAIRS / (ends[-1] - ends[actors - 1])
-        result["pairs_per_s"] = round(pairs_per_s, 1)
+        files_per_s = (len(ends) - actors) / (ends[-1] - ends[actors - 1])
+        result["pairs_per_s"] = round(files_per_s * file_pairs, 1)
     return result
 
 
@@ -116,6 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--pairs", type=int, default=100_000)
+    parser.add_argument("--file-pairs", type=int, default=5000)
     parser.add_argument("--actors", type=int, nargs="+", default=[2])
     parser.add_argument("--kill", action="store_true", help="kill an actor, then the run, and run again")
     parser.add_argument("--folder", type=Path, help="where pairs and scores are kept; default: a temporary folder")
@@ -125,19 +125,19 @@ def main() -> None:
     runs = []
     with tempfile.TemporaryDirectory(dir=options.folder) as name, load(artifact, threads=1) as runtime:
         folder = Path(name)
-        write_pairs(folder / "pairs", artifact, options.pairs)
+        write_pairs(folder / "pairs", artifact, options.pairs, options.file_pairs)
         first = pq.read_table(sorted((folder / "pairs").iterdir())[0]).to_pydict()
         texts = list(zip(first["query"], first["document"], strict=True))[:1000]
         tokens = float(np.mean([len(ids) for ids in runtime.tokenizer.pairs(texts, runtime.max_length)]))
         for actors in options.actors:
-            result = measured(folder, artifact, actors, options.kill)
+            result = measured(folder, artifact, actors, options.kill, options.file_pairs)
             runs.append({**result, **proof(folder, runtime)})
             (folder / "scored").rename(folder / f"scored-{actors}-{len(runs)}")
         result = {
             **about(runtime),
             "pairs": options.pairs,
             "mean_tokens": round(tokens, 1),
-            "pairs_in_a_file": FILE_PAIRS,
+            "pairs_in_a_file": options.file_pairs,
             "threads_of_an_actor": 1,
             "ray": version("ray"),
             "pyarrow": version("pyarrow"),
