@@ -46,7 +46,7 @@ with tempfile.TemporaryDirectory() as name:
         pq.write_table(pa.Table.from_pylist(rows), source / f"{file:02d}.parquet")
     killer = threading.Thread(target=kill_an_actor, args=(target,), daemon=True)
     killer.start()
-    outcomes = score_parquet(artifact, str(source), str(target), actors=2)
+    outcomes = score_parquet(TableScorer(artifact), str(source), str(target), actors=2)
     killer.join(60)
     table = pa.concat_tables(pq.read_table(path) for path in sorted(target.iterdir()))
     assert killed and len(outcomes) == 16 and table.num_rows == 16 * 40 * len(texts), (
@@ -54,7 +54,9 @@ with tempfile.TemporaryDirectory() as name:
         len(outcomes),
         table.num_rows,
     )
-    assert score_parquet(artifact, str(source), str(target)) == [], "files that were there were scored again"
+    assert score_parquet(TableScorer(artifact), str(source), str(target)) == [], (
+        "files that were there were scored again"
+    )
 
 
 class Share:

@@ -12,6 +12,7 @@ from pathlib import Path
 from pyspark.sql import SparkSession
 
 from ettin.runtimes.clusters.on_spark import score_frame
+from ettin.runtimes.clusters.tables import TableScorer
 
 artifact = Path(sys.argv[1]).resolve()
 question = json.load(sys.stdin)
@@ -27,7 +28,7 @@ spark = (
 spark.sparkContext.setLogLevel("ERROR")
 rows = [(number, question["query"], text) for number, text in enumerate(texts)]
 frame = spark.createDataFrame(rows, "id long, query string, document string").repartition(4)
-scored = {row.id: row.score for row in score_frame(frame, str(artifact)).collect()}
+scored = {row.id: row.score for row in score_frame(frame, TableScorer(str(artifact))).collect()}
 assert sorted(scored) == list(range(len(texts))) and scored.pop(len(texts) - 1) is None
 share = spark.sparkContext.parallelize([0], 1).map(lambda _: os.environ.get("OMP_NUM_THREADS")).collect()
 spark.stop()

@@ -162,6 +162,10 @@ def test_scores_of_something_else_are_not_added_to(job: ParquetJob, artifact: st
     with pytest.raises(OutputError, match="not the scores of"):
         job.parts()
     job = job_of(artifact, tmp_path)
+    scored = pq.ParquetFile(tmp_path / "scored" / "a.parquet").read()
+    pq.write_table(scored.slice(1), tmp_path / "scored" / "a.parquet")
+    with pytest.raises(OutputError, match="not the scores of"):
+        job.parts()
     (tmp_path / "scored" / "a.parquet").write_bytes((tmp_path / "scored" / "a.parquet").read_bytes()[:-9])
     with pytest.raises(OutputError, match="not the scores of"):
         job.parts()

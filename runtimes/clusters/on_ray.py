@@ -28,17 +28,7 @@ class _Actor:
 
 
 def score_parquet(
-    artifact: str,
-    source: str,
-    target: str,
-    *,
-    actors: int | None = None,
-    threads: int = 1,
-    query: str = "query",
-    document: str = "document",
-    score: str = "score",
-    show_progress_bar: bool = False,
-    **settings: Any,
+    scorer: TableScorer, source: str, target: str, *, actors: int | None = None, show_progress_bar: bool = False
 ) -> list[Outcome]:
     """Scores the pairs of all Parquet files of a folder on a Ray cluster, which is this machine unless Ray says else.
 
@@ -46,30 +36,26 @@ def score_parquet(
     dies, Ray starts another, which scores the file again.
 
     Args:
-        artifact: see `load`; every node finds it at the same path.
+        scorer: what adds the scores. Every node finds its artifact at the same path. `threads` is the number of cores
+            of an actor, by default 1, which gives the most pairs a second; more take less memory.
         source: see `ParquetJob`. A file is the unit of work: have many more of them than actors.
         target: see `ParquetJob`; every node can write there.
         actors: processes that score; None: as many as the cluster has cores for.
-        threads: cores of each. One core each gives the most pairs a second; more take less memory.
-        query: see `TableScorer`.
-        document: see `TableScorer`.
-        score: see `TableScorer`.
         show_progress_bar: show the pairs that are done on stderr.
-        settings: other arguments of `load`.
 
     Returns:
         What became of each file that this run scored.
 
     Raises:
         EttinError: see `load` and `ParquetJob.parts`; nothing was scored.
-        UsageError: the cluster has fewer cores than an actor needs; nothing was scored.
+        UsageError: the cluster has fewer cores than the actors need; nothing was scored.
         InputError: files that could not be scored, after all others were.
         ScoringError: Ray gave up, for example because it lost the cluster.
     """
-    with load(artifact, threads=1, **settings) as runtime:
+    threads = scorer.settings.get("threads") or 1
+    with load(scorer.artifact, **{**scorer.settings, "threads": 1}) as runtime:  # what is wrong is one line here
         digest = runtime.manifest.digest
-    scorer = TableScorer(artifact, query, document, score, threads=threads, **settings)
-    job = ParquetJob(scorer, digest, source, target)
+    job = ParquetJob(scorer.with_settings(threads=threads), digest, source, target)
     parts, done_pairs = job.parts()
     outcomes = list(_scored(job, parts, done_pairs, actors, threads, show_progress_bar)) if parts else []
     failed = [outcome for outcome in outcomes if outcome.error is not None]

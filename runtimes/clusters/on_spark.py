@@ -1,7 +1,6 @@
 """Scoring of Spark data frames."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import pyarrow as pa
 from pyspark.sql import DataFrame
@@ -10,30 +9,15 @@ from pyspark.sql.types import FloatType, StructField, StructType
 from ettin.runtimes.clusters.tables import TableScorer
 
 
-def score_frame(
-    frame: DataFrame,
-    artifact: str,
-    query: str = "query",
-    document: str = "document",
-    score: str = "score",
-    **settings: Any,
-) -> DataFrame:
+def score_frame(frame: DataFrame, scorer: TableScorer) -> DataFrame:
     """A data frame with a column of scores; Spark computes it when it is used.
 
-    Each Python worker of Spark loads the artifact once and uses as many threads as `spark.task.cpus` says.
-
-    Args:
-        frame: the pairs.
-        artifact: see `load`; every executor finds it at the same path.
-        query: see `TableScorer`.
-        document: see `TableScorer`.
-        score: see `TableScorer`.
-        settings: other arguments of `load`.
+    Each Python worker of Spark loads the artifact once, which it finds at the same path on every executor. It uses as
+    many threads as `spark.task.cpus` says.
     """
-    scorer = TableScorer(artifact, query, document, score, **settings)
 
     def scored(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for batch in batches:
             yield from scorer(pa.Table.from_batches([batch])).to_batches()
 
-    return frame.mapInArrow(scored, StructType([*frame.schema.fields, StructField(score, FloatType())]))
+    return frame.mapInArrow(scored, StructType([*frame.schema.fields, StructField(scorer.score, FloatType())]))

@@ -14,8 +14,6 @@ class TableScorer:
 
     It pickles to its arguments, and uses the runtime of the process that calls it (see `process_runtime`).
 
-        dataset.map_batches(TableScorer("ettin-reranker-demo/openvino-int8"), batch_format="pyarrow")
-
     Args:
         artifact: see `load`.
         query: name of the column of queries.
@@ -29,6 +27,10 @@ class TableScorer:
     ) -> None:
         self.artifact, self.settings = artifact, settings
         self.query, self.document, self.score = query, document, score
+
+    def with_settings(self, **settings: Any) -> "TableScorer":
+        """The same with other arguments of `load`."""
+        return TableScorer(self.artifact, self.query, self.document, self.score, **{**self.settings, **settings})
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """The table with its scores; also raises `InputError`, see `schema`."""

@@ -26,7 +26,7 @@ from ettin.runtimes.commands import console
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Number of cores of a process.")
 @console.MAX_LENGTH
 @console.KEY
-def command(artifact: Path, source: str, target: str, **options: Any) -> None:
+def command(artifact: Path, source: str, target: str, actors: int | None, **options: Any) -> None:
     """Score the pairs in the Parquet files of the folder INPUT, and write them with their scores to the folder OUTPUT.
 
     The files must hold a column of queries and a column of documents. Run the same command again after an
@@ -35,10 +35,12 @@ def command(artifact: Path, source: str, target: str, **options: Any) -> None:
     """
     try:
         from ettin.runtimes.clusters.on_ray import score_parquet
+        from ettin.runtimes.clusters.tables import TableScorer
     except ModuleNotFoundError as error:
         raise MissingDependency("ettin-score", str(error.name), "ray") from None
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # it tells its plan and its progress
-    outcomes = score_parquet(str(artifact), source, target, show_progress_bar=True, **options)
+    scorer = TableScorer(str(artifact), **options)
+    outcomes = score_parquet(scorer, source, target, actors=actors, show_progress_bar=True)
     for outcome in outcomes:
         if outcome.null_rows:
             console.note(str(outcome))
