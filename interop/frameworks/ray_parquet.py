@@ -76,4 +76,5 @@ pairs = ray.data.from_arrow(table.select(["id", "query", "document"]))
 again = pairs.map_batches(TableScorer, fn_constructor_args=[artifact], batch_format="pyarrow", **one).to_pandas()
 scores = dict(zip(table["id"].to_pylist(), table["score"].to_pylist(), strict=True))
 assert max(abs(scores[row.id] - row.score) for row in again.itertuples()) < 0.1
+ray.shutdown()  # it prints, too
 print(json.dumps([scores[number] for number in range(len(texts))]))

@@ -23,7 +23,7 @@ from ettin.artifacts.writing import replace
 from ettin.runtimes.clusters.tables import TableScorer
 
 _MARK = b"ettin.scored"  # a key of the metadata of a file of scores
-_ROWS = 16384  # scored together, and a row group of the output
+_ROWS = 4096  # scored together, and a row group of the output
 _PART = re.compile(r"\..*\.partial-[0-9a-f]{8}")
 _HIDDEN = re.compile(r"/[._]")
 _READERS = 16  # of footers, at the same time

@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 
 import click
 
-from ettin.artifacts.errors import MissingDependency
+from ettin.artifacts.errors import MissingDependency, shown
 from ettin.runtimes.commands import console
 
 
@@ -43,7 +43,7 @@ def command(artifact: Path, source: str, target: str, actors: int | None, **opti
     outcomes = score_parquet(scorer, source, target, actors=actors, show_progress_bar=True)
     for outcome in outcomes:
         if outcome.null_rows:
-            console.note(str(outcome))
+            console.note(shown(str(outcome)))
     console.note(f"{sum(outcome.pairs for outcome in outcomes)} pairs in {len(outcomes)} files, now in {target}")
 
 
