@@ -1,4 +1,8 @@
-"""A folder that is read through descriptors: no link is followed, and nothing but plain files is opened."""
+"""A folder that is read through descriptors: no link is followed, and nothing but plain files is opened.
+
+Windows has no descriptors of folders. There, names are looked up by path, so a folder that somebody replaces while it
+is read is not noticed; links are still refused.
+"""
 
 import contextlib
 import errno
@@ -11,10 +15,13 @@ from typing import BinaryIO, Literal, Self
 
 Kind = Literal["file", "folder", "link", "other"]
 
-_FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_HAS_DESCRIPTORS = os.open in os.supports_dir_fd
+_COMMON_FLAGS = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_CLOEXEC", "O_BINARY"))  # each of some systems
+_FOLDER_FLAGS = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | _COMMON_FLAGS
 # O_NONBLOCK: a FIFO that replaces a file between the check and the opening does not block.
-_FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-_NEW_FILE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_FILE_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | _COMMON_FLAGS
+_NEW_FILE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _COMMON_FLAGS
+_Place = int | str  # of an open folder: its descriptor, or its path on Windows
 _BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _SHARED_BLOB = re.compile(r"\.\./\.\./blobs/[0-9a-f]{2}/[0-9a-f]{64}")
 _NO_SYNC = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
@@ -39,15 +46,15 @@ class Folder:
             resolved = Path(os.path.realpath(path))
         except ValueError as error:  # a NUL in the path
             raise OSError(errno.EINVAL, str(error), str(path)) from None
-        self._top = os.open(resolved, _FOLDER_FLAGS)
+        self._top = _opened(str(resolved))
         self._closing = contextlib.ExitStack()
-        self._closing.callback(os.close, self._top)
-        self._blobs: tuple[int, str] | None = None
+        self._closing.callback(_close, self._top)
+        self._blobs: tuple[_Place, str] | None = None
         hub = _hub_blobs(resolved)
         if hub is not None:
             with contextlib.suppress(OSError):  # a cache without links has no blobs
-                blobs = os.open(hub[0], _FOLDER_FLAGS)
-                self._closing.callback(os.close, blobs)
+                blobs = _opened(str(hub[0]))
+                self._closing.callback(_close, blobs)
                 self._blobs = blobs, hub[1]
 
     def open(self, name: str) -> BinaryIO:
@@ -55,11 +62,12 @@ class Folder:
         *parents, last = name.split("/")
         parent = self._opened_folder(parents)
         try:
-            if not stat.S_ISLNK(os.stat(last, dir_fd=parent, follow_symlinks=False).st_mode):
+            path, place = _located(last, parent)
+            if not stat.S_ISLNK(os.lstat(path, **place).st_mode):
                 return _plain_file(last, parent)
-            target = os.readlink(last, dir_fd=parent)
+            target = os.readlink(path, **place).replace(os.sep, "/")
         finally:
-            os.close(parent)
+            _close(parent)
         if self._blobs is None:
             raise OSError(errno.ELOOP, "a link", name)
         blobs, way = self._blobs
@@ -67,7 +75,8 @@ class Folder:
         if target != "../" * len(parents) + way + blob or not _BLOB.fullmatch(blob):
             raise OSError(errno.ELOOP, "a link that does not lead to a blob of its own hub repository", name)
         try:
-            shared = os.readlink(blob, dir_fd=blobs)
+            path, place = _located(blob, blobs)
+            shared = os.readlink(path, **place).replace(os.sep, "/")
         except OSError:  # no link
             return _plain_file(blob, blobs)
         if not _SHARED_BLOB.fullmatch(shared):
@@ -77,7 +86,7 @@ class Folder:
         try:
             return _plain_file(blob, parent)
         finally:
-            os.close(parent)
+            _close(parent)
 
     def read(self, name: str, limit_bytes: int) -> bytes:
         """Content of a plain file that may not be larger than `limit_bytes`."""
@@ -95,7 +104,7 @@ class Folder:
                 for entry in entries:
                     yield (f"{name}/{entry.name}" if name else entry.name), _kind(entry)
         finally:
-            os.close(descriptor)
+            _close(descriptor)
 
     def replace(self, name: str, content: bytes, part: str) -> None:
         """Writes a file of this folder, whole or not at all; what was there before, link or file, is replaced.
@@ -105,18 +114,20 @@ class Folder:
             content: all that it will hold.
             part: name of the file that is written first; one of this name is removed.
         """
+        (new, place), (old, _) = _located(part, self._top), _located(name, self._top)
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(part, dir_fd=self._top)
+            os.unlink(new, **place)
         try:
-            with os.fdopen(os.open(part, _NEW_FILE_FLAGS, 0o666, dir_fd=self._top), "wb") as file:
+            with os.fdopen(os.open(new, _NEW_FILE_FLAGS, 0o666, **place), "wb") as file:
                 file.write(content)
                 file.flush()
                 sync(file.fileno())
-            os.replace(part, name, src_dir_fd=self._top, dst_dir_fd=self._top)
-            sync(self._top)
+            os.replace(new, old, src_dir_fd=place.get("dir_fd"), dst_dir_fd=place.get("dir_fd"))
+            if isinstance(self._top, int):
+                sync(self._top)
         except OSError:
             with contextlib.suppress(OSError):
-                os.unlink(part, dir_fd=self._top)
+                os.unlink(new, **place)
             raise
 
     def close(self) -> None:
@@ -129,15 +140,39 @@ class Folder:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _opened_folder(self, parts: list[str], start: int | None = None) -> int:
-        descriptor = os.dup(self._top if start is None else start)
+    def _opened_folder(self, parts: list[str], start: _Place | None = None) -> _Place:
+        place = self._top if start is None else start
+        place = os.dup(place) if isinstance(place, int) else place
         for part in parts:
             try:
-                below = os.open(part, _FOLDER_FLAGS, dir_fd=descriptor)
+                below = _opened(part, place)
             finally:
-                os.close(descriptor)
-            descriptor = below
-        return descriptor
+                _close(place)
+            place = below
+        return place
+
+
+def _located(name: str, parent: _Place | None) -> tuple[str, dict[str, int]]:
+    """The path of a name in an open folder, and the arguments that functions of `os` take with it."""
+    if isinstance(parent, int):
+        return name, {"dir_fd": parent}
+    return os.path.join(parent or "", name), {}  # noqa: PTH118 (of strings)
+
+
+def _opened(name: str, parent: _Place | None = None) -> _Place:
+    """A folder, opened: the one at a path, or the one of this name in another."""
+    path, place = _located(name, parent)
+    if _HAS_DESCRIPTORS:
+        return os.open(path, _FOLDER_FLAGS, **place)
+    mode = os.lstat(path).st_mode
+    if not stat.S_ISDIR(mode):
+        raise OSError(errno.ELOOP if stat.S_ISLNK(mode) else errno.ENOTDIR, "not a folder", path)
+    return path
+
+
+def _close(place: _Place) -> None:
+    if isinstance(place, int):
+        os.close(place)
 
 
 def sync(descriptor: int) -> None:
@@ -149,11 +184,12 @@ def sync(descriptor: int) -> None:
             raise
 
 
-def _plain_file(name: str, parent: int) -> BinaryIO:
+def _plain_file(name: str, parent: _Place) -> BinaryIO:
+    path, place = _located(name, parent)
     # The kind is checked before the opening, too: opening a device can have effects.
-    if not stat.S_ISREG(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode):
+    if not stat.S_ISREG(os.lstat(path, **place).st_mode):
         raise OSError(errno.EINVAL, "not a plain file", name)
-    file = os.fdopen(os.open(name, _FILE_FLAGS, dir_fd=parent), "rb")
+    file = os.fdopen(os.open(path, _FILE_FLAGS, **place), "rb")
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise OSError(errno.EINVAL, "not a plain file", name)

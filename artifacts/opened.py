@@ -4,7 +4,7 @@ import errno
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Self
 
 from ettin.artifacts.errors import DamagedArtifact, OutputError, UsageError
@@ -220,7 +220,7 @@ class OpenArtifact:
 
     def _refuse_unlisted(self) -> None:
         expected = {*self._listed, MANIFEST_NAME, SIGNATURE_NAME, *_left_by_the_builder(self.manifest)}
-        folders = {str(parent) for name in self._listed for parent in Path(name).parents} - {"."}
+        folders = {str(parent) for name in self._listed for parent in PurePosixPath(name).parents} - {"."}
         pending = [""]
         while pending:
             with self._explained(pending[-1]):
@@ -244,4 +244,4 @@ def _left_by_the_builder(manifest: Manifest) -> tuple[str, ...]:
     """What `trtexec` writes beside the engine of a build kit."""
     if manifest.engine is None:
         return ()
-    return manifest.entry, f"{manifest.entry}.part", str(Path(manifest.entry).with_name("timing.cache"))
+    return manifest.entry, f"{manifest.entry}.part", str(PurePosixPath(manifest.entry).with_name("timing.cache"))

@@ -4,10 +4,10 @@ An artifact is made in a workspace, a hidden folder beside the output, owned by 
 """
 
 import errno
-import fcntl
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,10 +17,16 @@ from ettin.artifacts.errors import OutputError
 from ettin.artifacts.manifest import MANIFEST_NAME
 from ettin.artifacts.writing import exchange, sync, sync_tree
 
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+
 NEW = "new"  # what is being made, in a workspace
 OLD = "old"  # what it displaces, where the two can't be exchanged in one step
 
 _LOCK = "lock"
+_LOCKED_BYTE = 1 << 30  # on Windows, where nobody else could read a locked part: far behind the content
 _NO_LOCKS = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
 # A lock proves nothing about a process on another machine: not every network file system shares locks. A workspace that
 # seems to come from one is removed when nothing in it was written for a day; an artifact that it displaced comes back
@@ -127,7 +133,7 @@ def workspace(output: Path) -> Iterator[Path]:
         try:
             _dispose(folder, output)
         finally:
-            os.close(lock)
+            _released(folder, lock)
             for above in made:
                 with suppress(OSError):  # not empty
                     above.rmdir()
@@ -157,8 +163,13 @@ def _owned(output: Path) -> tuple[Path, int]:
 def _hold(lock: int, wait: bool = False) -> bool | None:
     """Takes a lock; False if another process holds it and `wait` is not set. None: this file system has no locks."""
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        if sys.platform == "win32":
+            os.lseek(lock, _LOCKED_BYTE, os.SEEK_SET)
+            msvcrt.locking(lock, msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
+            os.lseek(lock, 0, os.SEEK_SET)
+        else:
+            fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # the second on Windows
         return False
     except OSError as error:
         if error.errno in _NO_LOCKS:
@@ -186,7 +197,7 @@ def _clean_up(output: Path, own: Path) -> None:
 
 def _clean_up_one(folder: Path, output: Path, now_s: float) -> None:
     try:
-        lock = os.open(folder / _LOCK, os.O_RDWR | os.O_NOFOLLOW)
+        lock = os.open(folder / _LOCK, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
     except FileNotFoundError:
         folder.rmdir()  # killed before it had a lock, so it is empty; anything else stays
         return
@@ -205,7 +216,7 @@ def _clean_up_one(folder: Path, output: Path, now_s: float) -> None:
         elif now_s - folder.stat().st_mtime > _STUCK_S:
             _restore(folder, output)
     finally:
-        os.close(lock)
+        _released(folder, lock)
 
 
 def _restore(folder: Path, output: Path) -> None:
@@ -219,7 +230,17 @@ def _dispose(folder: Path, output: Path) -> None:
     for path in folder.iterdir():
         if path.name != _LOCK:
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+    _remove_lock(folder)
+
+
+def _remove_lock(folder: Path) -> None:
     with suppress(OSError):  # what could not be removed keeps its lock
         if [path.name for path in folder.iterdir()] == [_LOCK]:
             (folder / _LOCK).unlink()
             folder.rmdir()
+
+
+def _released(folder: Path, lock: int) -> None:
+    os.close(lock)
+    if sys.platform == "win32" and folder.is_dir():  # it removes no file that is open
+        _remove_lock(folder)

@@ -50,7 +50,12 @@ def sync_tree(folder: Path) -> None:
 
 def sync(path: Path) -> None:
     """Waits until a file's content, or the names in a folder, are on disk, if the file system can tell."""
-    descriptor = os.open(path, os.O_RDONLY)
+    if sys.platform == "win32":  # it flushes files that are open for writing, and no folders
+        if path.is_dir():
+            return
+        descriptor = os.open(path, os.O_RDWR)
+    else:
+        descriptor = os.open(path, os.O_RDONLY)
     try:
         folders.sync(descriptor)
     finally:

@@ -73,7 +73,8 @@ def load(
         device: "cpu", or "cuda" for ONNX Runtime's CUDA provider, torch and TensorRT; None: the one that the artifact
             is for, "cpu" if it is for both. Never replaced by another.
         threads: CPU threads to use; None: one for each core that this process may use (on a hybrid processor, one
-            stream leaves out the efficiency cores).
+            stream leaves out the efficiency cores), but no more than the variable OMP_NUM_THREADS says, which Ray and
+            Spark set.
         streams: batches scored at the same time, among which the threads are divided. None: as many as threads, which
             gives the most pairs a second; 1: all threads on one batch, which gives a single pair its score soonest.
         cache_dir: folder where OpenVINO may keep the compiled model, so that the next load is faster; it takes about

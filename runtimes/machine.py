@@ -133,6 +133,16 @@ def available_cpus(system: Path = Path("/sys"), *, performance_only: bool = Fals
     return max(1, min(len(cores), _quota(system) or len(cores)))
 
 
+def default_threads(system: Path = Path("/sys"), *, performance_only: bool = False) -> int:
+    """Number of threads that this process should use: a core each, see `available_cpus`; at most `OMP_NUM_THREADS`.
+
+    Ray and Spark set that variable to the cores that they assign to a worker process, which they do not enforce.
+    """
+    limit = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # a list: one for each level of nesting
+    cpus = available_cpus(system, performance_only=performance_only)
+    return min(cpus, int(limit)) if limit.isdecimal() and int(limit) > 0 else cpus
+
+
 def is_hybrid(system: Path = Path("/sys")) -> bool:
     """Whether the processor has performance and efficiency cores."""
     return bool(_cpu_list(system / "devices/cpu_core/cpus")) and bool(_cpu_list(system / "devices/cpu_atom/cpus"))
@@ -170,7 +180,7 @@ class CpuPlan:
 
         Streams take batches from one queue, so a slow core does less. In one stream, all threads would wait for it.
         """
-        threads = threads or available_cpus(performance_only=streams == 1)
+        threads = threads or default_threads(performance_only=streams == 1)
         streams = streams or threads
         if streams > threads:
             raise UsageError(f"streams is {streams}, expected at most the number of threads, {threads}")

@@ -11,6 +11,7 @@ end, for ever. This module sets ORT_DISABLE_TELEMETRY, unless the user did, so t
 import atexit
 import ctypes
 import os
+import sys
 import threading
 import time
 import weakref
@@ -113,7 +114,7 @@ def give_memory_back() -> None:
 
     glibc keeps it otherwise: after large requests were abandoned, a server of 160 MiB stayed at 420 to 590.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # only glibc has it
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None  # only glibc has it
     if trim is not None:
         trim(0)
 
@@ -129,4 +130,5 @@ def _close_all() -> None:
         scheduler.close("the process is ending")
 
 
-os.register_at_fork(after_in_child=_keep_all)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_keep_all)

@@ -23,7 +23,7 @@ TRACED = {"name": "traced", "problem": "no kernel"}
 
 
 def test_every_committed_result_is_read() -> None:
-    assert len({read_result(file)["kind"] for file in RESULTS.glob("*.json")}) == 9
+    assert len({read_result(file)["kind"] for file in RESULTS.glob("*.json")}) == 10
 
 
 def test_command(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from ettin.runtimes.batch import Batch
 from ettin.runtimes.engines import on_openvino
 from ettin.runtimes.engines.on_openvino import OpenVinoRuntime
 from ettin.runtimes.engines.openvino_kernels import SWITCH, Variant
-from ettin.runtimes.machine import CpuPlan, available_cpus, is_hybrid
+from ettin.runtimes.machine import CpuPlan, available_cpus, default_threads, is_hybrid
 
 PAIRS = [("which planet is red", "Mars is the red planet."), ("what do bees make", "Bees make honey and wax.")] * 20
 SHORT = [[1], [8, 3], [66, 65, 64, 63], [130, 129, 128], [193, 192], [257, 256, 255], [512, 100]]
@@ -84,6 +84,26 @@ def test_container_limit_of_cgroup_v1(hybrid: Path) -> None:
 def test_without_sysfs_every_processor_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2}, raising=False)
     assert available_cpus(tmp_path) == 3 and not is_hybrid(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("variable", "expected"), [("1", 1), ("3", 3), ("2,1", 2), ("64", 4), ("", 4), ("0", 4), ("all", 4), ("-1", 4)]
+)
+def test_threads_of_a_worker_process(
+    hybrid: Path, monkeypatch: pytest.MonkeyPatch, variable: str, expected: int
+) -> None:
+    """Ray and Spark tell a worker process its share of the cores, but do not bind it to them."""
+    monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    assert default_threads(hybrid) == expected
+
+
+def test_a_one_core_worker_gets_one_stream(
+    demo_artifacts: dict[tuple[str, str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert CpuPlan.of(None, None) == CpuPlan(streams=1, threads_per_stream=1)
+    with load(demo_artifacts["onnx", "int8"]) as runtime:
+        assert runtime.limits.concurrency == 1
 
 
 def test_threads_are_divided_among_streams() -> None:

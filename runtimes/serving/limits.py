@@ -1,6 +1,6 @@
 """Limits of `ettin-serve`. Each is described once: the command makes its options from the fields of `Limits`."""
 
-import resource
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,6 +81,10 @@ class Limits:
         Raises:
             UsageError: the system allows fewer than the connections need.
         """
+        if sys.platform == "win32":  # has no such limit
+            return
+        import resource
+
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         if soft != hard:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,0 +1,1 @@
+"""Scoring of more pairs than one process can: Arrow tables, Parquet files, Ray and Spark."""
