@@ -172,7 +172,7 @@ def our_predict(subject: TorchModel, *, compiled: bool) -> Predict:
     def predict(pairs: Pairs, max_length: int, tokens: int) -> NDArray[np.float32]:
         scheduler = Scheduler(tokenizer, score, BatchLimits(2, tokens, in_parallel=False), 0)
         try:
-            return scheduler.logits(pairs, max_length)
+            return scheduler.scored(pairs, max_length).logits
         finally:
             scheduler.close()
 

@@ -1,6 +1,7 @@
 """Checks of the arguments of `predict` and `rank`: pairs, documents and activations."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -70,6 +71,13 @@ def sigmoid(logits: Scores) -> Scores:
     return np.asarray(np.exp(-np.logaddexp(np.float32(0), -logits)))
 
 
+def _applied(function: Callable[[Scores], Any], logits: Scores) -> Scores:
+    scores = np.asarray(function(logits), np.float32)
+    if scores.shape != logits.shape:
+        raise UsageError(f"activation_fn turned scores {logits.shape} into {scores.shape}, expected the same shape")
+    return scores
+
+
 _BY_NAME: dict[str, Activation] = {"identity": identity, "sigmoid": sigmoid}
 
 
@@ -87,5 +95,5 @@ def resolved(activation: Any, default: str) -> Activation:
     if name.lower() in _BY_NAME:
         return _BY_NAME[name.lower()]
     if not isinstance(activation, str) and callable(activation):
-        return lambda logits: np.asarray(activation(logits), np.float32)
+        return partial(_applied, activation)
     raise UsageError(f"unknown activation {activation!r}, expected one of: {', '.join(_BY_NAME)}, or a function")

@@ -24,6 +24,7 @@ from ettin.artifacts.errors import Busy, Closed, EttinError, ScoringError
 from ettin.runtimes import processes
 from ettin.runtimes.arguments import Pair
 from ettin.runtimes.batch import Batch, BatchLimits
+from ettin.runtimes.long_documents import LongDocuments
 from ettin.runtimes.processes import Threads, join
 from ettin.runtimes.request import Request, Scored, failing
 from ettin.runtimes.tokenizer import PairTokenizer
@@ -96,9 +97,14 @@ class Scheduler:
         self._accept(request, max_waiting_pairs, wait)
         return request.future
 
-    def logits(
-        self, pairs: Sequence[Pair], max_length: int, batch_pairs: int | None = None, progress: bool = False
-    ) -> NDArray[np.float32]:
+    def scored(
+        self,
+        pairs: Sequence[Pair],
+        max_length: int,
+        batch_pairs: int | None = None,
+        progress: bool = False,
+        long_documents: LongDocuments | None = None,
+    ) -> Scored:
         """Scores pairs and waits for the result; the calling thread tokenises.
 
         Args:
@@ -106,16 +112,16 @@ class Scheduler:
             max_length: tokens that pairs are truncated to.
             batch_pairs: maximum number of pairs in a batch; None: the limits alone.
             progress: show a progress bar on stderr.
-
-        Returns:
-            Raw logits, float32 [pairs], in the order of the pairs.
+            long_documents: what happens to documents that do not fit; None: they are truncated.
 
         Raises:
             InputError: a text that can't be tokenised.
             ScoringError: the engine failed.
             Closed: the scheduler was closed, or belongs to the process that this one was forked from.
         """
-        request = Request(pairs, max_length, batch_pairs=batch_pairs, caller_tokenises=True)
+        request = Request(
+            pairs, max_length, batch_pairs=batch_pairs, caller_tokenises=True, long_documents=long_documents
+        )
         self._accept(request, None, wait=False)
         try:
             with tqdm(total=len(pairs), desc="Scoring pairs", unit="pairs", disable=not progress) as bar:
@@ -125,9 +131,9 @@ class Scheduler:
                 while progress and not request.future.done():
                     wait([request.future], _SHOWN_EVERY_S)
                     bar.update(request.done - bar.n)
-                logits = request.future.result().logits
+                scored = request.future.result()
                 bar.update(len(pairs) - bar.n)
-                return logits
+                return scored
         finally:
             self._end(request)  # after Ctrl-C, the caller does not want the rest
 
@@ -230,10 +236,13 @@ class Scheduler:
         return True
 
     def _tokenise(self, request: Request, part: range) -> None:
-        encoded = self._tokenizer.encoded(request.pairs[part.start : part.stop], request.max_length)
+        texts = request.pairs[part.start : part.stop]
+        encoded = self._tokenizer.encoded(texts, request.max_length, request.long_documents)
         request.check(encoded, part)
         with self._lock:
+            chunks = request.chunks
             request.add(encoded, part)
+            self._waiting.pairs += (request.chunks - chunks) * (request in self._waiting)
             self._waiting.update(request)
             self._has_pairs.notify(self._limits.concurrency)
             self._has_texts.notify()

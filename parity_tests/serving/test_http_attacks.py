@@ -396,9 +396,13 @@ def test_health_while_all_requests_are_taken() -> None:
     """More requests than the limit: the server says so, and health checks are answered."""
 
     class Waiting(Stub):
-        async def score(self, query: str, documents: Sequence[str], refuse_truncated: bool = False) -> Scored:
+        async def score(self, query: str, documents: Sequence[str], *_: object) -> Scored:
             await asyncio.sleep(1)
-            return Scored(np.zeros(len(documents), np.float32), np.ones(len(documents), np.int32))
+            return Scored(
+                np.zeros(len(documents), np.float32),
+                np.ones(len(documents), np.int32),
+                np.zeros(len(documents), np.bool_),
+            )
 
     async def ask(client: httpx.AsyncClient) -> httpx.Response:
         body = {"query": "q", "texts": ["a"]}

@@ -149,9 +149,10 @@ def test_a_client_that_hangs_up(service: Service) -> None:
 # What is refused.
 
 BAD = {
-    "no texts": ({"query": "q"}, 422, "texts: Field required"),
+    "no texts": ({"query": "q"}, 422, "expected 'documents' or 'texts', one of them"),
+    "both kinds": ({"query": "q", "texts": [], "documents": []}, 422, "or 'texts', one of them"),
     "a number": ({"query": "q", "texts": ["a", 3]}, 422, "texts.1: Input should be a valid string"),
-    "an unknown key": ({"query": "q", "texts": [], "top_n": 3}, 422, "top_n: Extra inputs are not permitted"),
+    "an unknown key": ({"query": "q", "texts": [], "top_k": 3}, 422, "top_k: Extra inputs are not permitted"),
     "cut at the left": ({"query": "q", "texts": [], "truncation_direction": "Left"}, 422, "truncation_direction: "),
     "half a character": (b'{"query": "\\ud800", "texts": ["a"]}', 422, "the body is not JSON ("),
     "half a body": (b'{"query": ', 422, "the body is not JSON (EOF"),

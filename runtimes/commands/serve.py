@@ -6,7 +6,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import click
 from ettin.artifacts.errors import MissingDependency, ServerError, UsageError
 from ettin.runtimes.commands import console
 from ettin.runtimes.loading import load
+from ettin.runtimes.long_documents import LongDocuments
 from ettin.runtimes.serving.limits import Limits
 
 _KEY_VARIABLE = "ETTIN_API_KEY"
@@ -56,6 +57,7 @@ def _limit_options(command: Callable[..., None]) -> Callable[..., None]:
 @console.STREAMS
 @click.option("--cache-dir", type=click.Path(path_type=Path), help="Folder in which OpenVINO keeps its compiled model.")
 @console.MAX_LENGTH
+@console.long_documents
 @_limit_options
 @click.option(
     "--api-key-file",
@@ -82,6 +84,9 @@ def command(
     if (artifact is None) == (triton is None):
         raise UsageError("expected an ARTIFACT or --triton HOST:PORT, one of them")
     limits = Limits(**{limit.name: options.pop(limit.name) for limit in fields(Limits)})
+    policy = LongDocuments().updated(options)
+    for name in asdict(policy):
+        del options[name]
     if triton is not None and (options["trusted_key"] or limits.request_timeout_s):
         raise UsageError("--key and --request-timeout-s are for an ARTIFACT: the Triton server has its own")
     try:
@@ -101,7 +106,7 @@ def command(
         address = f"[{host}]" if ":" in host else host
         url = f"http://{address}:{listening.getsockname()[1]}"
         console.note(f"{backend.name} ({backend.description}) on {url}; Ctrl-C ends it")
-        await serve(listening, backend, limits, api_key, names)
+        await serve(listening, backend, limits, api_key, names, policy)
 
     with _listening(host, port) as listening:
         local: Backend | None = None

@@ -5,8 +5,9 @@ import uuid
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from http import HTTPStatus
-from typing import Any, TypeVar
+from typing import Any
 
+import numpy as np
 from fastapi import Depends, FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
@@ -14,6 +15,7 @@ from starlette.exceptions import HTTPException
 
 from ettin.artifacts.errors import EttinError, InputError
 from ettin.runtimes.arguments import sigmoid
+from ettin.runtimes.long_documents import LongDocuments
 from ettin.runtimes.machine import installed_version
 from ettin.runtimes.request import Scored
 from ettin.runtimes.serving.backends import Backend
@@ -21,19 +23,21 @@ from ettin.runtimes.serving.bodies import Bodies, parsed
 from ettin.runtimes.serving.gate import PROBES, Gate, Health, Metrics
 from ettin.runtimes.serving.limits import Limits
 from ettin.runtimes.serving.messages import (
+    TRUNCATED_HEADER,
     ClientLeft,
     Document,
     Failure,
     Info,
+    Meta,
     Refused,
     RerankHit,
     RerankRequest,
     RerankResponse,
     TeiHit,
-    TeiRequest,
     Usage,
     answer_to_error,
     clipped,
+    listed,
 )
 
 _FAILURES: dict[int | str, dict[str, Any]] = {
@@ -41,11 +45,19 @@ _FAILURES: dict[int | str, dict[str, Any]] = {
 }
 _SMALL_BYTES = 1 << 16  # a body of at most this size is parsed at once: a thread would cost more
 
-_Request = TypeVar("_Request", TeiRequest, RerankRequest)
+_ROUTES = {
+    "/rerank": "text-embeddings-inference's route, and that of vLLM and Infinity",
+    "/v1/rerank": "Jina's route, and version 1 of Cohere's",
+    "/v2/rerank": "Version 2 of Cohere's route",
+}
 
 
 def create_app(
-    backend: Backend, limits: Limits | None = None, api_key: str | None = None, names: Sequence[str] = ()
+    backend: Backend,
+    limits: Limits | None = None,
+    api_key: str | None = None,
+    names: Sequence[str] = (),
+    long_documents: LongDocuments | None = None,
 ) -> FastAPI:
     """The service. Its `state` has `bodies` and `health`, which the server shares.
 
@@ -54,6 +66,7 @@ def create_app(
         limits: of requests and connections.
         api_key: see `Gate`.
         names: that clients may call the model by, besides its own.
+        long_documents: what happens to documents that do not fit, unless a request says otherwise.
     """
     limits = limits or Limits()
     bodies, health, metrics = Bodies(limits), Health(backend, limits.probe_timeout_s), Metrics(backend)
@@ -72,62 +85,73 @@ def create_app(
     )
     app.state.bodies, app.state.health = bodies, health
     app.add_middleware(Gate, limits=limits, bodies=bodies, api_key=api_key, metrics=metrics)
-    _add_rerank_routes(app, backend, limits, metrics, names)
+    _add_rerank_routes(app, backend, limits, metrics, names, long_documents or LongDocuments())
     _add_other_routes(app, backend, limits, metrics, health)
     return app
 
 
-def _add_rerank_routes(app: FastAPI, backend: Backend, limits: Limits, metrics: Metrics, names: Sequence[str]) -> None:
-    async def score(request: Request, query: str, documents: Sequence[str], refuse_truncated: bool = False) -> Scored:
-        scored = await _unless_left(request, backend.score(query, documents, refuse_truncated))
-        metrics.documents.inc(len(documents))
-        request.scope["ettin"] |= {"documents": len(documents), "tokens": int(scored.tokens.sum())}
-        return scored
-
-    @app.post("/rerank", response_model_exclude_none=True, openapi_extra=_documented(TeiRequest),
-              summary="text-embeddings-inference's route")  # fmt: skip
-    async def tei(request: Request) -> list[TeiHit]:
-        body = await _body(TeiRequest, request, limits)
+def _add_rerank_routes(
+    app: FastAPI,
+    backend: Backend,
+    limits: Limits,
+    metrics: Metrics,
+    names: Sequence[str],
+    long_documents: LongDocuments,
+) -> None:
+    async def score(request: Request, body: RerankRequest) -> Scored:
+        policy = long_documents.updated(dict(body))
         try:
-            scored = await score(request, body.query, body.texts, body.truncate is False)
+            scored = await _unless_left(
+                request, backend.score(body.query, body.passages, policy, body.truncate is False)
+            )
         except InputError as error:
             if body.truncate is not False:
                 raise
             raise Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, str(error)) from None
-        values = (scored.logits if body.raw_scores else sigmoid(scored.logits)).tolist()
-        return [
-            TeiHit(index=index, score=values[index], text=body.texts[index] if body.return_text else None)
-            for index in _best_first(scored)
-        ]
+        metrics.documents.inc(len(scored.logits))
+        request.scope["ettin"] |= {"documents": len(scored.logits), "tokens": int(scored.tokens.sum())}
+        return scored
 
-    @app.post("/v1/rerank", response_model_exclude_none=True, openapi_extra=_documented(RerankRequest),
-              summary="Jina's route, and version 1 of Cohere's")  # fmt: skip
-    @app.post("/v2/rerank", response_model_exclude_none=True, openapi_extra=_documented(RerankRequest),
-              summary="Version 2 of Cohere's route")  # fmt: skip
-    async def rerank(request: Request) -> RerankResponse:
-        body = await _body(RerankRequest, request, limits)
+    async def rerank(request: Request, response: Response) -> list[TeiHit] | RerankResponse:
+        body = await _body(request, limits)
         served = (backend.name, *names)
         if body.model is not None and body.model not in served:
             text = f"model '{clipped(body.model, 80)}' is not served here, which has: {', '.join(served)}"
             raise Refused(HTTPStatus.NOT_FOUND, text, "not_found")
-        texts = body.passages
-        scored = await score(request, body.query, texts)
-        values, tokens = sigmoid(scored.logits).tolist(), int(scored.tokens.sum())
+        scored = await score(request, body)
+        values = (scored.logits if body.raw_scores else sigmoid(scored.logits)).tolist()
+        order = np.argsort(-scored.logits, kind="stable")[: body.top_n].tolist()  # logits: sigmoids may be equal
+        truncated = np.flatnonzero(scored.truncated).tolist()
+        if truncated:
+            response.headers[TRUNCATED_HEADER] = listed(truncated)
+        passages = body.passages if body.wants_texts else None
+        texts = {index: passages[index] if passages else None for index in order}
+        if body.texts is not None:
+            return [TeiHit(index=index, score=values[index], text=texts[index]) for index in order]
+        tokens = int(scored.tokens.sum())
         hits = [
             RerankHit(
                 index=index,
                 relevance_score=values[index],
-                document=Document(text=texts[index]) if body.return_documents else None,
+                document=None if text is None else Document(text=text),
             )
-            for index in _best_first(scored)[: body.top_n]
+            for index, text in texts.items()
         ]
-        version = request.scope["path"].split("/")[1].removeprefix("v")
+        version = "2" if request.scope["path"].startswith("/v2") else "1"
+        meta: Meta = {"api_version": {"version": version}, "billed_units": {"search_units": 1}}
+        if truncated:
+            meta["warnings"] = [f"not all tokens of these documents or of their query were scored: {listed(truncated)}"]
         return RerankResponse(
             id=str(uuid.uuid4()),
             model=backend.name,
             results=hits,
             usage=Usage(total_tokens=tokens, prompt_tokens=tokens),
-            meta={"api_version": {"version": version}, "billed_units": {"search_units": 1}},
+            meta=meta,
+        )
+
+    for path, summary in _ROUTES.items():
+        app.post(path, response_model_exclude_none=True, openapi_extra=_documented(RerankRequest), summary=summary)(
+            rerank
         )
 
 
@@ -167,22 +191,17 @@ def _documented(model: type[BaseModel]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
-async def _body(model: type[_Request], request: Request, limits: Limits) -> _Request:
+async def _body(request: Request, limits: Limits) -> RerankRequest:
     """Parses the body of a request, in a thread if it is large."""
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json":
         raise Refused(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "expected the header Content-Type: application/json")
     body = request.scope["ettin.body"]
     if len(body) <= _SMALL_BYTES:
-        return parsed(model, body, limits)
-    result = await asyncio.to_thread(parsed, model, body, limits)
+        return parsed(body, limits)
+    result = await asyncio.to_thread(parsed, body, limits)
     body.clear()  # its texts take its place
     return result
-
-
-def _best_first(scored: Scored) -> list[int]:
-    """Indices by logit: a sigmoid in float32 makes different logits equal."""
-    return sorted(range(len(scored.logits)), key=lambda index: scored.logits[index], reverse=True)
 
 
 async def _unless_left(request: Request, scoring: Coroutine[Any, Any, Scored]) -> Scored:

@@ -8,6 +8,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import Future
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import numpy as np
 from ettin.artifacts.errors import Busy, EttinError, InputError, MissingDependency, ServerError, UsageError
 from ettin.runtimes.base import Runtime
 from ettin.runtimes.batch import Batch
+from ettin.runtimes.long_documents import LongDocuments
 from ettin.runtimes.request import Request, Scored
 from ettin.runtimes.serving.limits import Limits
 
@@ -34,7 +36,9 @@ class Backend(ABC):
     max_length: int | None  # tokens that pairs are truncated to; None: not known here
 
     @abstractmethod
-    async def score(self, query: str, documents: Sequence[str], refuse_truncated: bool = False) -> Scored:
+    async def score(
+        self, query: str, documents: Sequence[str], long_documents: LongDocuments, refuse_truncated: bool = False
+    ) -> Scored:
         """Raw logits and tokens of each document.
 
         Raises:
@@ -77,12 +81,15 @@ class LocalBackend(Backend):
         pairs = runtime.tokenizer.pairs([("is the engine alive", "yes")], runtime.max_length)
         self._probe_batch = Batch.of(pairs, runtime.manifest.tokenizer.pad_token_id)
 
-    async def score(self, query: str, documents: Sequence[str], refuse_truncated: bool = False) -> Scored:
+    async def score(
+        self, query: str, documents: Sequence[str], long_documents: LongDocuments, refuse_truncated: bool = False
+    ) -> Scored:
         request = Request(
             [(query, document) for document in documents],
             self._runtime.max_length,
             timeout_s=self._limits.request_timeout_s,
             refuse_truncated=refuse_truncated,
+            long_documents=long_documents,
         )
         future = self._runtime.scheduler.submit(request, max_waiting_pairs=self._limits.max_waiting_pairs)
         return await asyncio.wrap_future(future)
@@ -154,14 +161,20 @@ class TritonBackend(Backend):
             raise UsageError(f"Triton at {address} has {len(rerankers)} rerankers ({listed}). Choose: --model NAME")
         return rerankers[0]
 
-    async def score(self, query: str, documents: Sequence[str], refuse_truncated: bool = False) -> Scored:
+    async def score(
+        self, query: str, documents: Sequence[str], long_documents: LongDocuments, refuse_truncated: bool = False
+    ) -> Scored:
         tensors = [self._tensor("query", [query]), self._tensor("documents", documents)]
-        parameters = {REFUSE_TRUNCATED: True} if refuse_truncated else None
+        parameters = {key: str(value) for key, value in asdict(long_documents).items() if value is not None}
+        parameters[REFUSE_TRUNCATED] = str(refuse_truncated)
         try:
             result = await self._client.infer(self.name, tensors, parameters=parameters)
         except self._error as error:
             raise _translated(error) from None
-        return Scored(result.as_numpy("scores")[0], result.as_numpy("tokens")[0])
+        arrays = [result.as_numpy(name) for name in ("scores", "tokens", "truncated")]
+        if arrays[-1] is None:
+            raise ServerError(f"Triton: an earlier ettin-triton published '{self.name}'. Publish the artifact again")
+        return Scored(*(array[0] for array in arrays))
 
     def _tensor(self, name: str, texts: Sequence[str]) -> Any:
         tensor = self._module.InferInput(name, [1, len(texts)], "BYTES")

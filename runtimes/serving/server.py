@@ -11,6 +11,7 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from ettin.runtimes.long_documents import LongDocuments
 from ettin.runtimes.processes import give_memory_back
 from ettin.runtimes.serving.app import create_app
 from ettin.runtimes.serving.backends import Backend
@@ -23,7 +24,12 @@ _FINISH_S = 30  # for requests in progress when the server stops
 
 
 async def serve(
-    listening: socket.socket, backend: Backend, limits: Limits, api_key: str | None, names: Sequence[str]
+    listening: socket.socket,
+    backend: Backend,
+    limits: Limits,
+    api_key: str | None,
+    names: Sequence[str],
+    long_documents: LongDocuments,
 ) -> None:
     """Serves until SIGTERM or SIGINT, then finishes the requests that were accepted.
 
@@ -33,8 +39,9 @@ async def serve(
         limits: of requests and connections.
         api_key: that clients must send; None: no key is needed.
         names: that clients may call the model by, besides its own.
+        long_documents: what happens to documents that do not fit, unless a request says otherwise.
     """
-    app = create_app(backend, limits, api_key, names)
+    app = create_app(backend, limits, api_key, names, long_documents)
     config = uvicorn.Config(
         app,
         http=cast(Any, partial(_Connection, limits, app.state.bodies, {})),  # typed as a class, used as a function
