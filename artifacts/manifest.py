@@ -7,19 +7,21 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     NonNegativeInt,
     PositiveInt,
+    SerializerFunctionWrapHandler,
     ValidationError,
     field_serializer,
+    model_serializer,
     model_validator,
 )
 
 from ettin.artifacts.errors import ManifestError, NewerFormat
 from ettin.artifacts.folder import Folder
 from ettin.artifacts.names import FileName, Line, PathInside, Sha256, Word
+from ettin.artifacts.score_calibration import ScoreCalibration
+from ettin.artifacts.score_calibration import Strict as _Strict
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -51,10 +53,6 @@ class Arithmetic(StrEnum):
     def _missing_(cls, value: object) -> "Arithmetic | None":
         """Early manifests hold the description."""
         return next((member for member in cls if member.description == value), None)
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Source(_Strict):
@@ -178,6 +176,7 @@ class Manifest(_Strict):
     entry: PathInside = Field(description="the file that the engine opens")
     calibration: Calibration | None
     engine: Engine | None = None
+    score_calibration: ScoreCalibration | None = Field(default=None, description="made by ettin-calibrate")
     toolchain: dict[Line, Line]
     command: Line
     created: Line = Field(description="UTC, ISO 8601")
@@ -193,6 +192,13 @@ class Manifest(_Strict):
     @field_serializer("graph")
     def _stored_graph(self, graph: Graph) -> dict[str, Any]:
         return graph.model_dump(exclude_unset=True)  # as it was read, so that the digest stays what it was
+
+    @model_serializer(mode="wrap")
+    def _stored(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = handler(self)
+        if self.score_calibration is None:  # so that the digest of earlier manifests stays what it was
+            del fields["score_calibration"]
+        return fields
 
     def to_bytes(self) -> bytes:
         """The file's content: the fields, and `manifest_sha256` over them."""

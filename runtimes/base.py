@@ -17,7 +17,7 @@ from ettin.runtimes import processes
 from ettin.runtimes.arguments import Activation, Pair, documents_from_input, pairs_from_inputs, resolved, text
 from ettin.runtimes.batch import Batch, BatchLimits
 from ettin.runtimes.long_documents import LongDocuments
-from ettin.runtimes.request import Scored
+from ettin.runtimes.request import Request, Scored
 from ettin.runtimes.scheduler import Scheduler
 from ettin.runtimes.tokenizer import artifact_tokenizer
 
@@ -133,8 +133,8 @@ class Runtime(ABC):
             inputs: (query, document) pairs in any iterable, or one pair.
             batch_size: maximum number of pairs in a batch; None: the token budget alone limits it.
             show_progress_bar: show a progress bar on stderr.
-            activation_fn: None (the artifact's own: raw logits), "identity", "sigmoid", or a function of a
-                float32 array.
+            activation_fn: None (the artifact's own: raw logits), "identity", "sigmoid", "calibrated" (the probability
+                of relevance, see `ettin-calibrate`), or a function of a float32 array.
             apply_softmax: accepted for CrossEncoder's callers; no effect on a single logit, as there.
             convert_to_numpy: accepted for CrossEncoder's callers; scores are NumPy arrays either way.
             convert_to_tensor: must be False, since this package does not import torch. Use `torch.from_numpy`.
@@ -228,10 +228,10 @@ class Runtime(ABC):
         """Raw logits of checked pairs, and the function that the caller wants applied to them."""
         if batch_size is not None and batch_size <= 0:
             raise UsageError(f"batch_size is {batch_size}, expected a positive number")
-        activation = resolved(activation_fn, self.manifest.activation)
+        activation = resolved(activation_fn, self.manifest)
         length = self.max_length if max_length is None else self._checked_length(max_length)
-        policy = LongDocuments.of(long_documents)
-        scored = self.scheduler.scored(pairs, length, batch_size, bool(progress), policy)
+        request = Request(pairs, length, batch_pairs=batch_size, long_documents=LongDocuments.of(long_documents))
+        scored = self.scheduler.scored(request, bool(progress))
         if max_length is None and scored.truncated.any() and not self._has_warned:
             self._has_warned = True
             _LOG.warning(
