@@ -38,7 +38,7 @@ def fitted(logits: NDArray[np.float32], labels: NDArray[np.bool_]) -> ScoreCalib
     slope, offset = _platt(values, labels)
     if slope <= 0:
         raise InputError(
-            f"logits do not rise with relevance (slope {slope:.3g}, expected more than 0). Check the labels: 1 is relevant"
+            f"logits do not rise with relevance (slope {slope:.3g}, expected above 0). Check the labels: 1 is relevant"
         )
     folds = np.random.default_rng(0).permutation(len(labels)) % _FOLDS
     held_out = np.empty_like(values)

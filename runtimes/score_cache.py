@@ -1,6 +1,7 @@
 """Scores of tokenised pairs that were scored before, for the pairs of later requests."""
 
 import hashlib
+import math
 import threading
 from collections import OrderedDict
 
@@ -35,8 +36,8 @@ class ScoreCache:
             return score
 
     def put(self, ids: Ids, score: float) -> None:
-        """Keeps a score, in place of the one that was not used for the longest time."""
-        if self.entries:
+        """Keeps a finite score, in place of the one that was not used for the longest time."""
+        if self.entries and math.isfinite(score):
             with self._lock:
                 self._scores[_key(ids)] = score
                 while len(self._scores) > self.entries:

@@ -109,7 +109,7 @@ def ask_app(
     backend: Backend, ask: Callable[[httpx.AsyncClient], Any], limits: Limits | None = None, key: str | None = None
 ) -> httpx.Response:
     async def run() -> httpx.Response:
-        transport = httpx.ASGITransport(create_app(backend, limits, key), raise_app_exceptions=False)
+        transport = httpx.ASGITransport(create_app({backend.name: backend}, limits, key), raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             answer: httpx.Response = await ask(client)
             return answer

@@ -6,7 +6,7 @@ import logging
 import math
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict
 from typing import Any
@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 
 from ettin.artifacts.errors import Busy, EttinError, InputError, MissingDependency, ServerError, UsageError
+from ettin.artifacts.score_calibration import ScoreCalibration
 from ettin.runtimes.base import Runtime
 from ettin.runtimes.batch import Batch
 from ettin.runtimes.long_documents import LongDocuments
 from ettin.runtimes.request import Request, Scored
+from ettin.runtimes.score_cache import ScoreCache
 from ettin.runtimes.serving.limits import Limits
 
 _LOG = logging.getLogger("ettin.serve")
@@ -34,6 +36,7 @@ class Backend(ABC):
     name: str  # of the model
     description: str  # the engine or server, in a few words
     max_length: int | None  # tokens that pairs are truncated to; None: not known here
+    calibration: ScoreCalibration | None = None
 
     @abstractmethod
     async def score(
@@ -60,6 +63,9 @@ class Backend(ABC):
         """Figures for metrics: what was scored so far, and what waits; empty where not known."""
         return {}
 
+    def watch(self, on_batch: Callable[[int, int, float], object]) -> None:  # noqa: B027 (there are none here)
+        """Calls a function with the pairs, the tokens and the engine's seconds of each batch."""
+
     @abstractmethod
     async def close(self) -> None:
         """Drains pending requests, then releases the engine."""
@@ -76,8 +82,10 @@ class LocalBackend(Backend):
     def __init__(self, runtime: Runtime, limits: Limits) -> None:
         self.name = runtime.manifest.full_name
         self.description, self.max_length = runtime.description, runtime.max_length
+        self.calibration = runtime.manifest.score_calibration
         runtime.predict([(WARMUP_QUERY, document) for document in WARMUP_DOCUMENTS])
         self._runtime, self._limits = runtime, limits
+        runtime.scheduler.cache = ScoreCache(limits.cached_scores)
         pairs = runtime.tokenizer.pairs([("is the engine alive", "yes")], runtime.max_length)
         self._probe_batch = Batch.of(pairs, runtime.manifest.tokenizer.pad_token_id)
 
@@ -116,7 +124,11 @@ class LocalBackend(Backend):
     def counters(self) -> dict[str, float]:
         scheduler = self._runtime.scheduler
         counts = {name: getattr(scheduler, name) for name in ("batches", "pairs", "tokens", "waiting_pairs")}
-        return counts | {"queue_seconds": scheduler.queue_s}
+        cache = {"cache_hits": scheduler.cache.hits, "cache_misses": scheduler.cache.misses}
+        return counts | {"queue_seconds": scheduler.queue_s} | cache
+
+    def watch(self, on_batch: Callable[[int, int, float], object]) -> None:
+        self._runtime.scheduler.on_batch = on_batch
 
     async def close(self) -> None:
         await asyncio.to_thread(self._runtime.scheduler.close, "the server is stopping", DRAIN_S)

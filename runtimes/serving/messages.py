@@ -53,6 +53,7 @@ class RerankRequest(_Strict):
     return_text: bool | None = None
     return_documents: bool | None = Field(None, description="the same as return_text")
     raw_scores: bool = Field(False, description="logits instead of values between 0 and 1")
+    activation: Literal["sigmoid", "calibrated"] | None = Field(None, description="calibrated: probabilities")
     truncate: bool | None = Field(None, description="false: an input that fills the model is refused, not cut")
     truncation_direction: Literal["Right", "right"] = "Right"
     max_tokens_per_doc: Annotated[int, Field(ge=1)] | None = Field(None, description="documents are cut to it first")
@@ -104,13 +105,14 @@ class RerankResponse(BaseModel):
 
 
 class Info(BaseModel):
-    """The served model."""
+    """The served models; all but `models` is of the one for requests without a model."""
 
     model_id: str
     model_type: dict[str, dict[str, dict[str, int | str]]]
     max_input_length: int | None
     max_client_batch_size: int
     runtime: str
+    models: list[str]
     version: str
 
 
