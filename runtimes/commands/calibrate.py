@@ -20,18 +20,19 @@ from ettin.runtimes.loading import load
     epilog=console.example_epilog("ettin-calibrate ettin-reranker-demo/openvino-int8 labelled.jsonl"),
 )
 @click.argument("artifact", type=click.Path(path_type=Path))
-@click.argument("pairs", type=click.File(encoding="utf-8"))
+@click.argument("pairs", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @console.DEVICE
 @console.THREADS
 @console.KEY
 @click.option("--sign", type=click.Path(path_type=Path), help="Private key (PEM) to sign the artifact again with.")
-def command(artifact: Path, pairs: Any, trusted_key: Path | None, sign: Path | None, **settings: Any) -> None:
+def command(artifact: Path, pairs: Path, trusted_key: Path | None, sign: Path | None, **settings: Any) -> None:
     """Fit probabilities of relevance to labelled PAIRS, and store the fit in ARTIFACT's manifest.
 
     PAIRS are JSON lines: {"query": "…", "document": "…", "label": 0 or 1}. Logits stay as they are; activation
     "calibrated" then gives sigmoid(slope · logit + offset). A signed artifact needs --sign: its manifest changes.
     """
-    rows = [_row(line, f"{pairs.name}, line {number}") for number, line in enumerate(pairs, 1) if line.strip()]
+    with pairs.open("rb") as lines:
+        rows = [_row(line, f"{pairs}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
     if sign is not None:
         read_private_key(sign)
     with OpenArtifact(artifact, trusted_key=trusted_key) as opened:
@@ -56,7 +57,7 @@ def command(artifact: Path, pairs: Any, trusted_key: Path | None, sign: Path | N
     console.table(cells, [f"{fit.pairs} pairs, {fit.relevant} relevant", "Brier", "expected calibration error"])
 
 
-def _row(line: str, where: str) -> tuple[str, str, bool]:
+def _row(line: bytes, where: str) -> tuple[str, str, bool]:
     try:
         row = json.loads(line)
         query, document, label = row["query"], row["document"], row["label"]
