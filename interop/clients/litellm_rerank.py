@@ -1,4 +1,4 @@
-"""LiteLLM's rerank providers against a rerank service: python litellm_rerank.py http://localhost:8080 MODEL"""
+"""LiteLLM's rerank providers against a rerank service: python litellm_rerank.py http://localhost:8080."""
 
 import json
 import os
@@ -6,18 +6,20 @@ import sys
 
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # prices come with the package
 
+import httpx
 import litellm
 
 QUERY = "Which planet is the Red Planet?"
 DOCUMENTS = ["Venus is Earth's twin.", "Mars is the Red Planet.", "Jupiter is the largest planet."]
 
+model = httpx.get(f"{sys.argv[1]}/info").json()["model_id"]
 scores = {}
 for provider in ("huggingface", "infinity", "hosted_vllm", "jina_ai", "cohere"):
     for return_documents in (True, False):
         # LiteLLM expects Infinity's documents to be strings, and vLLM's, on the same route, to be objects.
         wants_texts = return_documents and provider != "infinity"
         answer = litellm.rerank(
-            model=f"{provider}/{sys.argv[2]}",
+            model=f"{provider}/{model}",
             query=QUERY,
             documents=DOCUMENTS,
             top_n=3,

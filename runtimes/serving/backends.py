@@ -177,8 +177,11 @@ class TritonBackend(Backend):
         self, query: str, documents: Sequence[str], long_documents: LongDocuments, refuse_truncated: bool = False
     ) -> Scored:
         tensors = [self._tensor("query", [query]), self._tensor("documents", documents)]
-        parameters = {key: str(value) for key, value in asdict(long_documents).items() if value is not None}
-        parameters[REFUSE_TRUNCATED] = str(refuse_truncated)
+        # What is not said here, the model decides, as it was published.
+        usual = asdict(LongDocuments())
+        parameters = {key: str(value) for key, value in asdict(long_documents).items() if value != usual[key]}
+        if refuse_truncated:
+            parameters[REFUSE_TRUNCATED] = "true"
         try:
             result = await self._client.infer(self.name, tensors, parameters=parameters)
         except self._error as error:

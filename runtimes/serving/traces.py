@@ -29,6 +29,8 @@ class Traces:
             from opentelemetry.trace import SpanKind
             from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
         except ModuleNotFoundError as error:
+            if str(error.name).partition(".")[0] != "opentelemetry":
+                raise
             raise MissingDependency("--traces", str(error.name), "otel") from None
         self._provider = TracerProvider(resource=Resource.create({"service.name": "ettin-serve"}))
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=url, timeout=_TIMEOUT_S)))
