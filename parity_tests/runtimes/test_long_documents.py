@@ -121,6 +121,12 @@ def test_max_tokens_per_doc(runtime: Runtime) -> None:
     assert {hit["corpus_id"]: hit.get("truncated", False) for hit in hits} == {0: True, 1: False}
 
 
+def test_numbers_without_end(runtime: Runtime) -> None:
+    policy = LongDocuments("chunks", 10**30, 10**30, 10**30)
+    score = runtime.predict((QUERY, LONG), long_documents=policy)
+    assert score == pytest.approx(runtime.predict((QUERY, LONG), long_documents=LongDocuments("chunks", 10**6, 10**6)))
+
+
 def test_truncation_is_logged_once(runtime: Runtime, caplog: pytest.LogCaptureFixture) -> None:
     runtime._has_warned = False
     with caplog.at_level(logging.WARNING, logger="ettin.predict"):

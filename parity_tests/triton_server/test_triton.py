@@ -183,28 +183,37 @@ def test_truncation_is_refused_before_anything_is_scored(server: TritonServer) -
     asyncio.run(ask_backend())
 
 
-def test_long_documents(server: TritonServer, demo_artifacts: Artifacts) -> None:
-    document = "Nothing happens here. " * 2500 + "Mars is the red planet."
+def test_long_documents(demo_artifacts: Artifacts, tmp_path: Path) -> None:
+    artifact, document = demo_artifacts["onnx", "fp32"], "Nothing happens here. " * 90 + "Mars is the red planet."
     policy = LongDocuments("chunks", chunk_overlap=8, top_chunks=2)
-    with load(demo_artifacts["onnx", "fp32"]) as runtime:
+    with load(artifact, max_length=64) as runtime:
         pairs = [(QUERY, document), (QUERY, "Venus")]
         plain, chunks = (runtime.predict(pairs, long_documents=each) for each in (None, policy))
+    assert abs(chunks[0] - plain[0]) > 0.1
+    publish(artifact, tmp_path, "short", TritonOptions(runtime={"max_length": "64"}))
+    published = {"long_documents": "chunks", "chunk_overlap": "8", "top_chunks": "2"}
+    publish(artifact, tmp_path, "chunks", TritonOptions(runtime={"max_length": "64", **published}))
 
-    async def ask_backend(long_documents: LongDocuments) -> Scored:
-        backend = TritonBackend(f"127.0.0.1:{server.grpc_port}", "onnx-fp32")
+    async def ask_backend(model: str, long_documents: LongDocuments) -> Scored:
+        backend = TritonBackend(f"127.0.0.1:{server.grpc_port}", model)
         try:
             return await backend.score(QUERY, [document, "Venus"], long_documents)
         finally:
             await backend.close()
 
-    scored = asyncio.run(ask_backend(LongDocuments()))
-    np.testing.assert_allclose(scored.logits, plain, atol=1e-4)
-    assert scored.truncated.tolist() == [True, False]
-    scored = asyncio.run(ask_backend(policy))
-    np.testing.assert_allclose(scored.logits, chunks, atol=1e-4)
-    assert scored.truncated.tolist() == [False, False] and abs(chunks[0] - plain[0]) > 0.01
-    with grpc_client(server) as client, pytest.raises(Exception, match="top_chunks is 'x', expected a whole number"):
-        ask(client, "onnx-fp32", QUERY, DOCUMENTS, parameters={"top_chunks": "x"})
+    with TritonServer(tmp_path) as server:
+        scored = asyncio.run(ask_backend("short", LongDocuments()))
+        np.testing.assert_allclose(scored.logits, plain, atol=1e-4)
+        assert scored.truncated.tolist() == [True, False]
+        for model, long_documents in (("short", policy), ("chunks", LongDocuments())):
+            scored = asyncio.run(ask_backend(model, long_documents))
+            np.testing.assert_allclose(scored.logits, chunks, atol=1e-4)
+            assert scored.truncated.tolist() == [False, False]
+        with (
+            grpc_client(server) as client,
+            pytest.raises(Exception, match="top_chunks is 'x', expected a whole number"),
+        ):
+            ask(client, "short", QUERY, DOCUMENTS, parameters={"top_chunks": "x"})
 
 
 def test_large_requests_do_not_hold_up_others(server: TritonServer) -> None:
