@@ -1,17 +1,20 @@
 """Documents that do not fit: truncated, or in chunks; what was cut is said; scores that are kept."""
 
+import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ettin.artifacts.errors import InputError, UsageError
 from ettin.export.source.sizes import DEMO_FOLDER
 from ettin.runtimes import LongDocuments, Runtime, load
+from ettin.runtimes.commands.rerank import command
 from ettin.runtimes.long_documents import combined
 from ettin.runtimes.request import Request
 from ettin.runtimes.score_cache import ScoreCache
@@ -137,6 +140,30 @@ def test_truncation_is_logged_once(runtime: Runtime, caplog: pytest.LogCaptureFi
             runtime.predict([(QUERY, LONG), (QUERY, "Venus")])
     (record,) = caplog.records
     assert record.getMessage().startswith("1 of 2 pairs were truncated (max_length 64 tokens)")
+
+
+def test_command(demo_artifacts: dict[tuple[str, str], Path], tmp_path: Path) -> None:
+    (tmp_path / "documents.txt").write_text(f"{FILLER * 40}\n{LONG}\nVenus\n")
+    inputs = (demo_artifacts["onnx", "fp32"], tmp_path / "documents.txt")
+    words = (*inputs, "--query", QUERY, "--max-length", LENGTH, "--json")
+        demo_artifacts["onnx", "fp32"],
+        tmp_path / "documents.txt",
+        "--query",
+        QUERY,
+        "--max-length",
+        LENGTH,
+        "--json",
+    ]
+
+    def ranked(*options: object) -> list[dict[str, object]]:
+        done = CliRunner().invoke(command, [str(word) for word in (*words, *options)])
+        assert done.exit_code == 0, done.output
+        return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+    assert {row["line"]: row.get("truncated", False) for row in ranked()} == {1: True, 2: True, 3: False}
+    rows = ranked("--long-documents", "chunks", "--chunk-overlap", 16, "--top-chunks", 2)
+    assert rows[0]["line"] == 2 and not any("truncated" in row for row in rows)
+    assert all(row.get("truncated", False) == (row["line"] != 3) for row in ranked("--max-tokens-per-doc", 5))
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import asyncio
 import uuid
 from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from http import HTTPStatus
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from fastapi import Request, Response
 
 from ettin.artifacts.errors import InputError
-from ettin.runtimes.arguments import Scores, calibrated, sigmoid
+from ettin.runtimes.arguments import Activation, calibrated, identity, sigmoid
 from ettin.runtimes.long_documents import LongDocuments
 from ettin.runtimes.request import Scored
 from ettin.runtimes.serving.backends import Backend
@@ -120,12 +121,8 @@ class Rerank:
         return scored
 
 
-def _activation(body: RerankRequest, backend: Backend, defaults: Defaults) -> Any:
+def _activation(body: RerankRequest, backend: Backend, defaults: Defaults) -> Activation:
     """The function from logits to what the client asked for."""
-
-    def identity(logits: Scores) -> Scores:
-        return logits
-
     name = "identity" if body.raw_scores else body.activation or defaults.activation
     if name != "calibrated":
         return identity if name == "identity" else sigmoid
@@ -133,7 +130,7 @@ def _activation(body: RerankRequest, backend: Backend, defaults: Defaults) -> An
     if calibration is None:
         text = f"activation: '{backend.name}' has no calibration; it is made with ettin-calibrate"
         raise Refused(HTTPStatus.UNPROCESSABLE_ENTITY, text)
-    return lambda logits: calibrated(calibration, logits)
+    return partial(calibrated, calibration)
 
 
 async def _body(request: Request, limits: Limits) -> RerankRequest:
