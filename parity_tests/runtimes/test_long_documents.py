@@ -146,14 +146,6 @@ def test_command(demo_artifacts: dict[tuple[str, str], Path], tmp_path: Path) ->
     (tmp_path / "documents.txt").write_text(f"{FILLER * 40}\n{LONG}\nVenus\n")
     inputs = (demo_artifacts["onnx", "fp32"], tmp_path / "documents.txt")
     words = (*inputs, "--query", QUERY, "--max-length", LENGTH, "--json")
-        demo_artifacts["onnx", "fp32"],
-        tmp_path / "documents.txt",
-        "--query",
-        QUERY,
-        "--max-length",
-        LENGTH,
-        "--json",
-    ]
 
     def ranked(*options: object) -> list[dict[str, object]]:
         done = CliRunner().invoke(command, [str(word) for word in (*words, *options)])
