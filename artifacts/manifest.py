@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     NonNegativeInt,
     PositiveInt,
@@ -22,15 +20,13 @@ from ettin.artifacts.arithmetic import Arithmetic
 from ettin.artifacts.errors import ManifestError, NewerFormat
 from ettin.artifacts.folder import Folder
 from ettin.artifacts.names import FileName, Line, PathInside, Sha256, Word
+from ettin.artifacts.score_calibration import ScoreCalibration
+from ettin.artifacts.score_calibration import Strict as _Strict
 
 FORMAT_VERSION = 2  # 1 in a manifest without `variants`, so that earlier readers read it
 MANIFEST_NAME = "manifest.json"
 CARD_NAME = "README.md"  # for people: no part of the artifact, so editing it changes nothing
 MAX_MANIFEST_BYTES = 4 << 20
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Source(_Strict):
@@ -164,6 +160,7 @@ class Manifest(_Strict):
     entry: PathInside = Field(description="the file that the engine opens")
     calibration: Calibration | None
     engine: Engine | None = None
+    score_calibration: ScoreCalibration | None = Field(default=None, description="made by ettin-calibrate")
     toolchain: dict[Line, Line]
     command: Line
     created: Line = Field(description="UTC, ISO 8601")
@@ -190,6 +187,8 @@ class Manifest(_Strict):
         fields: dict[str, Any] = handler(self)
         if not self.variants:  # so that the digest of earlier manifests stays what it was
             del fields["variants"]
+        if self.score_calibration is None:
+            del fields["score_calibration"]
         return fields
 
     def to_bytes(self) -> bytes:

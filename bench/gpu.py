@@ -43,6 +43,7 @@ from ettin.runtimes.engines.flash import (
     use_flash,
     window_size,
 )
+from ettin.runtimes.request import Request
 from ettin.runtimes.scheduler import Scheduler
 from ettin.runtimes.tokenizer import PairTokenizer
 
@@ -172,7 +173,7 @@ def our_predict(subject: TorchModel, *, compiled: bool) -> Predict:
     def predict(pairs: Pairs, max_length: int, tokens: int) -> NDArray[np.float32]:
         scheduler = Scheduler(tokenizer, score, BatchLimits(2, tokens, in_parallel=False), 0)
         try:
-            return scheduler.logits(pairs, max_length)
+            return scheduler.scored(Request(pairs, max_length)).logits
         finally:
             scheduler.close()
 

@@ -10,5 +10,6 @@ from ettin.artifacts.errors import EttinError
 from ettin.runtimes.base import Runtime
 from ettin.runtimes.batch import Batch
 from ettin.runtimes.loading import load
+from ettin.runtimes.long_documents import LongDocuments
 
-__all__ = ["Batch", "EttinError", "Runtime", "load"]
+__all__ = ["Batch", "EttinError", "LongDocuments", "Runtime", "load"]

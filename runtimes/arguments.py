@@ -1,12 +1,17 @@
 """Checks of the arguments of `predict` and `rank`: pairs, documents and activations."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ettin.artifacts.errors import InputError, UsageError
+
+if TYPE_CHECKING:  # needs pydantic, which `bench/gpu.py` does without
+    from ettin.artifacts.manifest import Manifest
+    from ettin.artifacts.score_calibration import ScoreCalibration
 
 Pair = tuple[str, str]
 
@@ -70,22 +75,41 @@ def sigmoid(logits: Scores) -> Scores:
     return np.asarray(np.exp(-np.logaddexp(np.float32(0), -logits)))
 
 
+def _applied(function: Callable[[Scores], Any], logits: Scores) -> Scores:
+    scores = np.asarray(function(logits), np.float32)
+    if scores.shape != logits.shape:
+        raise UsageError(f"activation_fn turned scores {logits.shape} into {scores.shape}, expected the same shape")
+    return scores
+
+
 _BY_NAME: dict[str, Activation] = {"identity": identity, "sigmoid": sigmoid}
 
 
-def resolved(activation: Any, default: str) -> Activation:
+def calibrated(calibration: "ScoreCalibration", logits: Scores) -> Scores:
+    """Probabilities of relevance, see `ScoreCalibration`."""
+    return sigmoid((np.float32(calibration.slope) * logits + np.float32(calibration.offset)).astype(np.float32))
+
+
+def resolved(activation: Any, manifest: "Manifest") -> Activation:
     """The function for an `activation_fn` argument; raises `UsageError`.
 
     Args:
         activation: None (the artifact's own), a name, a function of an array, or, so that CrossEncoder's
             callers need no change, `torch.nn.Identity()` or `torch.nn.Sigmoid()` (known by their class names).
-        default: name of the artifact's own.
+        manifest: the artifact's: its own activation, and its calibration.
     """
     if activation is None:
-        return _BY_NAME[default]
+        return _BY_NAME[manifest.activation]
+    if activation == "calibrated":
+        if manifest.score_calibration is None:
+            raise UsageError(
+                f"{manifest.full_name} has no calibration. Fit one on labelled pairs: ettin-calibrate ARTIFACT PAIRS"
+            )
+        return partial(calibrated, manifest.score_calibration)
     name = activation if isinstance(activation, str) else type(activation).__name__
     if name.lower() in _BY_NAME:
         return _BY_NAME[name.lower()]
     if not isinstance(activation, str) and callable(activation):
-        return lambda logits: np.asarray(activation(logits), np.float32)
-    raise UsageError(f"unknown activation {activation!r}, expected one of: {', '.join(_BY_NAME)}, or a function")
+        return partial(_applied, activation)
+    names = ", ".join((*_BY_NAME, "calibrated"))
+    raise UsageError(f"unknown activation {activation!r}, expected one of: {names}, or a function")

@@ -1,5 +1,6 @@
 """The base of all runtimes: CrossEncoder's interface over an engine that scores batches."""
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -13,10 +14,14 @@ from ettin.artifacts.errors import UsageError
 from ettin.artifacts.manifest import Arithmetic
 from ettin.artifacts.opened import OpenArtifact
 from ettin.runtimes import processes
-from ettin.runtimes.arguments import documents_from_input, pairs_from_inputs, resolved, text
+from ettin.runtimes.arguments import Activation, Pair, documents_from_input, pairs_from_inputs, resolved, text
 from ettin.runtimes.batch import Batch, BatchLimits
+from ettin.runtimes.long_documents import LongDocuments
+from ettin.runtimes.request import Request, Scored
 from ettin.runtimes.scheduler import Scheduler
 from ettin.runtimes.tokenizer import artifact_tokenizer
+
+_LOG = logging.getLogger("ettin.predict")
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ class Runtime(ABC):
         self.tokenizer = artifact_tokenizer(artifact)
         self.max_length = self._checked_length(settings.max_length)
         self.scheduler = Scheduler(self.tokenizer, self.score, limits, self.manifest.tokenizer.pad_token_id)
-        self._is_released = False
+        self._is_released = self._has_warned = False
         self.evaluations = Evaluations()
         processes.keep_in_children(self)
 
@@ -121,21 +126,24 @@ class Runtime(ABC):
         max_length: int | None = None,
         prompt_name: str | None = None,
         prompt: str | None = None,
+        long_documents: LongDocuments | str | None = None,
     ) -> Any:
-        """Scores pairs, as `CrossEncoder.predict` does.
+        """Scores pairs, as `CrossEncoder.predict` does. Logs a warning, once, if `max_length` as loaded cuts some.
 
         Args:
             inputs: (query, document) pairs in any iterable, or one pair.
             batch_size: maximum number of pairs in a batch; None: the token budget alone limits it.
             show_progress_bar: show a progress bar on stderr.
-            activation_fn: None (the artifact's own: raw logits), "identity", "sigmoid", or a function of a
-                float32 array.
+            activation_fn: None (the artifact's own: raw logits), "identity", "sigmoid", "calibrated" (the probability
+                of relevance, see `ettin-calibrate`), or a function of a float32 array.
             apply_softmax: accepted for CrossEncoder's callers; no effect on a single logit, as there.
             convert_to_numpy: accepted for CrossEncoder's callers; scores are NumPy arrays either way.
             convert_to_tensor: must be False, since this package does not import torch. Use `torch.from_numpy`.
             max_length: tokens that pairs are truncated to (`longest_first`); None: as loaded.
             prompt_name: must be None: these models have no prompts.
             prompt: must be None.
+            long_documents: what happens to documents that do not fit: "truncate" (None), "chunks", or `LongDocuments`
+                with all details.
 
         Returns:
             float32 [pairs] in the order of the pairs; a float32 scalar for one pair.
@@ -148,15 +156,11 @@ class Runtime(ABC):
             raise UsageError("convert_to_tensor: scores are NumPy arrays here. Use torch.from_numpy(scores)")
         if prompt_name is not None or prompt is not None:
             raise UsageError("prompt: Ettin rerankers have none. Write it into the query")
-        if batch_size is not None and batch_size <= 0:
-            raise UsageError(f"batch_size is {batch_size}, expected a positive number")
-        activation = resolved(activation_fn, self.manifest.activation)
-        length = self.max_length if max_length is None else self._checked_length(max_length)
         pairs, single = pairs_from_inputs(inputs)
-        logits = self.scheduler.logits(pairs, length, batch_size, bool(show_progress_bar))
-        scores = activation(logits)
-        if scores.shape != logits.shape:
-            raise UsageError(f"activation_fn turned scores {logits.shape} into {scores.shape}, expected the same shape")
+        scored, activation = self._scored(
+            pairs, batch_size, show_progress_bar, activation_fn, max_length, long_documents
+        )
+        scores = activation(scored.logits)
         return scores[0] if single else scores
 
     def rank(
@@ -170,6 +174,7 @@ class Runtime(ABC):
         show_progress_bar: bool | None = None,
         activation_fn: Any = None,
         max_length: int | None = None,
+        long_documents: LongDocuments | str | None = None,
     ) -> list[dict[str, Any]]:
         """Ranks documents for a query, as `CrossEncoder.rank` does.
 
@@ -182,10 +187,12 @@ class Runtime(ABC):
             show_progress_bar: see `predict`.
             activation_fn: see `predict`.
             max_length: see `predict`.
+            long_documents: see `predict`.
 
         Returns:
-            Best first; each {"corpus_id": position in `documents`, "score": float} and "text" if asked for.
-            Equal scores keep the order of the documents.
+            Best first, by logit whatever the activation; each {"corpus_id": position in `documents`, "score": float},
+            "text" if asked for, and "truncated": True if not all of the query and the document was scored. Equal
+            scores keep the order of the documents.
 
         Raises:
             InputError: the query or a document is not a string.
@@ -194,19 +201,46 @@ class Runtime(ABC):
         if top_k is not None and top_k < 0:
             raise UsageError(f"top_k is {top_k}, expected 0 or more")
         query, candidates = text(query, "query"), documents_from_input(documents)
-        scores = self.predict(
-            [(query, document) for document in candidates],
-            batch_size=batch_size,
-            show_progress_bar=show_progress_bar,
-            activation_fn=activation_fn,
-            max_length=max_length,
-        ).tolist()
-        order = sorted(range(len(scores)), key=scores.__getitem__, reverse=True)[:top_k]
+        pairs = [(query, document) for document in candidates]
+        scored, activation = self._scored(
+            pairs, batch_size, show_progress_bar, activation_fn, max_length, long_documents
+        )
+        scores = activation(scored.logits).tolist()
+        # By logit: a sigmoid in float32 makes those above 16.6 equal.
+        order = np.argsort(-scored.logits, kind="stable")[:top_k].tolist()
         hits: list[dict[str, Any]] = [{"corpus_id": index, "score": scores[index]} for index in order]
+        for hit in hits:
+            if scored.truncated[hit["corpus_id"]]:
+                hit["truncated"] = True
         if return_documents:
             for hit in hits:
                 hit["text"] = candidates[hit["corpus_id"]]
         return hits
+
+    def _scored(
+        self,
+        pairs: list[Pair],
+        batch_size: int | None,
+        progress: bool | None,
+        activation_fn: Any,
+        max_length: int | None,
+        long_documents: LongDocuments | str | None,
+    ) -> tuple[Scored, Activation]:
+        """Raw logits of checked pairs, and the function that the caller wants applied to them."""
+        if batch_size is not None and batch_size <= 0:
+            raise UsageError(f"batch_size is {batch_size}, expected a positive number")
+        activation = resolved(activation_fn, self.manifest)
+        length = self.max_length if max_length is None else self._checked_length(max_length)
+        request = Request(pairs, length, batch_pairs=batch_size, long_documents=LongDocuments.of(long_documents))
+        scored = self.scheduler.scored(request, bool(progress))
+        if max_length is None and scored.truncated.any() and not self._has_warned:
+            self._has_warned = True
+            _LOG.warning(
+                "%d of %d pairs were truncated (max_length %d tokens); long_documents='chunks' scores whole documents. "
+                "rank() marks them as truncated; this is said once",
+                scored.truncated.sum(), len(pairs), length,
+            )  # fmt: skip
+        return scored, activation
 
     @property
     def model_card_data(self) -> "Evaluations":

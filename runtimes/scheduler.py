@@ -22,10 +22,10 @@ from tqdm import tqdm
 
 from ettin.artifacts.errors import Busy, Closed, EttinError, ScoringError
 from ettin.runtimes import processes
-from ettin.runtimes.arguments import Pair
 from ettin.runtimes.batch import Batch, BatchLimits
 from ettin.runtimes.processes import Threads, join
 from ettin.runtimes.request import Request, Scored, failing
+from ettin.runtimes.score_cache import ScoreCache
 from ettin.runtimes.tokenizer import PairTokenizer
 from ettin.runtimes.waiting import Chosen, Entry, Waiting, requests_of
 
@@ -62,6 +62,8 @@ class Scheduler:
         self._waiting = Waiting()
         self._closing = ""  # the reason why nothing more is accepted
         self.batches = self.pairs = self.tokens = 0  # scored so far
+        self.cache = ScoreCache()  # may be replaced before the first request
+        self.on_batch: Callable[[int, int, float], object] = lambda *_: None  # its pairs, tokens and seconds; fast
         processes.close_at_exit(self)
 
     @property
@@ -96,38 +98,26 @@ class Scheduler:
         self._accept(request, max_waiting_pairs, wait)
         return request.future
 
-    def logits(
-        self, pairs: Sequence[Pair], max_length: int, batch_pairs: int | None = None, progress: bool = False
-    ) -> NDArray[np.float32]:
-        """Scores pairs and waits for the result; the calling thread tokenises.
+    def scored(self, request: Request, progress: bool = False) -> Scored:
+        """Scores a new request and waits for the result; the calling thread tokenises. Raises as `submit` says.
 
         Args:
-            pairs: (query, document).
-            max_length: tokens that pairs are truncated to.
-            batch_pairs: maximum number of pairs in a batch; None: the limits alone.
+            request: see `submit`.
             progress: show a progress bar on stderr.
-
-        Returns:
-            Raw logits, float32 [pairs], in the order of the pairs.
-
-        Raises:
-            InputError: a text that can't be tokenised.
-            ScoringError: the engine failed.
-            Closed: the scheduler was closed, or belongs to the process that this one was forked from.
         """
-        request = Request(pairs, max_length, batch_pairs=batch_pairs, caller_tokenises=True)
+        request.caller_tokenises = True
         self._accept(request, None, wait=False)
         try:
-            with tqdm(total=len(pairs), desc="Scoring pairs", unit="pairs", disable=not progress) as bar:
+            with tqdm(total=len(request.pairs), desc="Scoring pairs", unit="pairs", disable=not progress) as bar:
                 while (part := self._next_slice(request)) is not None:
                     self._tokenise(request, part)  # not in `failing`: the caller gets what is raised here
                     bar.update(request.done - bar.n)
                 while progress and not request.future.done():
                     wait([request.future], _SHOWN_EVERY_S)
                     bar.update(request.done - bar.n)
-                logits = request.future.result().logits
-                bar.update(len(pairs) - bar.n)
-                return logits
+                scored = request.future.result()
+                bar.update(len(request.pairs) - bar.n)
+                return scored
         finally:
             self._end(request)  # after Ctrl-C, the caller does not want the rest
 
@@ -230,13 +220,17 @@ class Scheduler:
         return True
 
     def _tokenise(self, request: Request, part: range) -> None:
-        encoded = self._tokenizer.encoded(request.pairs[part.start : part.stop], request.max_length)
+        texts = request.pairs[part.start : part.stop]
+        encoded = self._tokenizer.encoded(texts, request.max_length, request.long_documents)
         request.check(encoded, part)
         with self._lock:
-            request.add(encoded, part)
+            left = request.left
+            request.add(encoded, part, self.cache)
+            self._waiting.pairs += (request.left - left) * (request in self._waiting)
             self._waiting.update(request)
             self._has_pairs.notify(self._limits.concurrency)
             self._has_texts.notify()
+        self._end_done([request])
 
     def _score_turn(self) -> bool:
         chosen: Chosen = []
@@ -279,6 +273,9 @@ class Scheduler:
                     self._score_chosen([pair for pair in chosen if pair[0] is request])
             return
         seconds = max(time.monotonic() - started_s, 1e-6)
+        self.on_batch(len(batch), len(batch.ids), seconds)
+        for (_, ids, _), score in zip(chosen, scores.tolist(), strict=True):
+            self.cache.put(ids, score)
         speed = len(batch.ids) / seconds * (self._limits.concurrency if self._limits.in_parallel else 1)
         with self._lock:
             self._waiting.tokens_per_s += 0.05 * (speed - self._waiting.tokens_per_s)
@@ -286,14 +283,17 @@ class Scheduler:
             self.pairs += len(batch)
             self.tokens += len(batch.ids)
             for (request, _, place), score in zip(chosen, scores.tolist(), strict=True):
-                request.logits[place] = score
-                request.done += 1
+                request.finish(place, score)
                 self._waiting.pairs -= request in self._waiting
             for request in requests_of(chosen):
+                request.note_batch(started_s, seconds)
                 self._waiting.update(request)
             self._has_texts.notify()
             self._changed.notify_all()
-        for request in requests_of(chosen):
+        self._end_done(requests_of(chosen))
+
+    def _end_done(self, requests: Sequence[Request]) -> None:
+        for request in requests:
             if request.is_done:
                 self._end(request)
 

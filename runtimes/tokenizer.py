@@ -1,6 +1,7 @@
 """Pairs of texts → token ids, equal to those of sentence-transformers' CrossEncoder."""
 
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -10,6 +11,7 @@ import tokenizers
 
 from ettin.artifacts.errors import DamagedArtifact, InputError, UsageError
 from ettin.runtimes.batch import Ids
+from ettin.runtimes.long_documents import LongDocuments
 
 if TYPE_CHECKING:  # needs pydantic, which `bench/gpu.py` does without
     from ettin.artifacts.opened import OpenArtifact
@@ -21,7 +23,7 @@ CHARACTERS_PER_TOKEN = 8
 _LEAST_PIECE_CHARACTERS = 2048
 # Maximum length of a part that can't be cut. It bounds the memory and the time that one text can take.
 _MOST_PIECE_CHARACTERS = 1_000_000
-_COUNTED_TOKENS = 8192  # at a time, when a whole text is counted
+_PART_TOKENS = 8192  # at most this many are wanted of a part, when a whole text is tokenised
 # Where a text may be cut so that the ids of the parts are those of the text: before a space or line break that follows
 # something else, and between punctuation and a letter of a script that is written without spaces. The pre-tokenizer
 # (GPT-2's regular expression) begins a new word there, and NFC joins nothing across it. U+180E is a space in some
@@ -29,6 +31,8 @@ _COUNTED_TOKENS = 8192  # at a time, when a whole text is counted
 _CUT = re.compile(
     "(?<=[^\\s\u180e])(?=[ \n])|(?<=[、。，！？；：])(?=[\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fff\uac00-\ud7a3])"
 )
+
+_TRUNCATE = LongDocuments()
 
 
 def kept_tokens(query: int, document: int, room: int) -> tuple[int, int]:
@@ -49,8 +53,8 @@ def kept_tokens(query: int, document: int, room: int) -> tuple[int, int]:
 class Encoded(NamedTuple):
     """A tokenised pair."""
 
-    ids: Ids  # with special tokens
-    is_truncated: bool
+    chunks: tuple[Ids, ...]  # with special tokens; one, unless a long document was cut into several
+    is_truncated: bool  # some of the pair's tokens are in none of them
 
 
 def artifact_tokenizer(artifact: "OpenArtifact") -> "PairTokenizer":
@@ -132,7 +136,7 @@ class PairTokenizer:
     def _piece_end(self, text: str, start: int, enough: int | None) -> int:
         if enough is None or not self._may_cut:
             return len(text)
-        size = max(_LEAST_PIECE_CHARACTERS, CHARACTERS_PER_TOKEN * enough)
+        size = max(_LEAST_PIECE_CHARACTERS, CHARACTERS_PER_TOKEN * min(enough, _PART_TOKENS))
         if len(text) - start <= size:
             return len(text)
         cut = _CUT.search(text, start + size)
@@ -158,14 +162,17 @@ class PairTokenizer:
 
     def pairs(self, pairs: Sequence[tuple[str, str]], max_length: int) -> list[Ids]:
         """Ids of pairs, special tokens included, int32 [at most max_length] each; see `encoded`."""
-        return [ids for ids, _ in self.encoded(pairs, max_length)]
+        return [chunks[0] for chunks, _ in self.encoded(pairs, max_length)]
 
-    def encoded(self, pairs: Sequence[tuple[str, str]], max_length: int) -> list[Encoded]:
-        """Tokenises pairs, truncated as CrossEncoder does it (`longest_first`).
+    def encoded(
+        self, pairs: Sequence[tuple[str, str]], max_length: int, long_documents: LongDocuments = _TRUNCATE
+    ) -> list[Encoded]:
+        """Tokenises pairs, truncated as CrossEncoder does it (`longest_first`), or in chunks.
 
         Args:
             pairs: (query, document).
-            max_length: maximum number of tokens, special tokens included.
+            max_length: maximum number of tokens of a pair or chunk, special tokens included.
+            long_documents: what happens to longer ones. In chunks, as much of the query is kept as truncation keeps.
 
         Raises:
             UsageError: max_length leaves no room for the special tokens.
@@ -174,23 +181,32 @@ class PairTokenizer:
         room = max_length - SPECIAL_TOKENS
         if room < 0:
             raise UsageError(f"max_length is {max_length}, expected at least {SPECIAL_TOKENS} (the special tokens)")
-        ids = self.texts([text for pair in pairs for text in pair], room)
+        limit = long_documents.max_tokens_per_doc or sys.maxsize
+        queries = self.texts([query for query, _ in pairs], room)
+        documents = self.texts(
+            [document for _, document in pairs], min(limit, sys.maxsize if long_documents.has_chunks else room)
+        )
         encoded = []
         for query, document in pairs:
-            first, second = ids[query], ids[document]
+            first, second = queries[query], documents[document][:limit]
             counts = len(first), len(second)
-            if min(counts) > room and room % 2 and query != document:
-                counts = self._count(query), self._count(document)  # the longer one keeps the odd token
+            if min(counts) > room and room % 2:
+                counts = self._count(query), min(self._count(document), limit)  # the longer one keeps the odd token
             keep_first, keep_second = kept_tokens(*counts, room)
-            parts = (self._cls, first[:keep_first], self._sep, second[:keep_second], self._sep)
-            encoded.append(Encoded(np.concatenate(parts, dtype=np.int32), sum(counts) > room))
+            starts = long_documents.starts(len(second), keep_second)
+            chunks = [
+                (self._cls, first[:keep_first], self._sep, second[start : start + keep_second], self._sep)
+                for start in starts
+            ]
+            is_truncated = keep_first < counts[0] or starts[-1] + keep_second < len(documents[document])
+            encoded.append(Encoded(tuple(np.concatenate(parts, dtype=np.int32) for parts in chunks), is_truncated))
         return encoded
 
     def _count(self, text: str) -> int:
         """Number of tokens of a whole text, which is tokenised in parts."""
         start = count = 0
         while start < len(text):
-            end = self._piece_end(text, start, _COUNTED_TOKENS)
+            end = self._piece_end(text, start, _PART_TOKENS)
             count += len(self._encoded_pieces([text[start:end]])[0])
             start = end
         return count

@@ -25,7 +25,7 @@ class Waiting:
 
     def __init__(self) -> None:
         self.tokens_per_s = _FIRST_SPEED
-        self.pairs = 0  # not scored yet
+        self.pairs = 0  # not scored yet, each chunk counted
         self.to_tokenise: list[Entry] = []  # requests whose next pairs a thread should tokenise
         self.to_score: list[Entry] = []  # requests of which tokenised pairs wait
         self._entries: dict[Request, Entry] = {}
@@ -57,7 +57,7 @@ class Waiting:
         if limit is None or self.pairs < limit:
             return None
         due_s, entries = request.due_s(self.tokens_per_s), self._entries.values()
-        ahead = sum(len(other.pairs) - other.done for other_s, _, other in entries if other_s <= due_s)
+        ahead = sum(other.left for other_s, _, other in entries if other_s <= due_s)
         if ahead >= limit:
             seconds = queue_s * ahead / max(1, self.pairs)
             return Busy(f"{ahead} pairs are waiting before this request, limit {limit}", seconds)
@@ -87,7 +87,7 @@ class Waiting:
         number = self._unfile(request)
         del self._entries[request]
         _discard(self._deadlines, (request.deadline_s, number, request))
-        self.pairs -= len(request.pairs) - request.done
+        self.pairs -= request.left
 
     def next(self, queue: list[Entry], now_s: float) -> Request | None:
         """A request that has expired, or else the first of `to_tokenise` or `to_score`; None: there is none."""

@@ -87,7 +87,7 @@ def test_without_sysfs_every_processor_counts(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize(
-    ("variable", "expected"), [("1", 1), ("3", 3), ("2,1", 2), ("64", 4), ("", 4), ("0", 4), ("all", 4), ("-1", 4)]
+    ("variable", "expected"), [("1", 1), ("3", 3), ("2,1", 2), ("64", 8), ("", 8), ("0", 8), ("all", 8), ("-1", 8)]
 )
 def test_threads_of_a_worker_process(
     hybrid: Path, monkeypatch: pytest.MonkeyPatch, variable: str, expected: int

@@ -77,11 +77,11 @@ def request(seed: int, count: int) -> list[tuple[str, str]]:
 
 def test_the_waiting_caller_tokenises(scheduler: Scheduler, engine: Engine) -> None:
     pairs = request(1, 3000)
-    assert scheduler.logits(pairs, LENGTH).tolist() == expected(pairs)
+    assert scheduler.scored(Request(pairs, LENGTH)).logits.tolist() == expected(pairs)
     assert scheduler._threads.names == {"ettin-score-0", "ettin-score-1"}
-    assert scheduler.logits(pairs[:50], LENGTH, batch_pairs=3).tolist() == expected(pairs[:50])
+    assert scheduler.scored(Request(pairs[:50], LENGTH, batch_pairs=3)).logits.tolist() == expected(pairs[:50])
     assert max(map(len, engine.batches[-10:])) <= 3
-    assert scheduler.logits([], LENGTH).shape == (0,)
+    assert scheduler.scored(Request([], LENGTH)).logits.shape == (0,)
 
 
 def check(future: "Future[Any]", pairs: list[tuple[str, str]]) -> None:
@@ -221,7 +221,7 @@ def test_closing_drains_pending_requests(engine: Engine) -> None:
     future = submit(scheduler, request(1, 300))
     assert scheduler.close("the server is stopping", drain_s=30)
     check(future, request(1, 300))
-    for attempt in (lambda: submit(scheduler, [("q", "d")]), lambda: scheduler.logits([("q", "d")], LENGTH)):
+    for attempt in (lambda: submit(scheduler, [("q", "d")]), lambda: scheduler.scored(Request([("q", "d")], LENGTH))):
         with pytest.raises(Closed, match="the server is stopping"):
             attempt()
 
@@ -249,7 +249,7 @@ def test_closing_ends_every_waiter(engine: Engine, way: str) -> None:
     def ask() -> None:
         try:
             if way == "logits":
-                scheduler.logits(request(1, 300), LENGTH)
+                scheduler.scored(Request(request(1, 300), LENGTH))
             else:
                 submit(scheduler, request(1, 300), 300, wait=way == "room").result(20)
             outcomes.append("scored")
@@ -285,7 +285,7 @@ def test_no_error_ends_a_worker(scheduler: Scheduler, engine: Engine, failure: B
         assert caught.value.__cause__ is failure
         check(good, request(1, 30))
     with pytest.raises(ScoringError):
-        scheduler.logits([("poison", "d")], LENGTH)
+        scheduler.scored(Request([("poison", "d")], LENGTH))
 
 
 @pytest.mark.parametrize("fault", ["tokenizer", "is_cancelled", "too few scores", "no array"])

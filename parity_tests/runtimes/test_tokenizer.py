@@ -125,7 +125,7 @@ def test_a_text_is_tokenised_no_further_than_needed() -> None:
     tokenizer = PairTokenizer(DEMO_FOLDER / "tokenizer.json")
     text = "some words. " * 3_000_000
     assert len(tokenizer.texts([text], 512)[text]) < 5000
-    ids, is_truncated = tokenizer.encoded([("q", text)], 512)[0]
+    (ids,), is_truncated = tokenizer.encoded([("q", text)], 512)[0]
     assert len(ids) == 512 and is_truncated
     assert not tokenizer.encoded([("q", "some words")], 512)[0].is_truncated
     with pytest.raises(InputError, match=r"3000016 characters without a space, limit 1000000. Shorten it"):

@@ -28,6 +28,8 @@ Artifacts = dict[tuple[str, str], Path]
 QUERY = "Which planet is red?"
 TEXTS = ["Venus", "Mars is the red planet.", "", "Nobody knows " * 90]
 NAME = "ettin-reranker-demo-onnx-fp32"
+MODEL = f'{{model="{NAME}"}}'
+IDLE = f"ettin_waiting_pairs{MODEL} 0.0"
 
 
 @pytest.fixture(scope="module")
@@ -101,13 +103,26 @@ def test_what_is_served(service: Service) -> None:
     assert {"/rerank", "/v1/rerank", "/v2/rerank", "/health", "/info"} <= routes.keys()
 
 
+def figures(service: Service) -> dict[str, float]:
+    lines = service.http.get("/metrics").text.splitlines()
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))}
+
+
 def test_metrics(service: Service) -> None:
+    before = figures(service)
     service.http.post("/rerank", json={"query": QUERY, "texts": TEXTS}).raise_for_status()
-    text = service.http.get("/metrics").text
-    figures = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
-    assert float(figures['ettin_requests_total{route="/rerank",status="200"}']) >= 1
-    assert float(figures["ettin_documents_total"]) >= 4 and float(figures["ettin_pairs_total"]) >= 4
-    assert float(figures["ettin_waiting_pairs"]) == 0 and float(figures["ettin_tokens_total"]) > 100
+    after = figures(service)
+    assert (
+        after['ettin_requests_total{route="/rerank",status="200"}'] >= 1 and after[f"ettin_waiting_pairs{MODEL}"] == 0
+    )
+
+    def added(name: str) -> float:
+        return after[f"ettin_{name}{MODEL}"] - before.get(f"ettin_{name}{MODEL}", 0.0)
+
+    assert added("documents_total") == added("pairs_total") == added("batch_pairs_sum") == len(TEXTS)
+    assert added("tokens_total") == added("batch_tokens_sum") > 100
+    assert added("batches_total") == added("engine_seconds_count") >= 1 and added("wait_seconds_count") == 1
+    assert added("engine_seconds_sum") > 0 and added("cache_misses_total") == 0
 
 
 # Many clients.
@@ -140,18 +155,19 @@ def test_a_client_that_hangs_up(service: Service) -> None:
         connection.sendall(head.encode() + body)
         time.sleep(0.3)
     deadline = time.monotonic() + 20
-    while "ettin_waiting_pairs 0.0" not in service.http.get("/metrics").text and time.monotonic() < deadline:
+    while IDLE not in service.http.get("/metrics").text and time.monotonic() < deadline:
         time.sleep(0.05)
     text = service.http.get("/metrics").text
-    assert "ettin_waiting_pairs 0.0" in text and 'ettin_requests_total{route="/rerank",status="499"} 1.0' in text
+    assert IDLE in text and 'ettin_requests_total{route="/rerank",status="499"} 1.0' in text
 
 
 # What is refused.
 
 BAD = {
-    "no texts": ({"query": "q"}, 422, "texts: Field required"),
+    "no texts": ({"query": "q"}, 422, "expected 'documents' or 'texts', one of them"),
+    "both kinds": ({"query": "q", "texts": [], "documents": []}, 422, "or 'texts', one of them"),
     "a number": ({"query": "q", "texts": ["a", 3]}, 422, "texts.1: Input should be a valid string"),
-    "an unknown key": ({"query": "q", "texts": [], "top_n": 3}, 422, "top_n: Extra inputs are not permitted"),
+    "an unknown key": ({"query": "q", "texts": [], "top_k": 3}, 422, "top_k: Extra inputs are not permitted"),
     "cut at the left": ({"query": "q", "texts": [], "truncation_direction": "Left"}, 422, "truncation_direction: "),
     "half a character": (b'{"query": "\\ud800", "texts": ["a"]}', 422, "the body is not JSON ("),
     "half a body": (b'{"query": ', 422, "the body is not JSON (EOF"),
@@ -242,7 +258,8 @@ def test_access_log_has_no_texts(caplog: pytest.LogCaptureFixture) -> None:
         ask_app(Stub(), lambda client: client.post("/rerank?key=secret", json=REQUEST))
     (line,) = [json.loads(record.message) for record in caplog.records if record.name == "ettin.access"]
     assert line.pop("ms") >= 0 and len(line.pop("id")) == 32
-    assert line == {"method": "POST", "path": "/rerank", "status": 200, "documents": 1, "tokens": 1}
+    facts = {"method": "POST", "path": "/rerank", "status": 200, "model": "stub", "documents": 1, "tokens": 1}
+    assert line == facts
 
 
 # The process.

@@ -78,6 +78,11 @@ class Service:
         self._log.close()
 
 
+def zeros(documents: Sequence[str]) -> Scored:
+    count = len(documents)
+    return Scored(np.zeros(count, np.float32), np.ones(count, np.int32), np.zeros(count, np.bool_))
+
+
 class Stub(Backend):
     """Raises, or answers when it may."""
 
@@ -86,10 +91,12 @@ class Stub(Backend):
     def __init__(self, error: Exception | None = None, ready: bool = True) -> None:
         self.error, self.ready, self.closed = error, ready, False
 
-    async def score(self, query: str, documents: Sequence[str], refuse_truncated: bool = False) -> Scored:
+    async def score(self, query: str, documents: Sequence[str], *_: object) -> Scored:
         if self.error:
             raise self.error
-        return Scored(np.zeros(len(documents), np.float32), np.ones(len(documents), np.int32))
+        return Scored(
+            np.zeros(len(documents), np.float32), np.ones(len(documents), np.int32), np.zeros(len(documents), np.bool_)
+        )
 
     async def is_ready(self) -> bool:
         return self.ready
@@ -102,7 +109,7 @@ def ask_app(
     backend: Backend, ask: Callable[[httpx.AsyncClient], Any], limits: Limits | None = None, key: str | None = None
 ) -> httpx.Response:
     async def run() -> httpx.Response:
-        transport = httpx.ASGITransport(create_app(backend, limits, key), raise_app_exceptions=False)
+        transport = httpx.ASGITransport(create_app({backend.name: backend}, limits, key), raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             answer: httpx.Response = await ask(client)
             return answer

@@ -26,7 +26,8 @@ from ettin.artifacts.manifest import Engine, Manifest, ShapeRange
 from ettin.export.source.checkpoint import Checkpoint
 from ettin.export.targets.to_onnx import packed_onnx
 from ettin.export.writer import PACKED, rewrite
-from ettin.runtimes import load
+from ettin.runtimes import LongDocuments, load
+from ettin.runtimes.request import Scored
 from ettin.runtimes.serving.backends import TritonBackend
 from ettin.runtimes.triton.repository import TritonOptions, publish
 from ettin.runtimes.triton.server import TritonServer
@@ -172,14 +173,47 @@ def test_truncation_is_refused_before_anything_is_scored(server: TritonServer) -
     async def ask_backend() -> None:
         backend = TritonBackend(f"127.0.0.1:{server.grpc_port}", "onnx-fp32")
         try:
-            scored = await backend.score(QUERY, DOCUMENTS, refuse_truncated=True)
+            scored = await backend.score(QUERY, DOCUMENTS, LongDocuments(), refuse_truncated=True)
             assert len(scored.logits) == len(DOCUMENTS)
             with pytest.raises(InputError, match="document 1 has, with its query, more than 7999 tokens"):
-                await backend.score(QUERY, ["short", "word " * 9000], refuse_truncated=True)
+                await backend.score(QUERY, ["short", "word " * 9000], LongDocuments(), refuse_truncated=True)
         finally:
             await backend.close()
 
     asyncio.run(ask_backend())
+
+
+def test_long_documents(demo_artifacts: Artifacts, tmp_path: Path) -> None:
+    artifact, document = demo_artifacts["onnx", "fp32"], "Nothing happens here. " * 90 + "Mars is the red planet."
+    policy = LongDocuments("chunks", chunk_overlap=8, top_chunks=2)
+    with load(artifact, max_length=64) as runtime:
+        pairs = [(QUERY, document), (QUERY, "Venus")]
+        plain, chunks = (runtime.predict(pairs, long_documents=each) for each in (None, policy))
+    assert abs(chunks[0] - plain[0]) > 0.1
+    publish(artifact, tmp_path, "short", TritonOptions(runtime={"max_length": "64"}))
+    published = {"long_documents": "chunks", "chunk_overlap": "8", "top_chunks": "2"}
+    publish(artifact, tmp_path, "chunks", TritonOptions(runtime={"max_length": "64", **published}))
+
+    async def ask_backend(model: str, long_documents: LongDocuments) -> Scored:
+        backend = TritonBackend(f"127.0.0.1:{server.grpc_port}", model)
+        try:
+            return await backend.score(QUERY, [document, "Venus"], long_documents)
+        finally:
+            await backend.close()
+
+    with TritonServer(tmp_path) as server:
+        scored = asyncio.run(ask_backend("short", LongDocuments()))
+        np.testing.assert_allclose(scored.logits, plain, atol=1e-4)
+        assert scored.truncated.tolist() == [True, False]
+        for model, long_documents in (("short", policy), ("chunks", LongDocuments())):
+            scored = asyncio.run(ask_backend(model, long_documents))
+            np.testing.assert_allclose(scored.logits, chunks, atol=1e-4)
+            assert scored.truncated.tolist() == [False, False]
+        with (
+            grpc_client(server) as client,
+            pytest.raises(Exception, match="top_chunks is 'x', expected a whole number"),
+        ):
+            ask(client, "short", QUERY, DOCUMENTS, parameters={"top_chunks": "x"})
 
 
 def test_large_requests_do_not_hold_up_others(server: TritonServer) -> None:
@@ -287,6 +321,8 @@ def test_response_cache_and_stop_leaves_nothing(demo_artifacts: Artifacts, tmp_p
         assert answers[0] == answers[1] == answers[2] != ask(client, "reranker", QUERY + "?", DOCUMENTS)
         counts = client.get_inference_statistics("reranker")["model_stats"][0]["inference_stats"]
         assert int(counts["cache_hit"]["count"]) == 2
+        with pytest.raises(Exception, match="response cache does not tell requests with other parameters apart"):
+            ask(client, "reranker", "another query", DOCUMENTS, parameters={"long_documents": "chunks"})
     assert not scratch.exists()
     with pytest.raises(ProcessLookupError):
         os.kill(pid, signal.SIGTERM)

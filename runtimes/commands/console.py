@@ -3,7 +3,7 @@
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import FrameType
@@ -13,6 +13,7 @@ import click
 from tabulate import tabulate
 
 from ettin.artifacts.errors import EttinError
+from ettin.runtimes.long_documents import POLICIES
 
 # Options that several commands have. Those of `load` have the names of its arguments.
 KEY_HELP = "Public key (PEM) whose holder must have signed the artifact."
@@ -28,6 +29,23 @@ STREAMS = click.option(
     help="Number of batches scored at the same time.  [default: as many as threads]",
 )
 MAX_LENGTH = click.option("--max-length", type=click.IntRange(3), help="Number of tokens that pairs are truncated to.")
+
+
+def long_documents(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds the options that are fields of `LongDocuments`."""
+    options = (
+        click.option("--long-documents", type=click.Choice(POLICIES), help="Cut documents that do not fit, or score "
+                     "them in overlapping chunks.  [default: truncate]"),
+        click.option("--chunk-overlap", type=click.IntRange(0), help="With chunks: number of tokens that neighbouring "
+                     "chunks share.  [default: 64]"),
+        click.option("--top-chunks", type=click.IntRange(1), help="With chunks: number of best chunks whose mean is "
+                     "the score.  [default: 1, the maximum]"),
+        click.option("--max-tokens-per-doc", type=click.IntRange(1), help="Number of tokens that documents alone are "
+                     "cut to.  [default: no limit]"),
+    )  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
 
 
 class _Terminated(KeyboardInterrupt):

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -11,6 +12,7 @@ import click
 from ettin.artifacts.errors import InputError
 from ettin.runtimes.commands import console
 from ettin.runtimes.loading import load
+from ettin.runtimes.long_documents import LongDocuments
 
 
 @click.command(
@@ -27,6 +29,7 @@ from ettin.runtimes.loading import load
 @click.option("--json", "as_json", is_flag=True, help="Write JSON lines instead of a table.")
 @console.MAX_LENGTH
 @console.PRECISION
+@console.long_documents
 @console.DEVICE
 @console.KEY
 @console.THREADS
@@ -39,14 +42,18 @@ def command(
     output. Blank lines are skipped.
     """
     rows = list(_read(file, field))
+    policy = LongDocuments().updated(settings)
+    for name in asdict(policy):
+        del settings[name]
     with load(artifact, **settings) as runtime:
-        hits = runtime.rank(query, [row[field] for row in rows], top_k=top_k, show_progress_bar=len(rows) > 500)
-    ranked = [(rank, hit["score"], rows[hit["corpus_id"]]) for rank, hit in enumerate(hits, 1)]
+        texts = [row[field] for row in rows]
+        hits = runtime.rank(query, texts, top_k=top_k, show_progress_bar=len(rows) > 500, long_documents=policy)
+    ranked = [(rank, hit, rows[hit.pop("corpus_id")]) for rank, hit in enumerate(hits, 1)]
     if as_json:
-        for rank, score, row in ranked:
-            click.echo(json.dumps({**row, "rank": rank, "score": score, "line": row["line"]}, ensure_ascii=False))
+        for rank, hit, row in ranked:
+            click.echo(json.dumps({**row, "rank": rank, **hit, "line": row["line"]}, ensure_ascii=False))
     else:
-        cells = [[str(rank), f"{score:.3f}", str(row["line"]), row[field]] for rank, score, row in ranked]
+        cells = [[str(rank), f"{hit['score']:.3f}", str(row["line"]), row[field]] for rank, hit, row in ranked]
         console.table(cells, ["rank", "score", "line", "text"])
 
 

@@ -1,4 +1,4 @@
-"""`ettin-serve`: an artifact behind HTTP, for machines that have nothing else."""
+"""`ettin-serve`: artifacts behind HTTP, for machines that have nothing else."""
 
 import asyncio
 import logging
@@ -6,17 +6,21 @@ import os
 import socket
 import sys
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ettin.artifacts.errors import MissingDependency, ServerError, UsageError
 from ettin.runtimes.commands import console
 from ettin.runtimes.loading import load
+from ettin.runtimes.long_documents import LongDocuments
 from ettin.runtimes.serving.limits import Limits
+
+if TYPE_CHECKING:
+    from ettin.runtimes.serving.backends import Backend
 
 _KEY_VARIABLE = "ETTIN_API_KEY"
 
@@ -27,7 +31,7 @@ def _limit_options(command: Callable[..., None]) -> Callable[..., None]:
         numbers = click.IntRange(1) if isinstance(limit.default, int) else click.FloatRange(0, min_open=True)
         option = click.option(
             f"--{limit.name.replace('_', '-')}",
-            type=click.FloatRange(0) if limit.default == 0 else numbers,
+            type=type(numbers)(0) if limit.default == 0 else numbers,
             default=limit.default,
             show_default=True,
             help=limit.metadata["help"],
@@ -40,10 +44,11 @@ def _limit_options(command: Callable[..., None]) -> Callable[..., None]:
     epilog=console.example_epilog(
         "ettin-serve ettin-reranker-demo/openvino-int8",
         "ettin-serve ettin-reranker-68m-v1/openvino-int8 --host 0.0.0.0 --api-key-file key.txt",
+        "ettin-serve ettin-reranker-68m-v1/openvino-int8 ettin-reranker-17m-v1/openvino-int8",
         "ettin-serve --triton localhost:8001",
     )
 )
-@click.argument("artifact", required=False, type=click.Path(path_type=Path))
+@click.argument("artifacts", nargs=-1, type=click.Path(path_type=Path), metavar="[ARTIFACT]...")
 @click.option("--triton", metavar="HOST:PORT", help="Pass requests to a Triton server (gRPC) instead.")
 @click.option("--model", help="With --triton: the model's name there.  [default: the only one]")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
@@ -57,13 +62,24 @@ def _limit_options(command: Callable[..., None]) -> Callable[..., None]:
 @console.STREAMS
 @click.option("--cache-dir", type=click.Path(path_type=Path), help="Folder in which OpenVINO keeps its compiled model.")
 @console.MAX_LENGTH
+@console.long_documents
 @_limit_options
 @click.option(
     "--api-key-file",
     type=click.Path(path_type=Path, exists=True),
     help=f"File with the API key that clients must send; {_KEY_VARIABLE} may have the key itself.  [default: no key]",
 )
-@click.option("--name", "names", multiple=True, help="Another name that clients may call the model; repeatable.")
+@click.option(
+    "--name", "names", multiple=True, help="Another name that clients may call the (first) model; repeatable."
+)
+@click.option(
+    "--activation",
+    type=click.Choice(["sigmoid", "calibrated"]),
+    default="sigmoid",
+    show_default=True,
+    help="How scores between 0 and 1 are made of logits, unless a request says otherwise.",
+)
+@click.option("--traces", metavar="URL", help="Send an OpenTelemetry span for each request there (OTLP over HTTP).")
 @click.option(
     "--log-level",
     type=click.Choice(["warning", "info"]),
@@ -72,44 +88,66 @@ def _limit_options(command: Callable[..., None]) -> Callable[..., None]:
     help="info: also log a line for each request.",
 )
 def command(
-    artifact: Path | None, triton: str | None, model: str | None, host: str, port: int, api_key_file: Path | None,
-    names: tuple[str, ...], log_level: str, **options: Any,
+    artifacts: tuple[Path, ...], triton: str | None, model: str | None, host: str, port: int, api_key_file: Path | None,
+    names: tuple[str, ...], activation: str, traces: str | None, log_level: str, **options: Any,
 ) -> None:  # fmt: skip
-    """Serve ARTIFACT over HTTP. Requests of all clients share batches.
+    """Serve each ARTIFACT over HTTP. Requests of all clients share batches; `model` in a request chooses the artifact.
 
-    /rerank is text-embeddings-inference's route, /v1/rerank and /v2/rerank are Jina's and Cohere's. Also: /health,
-    /health/live, /health/ready, /info, /metrics (Prometheus), /docs (OpenAPI).
+    /rerank is the route of text-embeddings-inference, vLLM and Infinity, /v1/rerank and /v2/rerank are Jina's and
+    Cohere's. Also: /health, /health/live, /health/ready, /info, /metrics (Prometheus), /docs (OpenAPI).
     """
-    if (artifact is None) == (triton is None):
+    if bool(artifacts) == (triton is not None):
         raise UsageError("expected an ARTIFACT or --triton HOST:PORT, one of them")
     limits = Limits(**{limit.name: options.pop(limit.name) for limit in fields(Limits)})
-    if triton is not None and (options["trusted_key"] or limits.request_timeout_s):
-        raise UsageError("--key and --request-timeout-s are for an ARTIFACT: the Triton server has its own")
+    policy = LongDocuments().updated(options)
+    for name in asdict(policy):
+        del options[name]
+    if triton is not None and (options["trusted_key"] or limits.request_timeout_s or limits.cached_scores):
+        raise UsageError(
+            "--key, --request-timeout-s and --cached-scores are for an ARTIFACT: the Triton server has its own"
+        )
     try:
+        from ettin.runtimes.serving.app import create_app
         from ettin.runtimes.serving.backends import Backend, LocalBackend, TritonBackend
+        from ettin.runtimes.serving.rerank import Defaults
         from ettin.runtimes.serving.server import serve
+        from ettin.runtimes.serving.traces import Traces
     except ModuleNotFoundError as error:
         if error.name not in ("fastapi", "uvicorn", "prometheus_client", "starlette"):
             raise
         raise MissingDependency("ettin-serve", str(error.name), "serve") from None
-    api_key = _api_key(api_key_file)
+    api_key, sink = _api_key(api_key_file), Traces(traces) if traces else None
     limits.raise_file_limit()
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=log_level.upper())
 
-    async def run(listening: socket.socket, backend: Backend | None) -> None:
-        if backend is None:
-            backend = TritonBackend(str(triton), model or await TritonBackend.only_model(str(triton)))
+    async def run(listening: socket.socket, backends: list[Backend]) -> None:
+        if triton is not None:
+            backends = [TritonBackend(triton, model or await TritonBackend.only_model(triton))]
+        by_name = _by_name(backends, names)
+        uncalibrated = [each.name for each in backends if each.calibration is None]
+        if activation == "calibrated" and uncalibrated:
+            raise UsageError(f"--activation: no calibration in {', '.join(uncalibrated)}. Run first: ettin-calibrate")
+        app = create_app(by_name, limits, api_key, Defaults(policy, activation), sink)
         address = f"[{host}]" if ":" in host else host
-        url = f"http://{address}:{listening.getsockname()[1]}"
-        console.note(f"{backend.name} ({backend.description}) on {url}; Ctrl-C ends it")
-        await serve(listening, backend, limits, api_key, names)
+        served = ", ".join(f"{backend.name} ({backend.description})" for backend in backends)
+        console.note(f"{served} on http://{address}:{listening.getsockname()[1]}; Ctrl-C ends it")
+        await serve(listening, app, limits)
 
     with _listening(host, port) as listening:
-        local: Backend | None = None
-        if artifact is not None:
+        local: list[Backend] = []
+        for artifact in artifacts:
             with console.step(f"load {artifact}"):
-                local = LocalBackend(load(artifact, **options), limits)
+                local.append(LocalBackend(load(artifact, **options), limits))
         asyncio.run(run(listening, local))
+
+
+def _by_name(backends: "list[Backend]", names: tuple[str, ...]) -> "dict[str, Backend]":
+    """The backends by all names that clients may use, the first one first."""
+    pairs = [*((each.name, each) for each in backends), *((name, backends[0]) for name in names)]
+    by_name = dict(pairs)
+    if len(by_name) < len(pairs):
+        raise UsageError(f"two models of one name, of: {', '.join(name for name, _ in pairs)}. Serve one of them")
+    return by_name
 
 
 def _listening(host: str, port: int) -> socket.socket:

@@ -36,6 +36,7 @@ from ettin.runtimes.triton.repository import TritonOptions, publish
 @console.THREADS
 @console.STREAMS
 @console.MAX_LENGTH
+@console.long_documents
 @click.option(
     "--key", "trusted_key", type=click.Path(path_type=Path), help=f"{console.KEY_HELP} The server checks it, too."
 )

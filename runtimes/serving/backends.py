@@ -6,16 +6,20 @@ import logging
 import math
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 from ettin.artifacts.errors import Busy, EttinError, InputError, MissingDependency, ServerError, UsageError
+from ettin.artifacts.score_calibration import ScoreCalibration
 from ettin.runtimes.base import Runtime
 from ettin.runtimes.batch import Batch
+from ettin.runtimes.long_documents import LongDocuments
 from ettin.runtimes.request import Request, Scored
+from ettin.runtimes.score_cache import ScoreCache
 from ettin.runtimes.serving.limits import Limits
 
 _LOG = logging.getLogger("ettin.serve")
@@ -32,9 +36,12 @@ class Backend(ABC):
     name: str  # of the model
     description: str  # the engine or server, in a few words
     max_length: int | None  # tokens that pairs are truncated to; None: not known here
+    calibration: ScoreCalibration | None = None
 
     @abstractmethod
-    async def score(self, query: str, documents: Sequence[str], refuse_truncated: bool = False) -> Scored:
+    async def score(
+        self, query: str, documents: Sequence[str], long_documents: LongDocuments, refuse_truncated: bool = False
+    ) -> Scored:
         """Raw logits and tokens of each document.
 
         Raises:
@@ -56,6 +63,9 @@ class Backend(ABC):
         """Figures for metrics: what was scored so far, and what waits; empty where not known."""
         return {}
 
+    def watch(self, on_batch: Callable[[int, int, float], object]) -> None:  # noqa: B027 (there are none here)
+        """Calls a function with the pairs, the tokens and the engine's seconds of each batch."""
+
     @abstractmethod
     async def close(self) -> None:
         """Drains pending requests, then releases the engine."""
@@ -72,17 +82,22 @@ class LocalBackend(Backend):
     def __init__(self, runtime: Runtime, limits: Limits) -> None:
         self.name = runtime.manifest.full_name
         self.description, self.max_length = runtime.description, runtime.max_length
+        self.calibration = runtime.manifest.score_calibration
         runtime.predict([(WARMUP_QUERY, document) for document in WARMUP_DOCUMENTS])
         self._runtime, self._limits = runtime, limits
+        runtime.scheduler.cache = ScoreCache(limits.cached_scores)
         pairs = runtime.tokenizer.pairs([("is the engine alive", "yes")], runtime.max_length)
         self._probe_batch = Batch.of(pairs, runtime.manifest.tokenizer.pad_token_id)
 
-    async def score(self, query: str, documents: Sequence[str], refuse_truncated: bool = False) -> Scored:
+    async def score(
+        self, query: str, documents: Sequence[str], long_documents: LongDocuments, refuse_truncated: bool = False
+    ) -> Scored:
         request = Request(
             [(query, document) for document in documents],
             self._runtime.max_length,
             timeout_s=self._limits.request_timeout_s,
             refuse_truncated=refuse_truncated,
+            long_documents=long_documents,
         )
         future = self._runtime.scheduler.submit(request, max_waiting_pairs=self._limits.max_waiting_pairs)
         return await asyncio.wrap_future(future)
@@ -109,7 +124,11 @@ class LocalBackend(Backend):
     def counters(self) -> dict[str, float]:
         scheduler = self._runtime.scheduler
         counts = {name: getattr(scheduler, name) for name in ("batches", "pairs", "tokens", "waiting_pairs")}
-        return counts | {"queue_seconds": scheduler.queue_s}
+        cache = {"cache_hits": scheduler.cache.hits, "cache_misses": scheduler.cache.misses}
+        return counts | {"queue_seconds": scheduler.queue_s} | cache
+
+    def watch(self, on_batch: Callable[[int, int, float], object]) -> None:
+        self._runtime.scheduler.on_batch = on_batch
 
     async def close(self) -> None:
         await asyncio.to_thread(self._runtime.scheduler.close, "the server is stopping", DRAIN_S)
@@ -154,14 +173,23 @@ class TritonBackend(Backend):
             raise UsageError(f"Triton at {address} has {len(rerankers)} rerankers ({listed}). Choose: --model NAME")
         return rerankers[0]
 
-    async def score(self, query: str, documents: Sequence[str], refuse_truncated: bool = False) -> Scored:
+    async def score(
+        self, query: str, documents: Sequence[str], long_documents: LongDocuments, refuse_truncated: bool = False
+    ) -> Scored:
         tensors = [self._tensor("query", [query]), self._tensor("documents", documents)]
-        parameters = {REFUSE_TRUNCATED: True} if refuse_truncated else None
+        # What is not said here, the model decides, as it was published.
+        usual = asdict(LongDocuments())
+        parameters = {key: str(value) for key, value in asdict(long_documents).items() if value != usual[key]}
+        if refuse_truncated:
+            parameters[REFUSE_TRUNCATED] = "true"
         try:
             result = await self._client.infer(self.name, tensors, parameters=parameters)
         except self._error as error:
             raise _translated(error) from None
-        return Scored(result.as_numpy("scores")[0], result.as_numpy("tokens")[0])
+        arrays = [result.as_numpy(name) for name in ("scores", "tokens", "truncated")]
+        if arrays[-1] is None:
+            raise ServerError(f"Triton: an earlier ettin-triton published '{self.name}'. Publish the artifact again")
+        return Scored(*(array[0] for array in arrays))
 
     def _tensor(self, name: str, texts: Sequence[str]) -> Any:
         tensor = self._module.InferInput(name, [1, len(texts)], "BYTES")

@@ -6,15 +6,13 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import TypeVar
 
 from pydantic import ValidationError
 from starlette.types import Receive
 
 from ettin.runtimes.serving.limits import Limits
-from ettin.runtimes.serving.messages import CLOSE, ClientLeft, Refused, RerankRequest, TeiRequest, clipped
+from ettin.runtimes.serving.messages import CLOSE, ClientLeft, Refused, RerankRequest, clipped
 
-_Request = TypeVar("_Request", TeiRequest, RerankRequest)
 _QUOTE = re.compile(b'"')
 _OTHER_STRINGS = 64  # keys and values besides documents
 _STRUCTURE_BYTES_PER_DOCUMENT = 64  # braces, commas, indentation
@@ -23,7 +21,7 @@ _KEY_CHARACTERS = 60
 _READ_LIMITS = 4  # a body that is larger than this many times the limit is not read to its end
 
 
-def parsed(model: type[_Request], body: bytes | bytearray, limits: Limits) -> _Request:
+def parsed(body: bytes | bytearray, limits: Limits) -> RerankRequest:
     """Parses a body. Takes up to about 0.2 s for 32 MiB, so a large body needs a thread.
 
     Raises:
@@ -31,7 +29,7 @@ def parsed(model: type[_Request], body: bytes | bytearray, limits: Limits) -> _R
     """
     _check_structure(body, limits)
     try:
-        request = model.model_validate_json(body)
+        request = RerankRequest.model_validate_json(body)
     except ValidationError as error:
         raise Refused(HTTPStatus.UNPROCESSABLE_ENTITY, _reason(error, body)) from None
     _check_size(request, limits)
@@ -53,7 +51,7 @@ def _check_structure(body: bytes | bytearray, limits: Limits) -> None:
         raise _too_large(f"{structure_bytes} bytes of the body are outside its strings, limit {max_bytes}")
 
 
-def _check_size(request: TeiRequest | RerankRequest, limits: Limits) -> None:
+def _check_size(request: RerankRequest, limits: Limits) -> None:
     """Refuses a request with too many documents or characters."""
     passages = request.passages
     if len(passages) > limits.max_documents:

@@ -55,6 +55,9 @@ class Limits:
         None, "Time in seconds for a request to be scored before the server answers 504.  [default: no limit]"
     )
     probe_timeout_s: float = _limit(10.0, "Time in seconds without a scored batch before /health/live answers 503.")
+    cached_scores: int = _limit(
+        0, "Number of scores that are kept for requests with equal pairs, about 200 bytes each; 0: none."
+    )
     drain_s: float = _limit(
         0.0, "Time in seconds after SIGTERM in which requests are still accepted and /health/ready answers 503."
     )

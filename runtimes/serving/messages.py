@@ -5,9 +5,9 @@ import logging
 import traceback
 from collections.abc import Mapping
 from http import HTTPStatus
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -15,6 +15,9 @@ from ettin.artifacts.errors import Busy, Closed, EttinError, Expired, InputError
 
 LOG = logging.getLogger("ettin.serve")
 CLOSE = {"Connection": "close"}
+TRUNCATED_HEADER = "X-Truncated-Documents"
+_MAX_LISTED = 100
+Meta = dict[str, dict[str, str | int] | list[str]]
 _MAX_CHARACTERS = 400  # of an error: it may repeat a key or a name that the client chose
 
 
@@ -24,20 +27,10 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class TeiRequest(_Strict):
-    """`POST /rerank` of text-embeddings-inference."""
+class Document(_Strict):
+    """A document as an object."""
 
-    query: str
-    texts: Annotated[list[str], FailFast()]  # otherwise each wrong element costs an error of a kilobyte
-    raw_scores: bool = Field(False, description="logits instead of values between 0 and 1")
-    return_text: bool = False
-    truncate: bool | None = Field(None, description="false: an input that fills the model is refused, not cut")
-    truncation_direction: Literal["Right", "right"] = "Right"
-
-    @property
-    def passages(self) -> list[str]:
-        """The documents."""
-        return self.texts
+    text: str
 
 
 class TeiHit(BaseModel):
@@ -48,25 +41,42 @@ class TeiHit(BaseModel):
     text: str | None = None
 
 
-class Document(_Strict):
-    """A document as an object."""
-
-    text: str
-
-
 class RerankRequest(_Strict):
-    """`POST /v1/rerank` and `/v2/rerank` of Cohere and Jina."""
+    """A request to any of the routes: `texts` as text-embeddings-inference has them, `documents` as Cohere and Jina."""
 
-    model: str | None = Field(None, description="must be the name of the served model, if given")
+    model: str | None = Field(None, description="must be the name of a served model, if given")
     query: str
-    documents: Annotated[list[str | Document], FailFast()]
-    top_n: Annotated[int, Field(ge=1)] | None = None
-    return_documents: bool = False
+    # fail_fast: otherwise each wrong element costs an error of a kilobyte.
+    texts: list[str] | None = Field(None, fail_fast=True, description="the answer is a list")
+    documents: list[str | Document] | None = Field(None, fail_fast=True, description="the answer is an object")
+    top_n: Annotated[int, Field(ge=1)] | None = Field(None, description="maximum number of results")
+    return_text: bool | None = None
+    return_documents: bool | None = Field(None, description="the same as return_text")
+    raw_scores: bool = Field(False, description="logits instead of values between 0 and 1")
+    activation: Literal["sigmoid", "calibrated"] | None = Field(None, description="calibrated: probabilities")
+    truncate: bool | None = Field(None, description="false: an input that fills the model is refused, not cut")
+    truncation_direction: Literal["Right", "right"] = "Right"
+    max_tokens_per_doc: Annotated[int, Field(ge=1)] | None = Field(None, description="documents are cut to it first")
+    long_documents: Literal["truncate", "chunks"] | None = Field(None, description="for those that do not fit")
+    chunk_overlap: Annotated[int, Field(ge=0)] | None = Field(None, description="tokens that neighbours share")
+    top_chunks: Annotated[int, Field(ge=1)] | None = Field(None, description="best chunks whose mean is the score")
+
+    @model_validator(mode="after")
+    def _has_texts(self) -> Self:
+        if (self.texts is None) == (self.documents is None):
+            raise ValueError("expected 'documents' or 'texts', one of them")
+        return self
 
     @property
     def passages(self) -> list[str]:
         """The documents."""
-        return [document if isinstance(document, str) else document.text for document in self.documents]
+        documents = self.documents if self.texts is None else self.texts
+        return [document if isinstance(document, str) else document.text for document in documents or []]
+
+    @property
+    def wants_texts(self) -> bool:
+        """Whether the answer repeats the documents."""
+        return bool(self.return_text or self.return_documents)
 
 
 class RerankHit(BaseModel):
@@ -91,17 +101,18 @@ class RerankResponse(BaseModel):
     model: str
     results: list[RerankHit]
     usage: Usage
-    meta: dict[str, dict[str, str | int]]
+    meta: Meta
 
 
 class Info(BaseModel):
-    """The served model."""
+    """The served models; all but `models` is of the one for requests without a model."""
 
     model_id: str
     model_type: dict[str, dict[str, dict[str, int | str]]]
     max_input_length: int | None
     max_client_batch_size: int
     runtime: str
+    models: list[str]
     version: str
 
 
@@ -160,6 +171,12 @@ def answer_to_error(error: Exception, request_id: str) -> Response:
     text = clipped(message, _MAX_CHARACTERS)
     body = json.dumps({"error": text, "error_type": kind, "message": text})
     return Response(body, int(status), headers, "application/json")
+
+
+def listed(indices: list[int]) -> str:
+    """Indices of documents in one bounded line."""
+    more = len(indices) - _MAX_LISTED
+    return ", ".join(map(str, indices[:_MAX_LISTED])) + (f" and {more} more" if more > 0 else "")
 
 
 def clipped(text: str, max_characters: int) -> str:

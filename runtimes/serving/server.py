@@ -3,17 +3,16 @@
 import asyncio
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
 import h11
 import uvicorn
+from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ettin.runtimes.processes import give_memory_back
-from ettin.runtimes.serving.app import create_app
-from ettin.runtimes.serving.backends import Backend
 from ettin.runtimes.serving.bodies import Bodies
 from ettin.runtimes.serving.gate import Health
 from ettin.runtimes.serving.limits import ACCEPTED_AT_ONCE, BACKLOG, SPARE_CONNECTIONS, Limits
@@ -22,19 +21,14 @@ _TRIM_TICKS = 20  # of 0.1 s, between two times that free memory is given back t
 _FINISH_S = 30  # for requests in progress when the server stops
 
 
-async def serve(
-    listening: socket.socket, backend: Backend, limits: Limits, api_key: str | None, names: Sequence[str]
-) -> None:
+async def serve(listening: socket.socket, app: FastAPI, limits: Limits) -> None:
     """Serves until SIGTERM or SIGINT, then finishes the requests that were accepted.
 
     Args:
         listening: the socket that clients connect to.
-        backend: scores the documents; closed at the end.
-        limits: of requests and connections.
-        api_key: that clients must send; None: no key is needed.
-        names: that clients may call the model by, besides its own.
+        app: see `create_app`.
+        limits: of connections.
     """
-    app = create_app(backend, limits, api_key, names)
     config = uvicorn.Config(
         app,
         http=cast(Any, partial(_Connection, limits, app.state.bodies, {})),  # typed as a class, used as a function

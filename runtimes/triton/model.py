@@ -13,11 +13,12 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
-from ettin.artifacts.errors import Busy, Closed, EttinError, Expired, InputError
+from ettin.artifacts.errors import Busy, Closed, EttinError, Expired, InputError, UsageError
 from ettin.artifacts.opened import OpenArtifact
 from ettin.runtimes.arguments import Pair
 from ettin.runtimes.batch import Batch, BatchLimits
 from ettin.runtimes.loading import load
+from ettin.runtimes.long_documents import LongDocuments
 from ettin.runtimes.processes import give_memory_back
 from ettin.runtimes.request import Request, Scored
 from ettin.runtimes.scheduler import Scheduler
@@ -42,11 +43,12 @@ class _Model(ABC):
 
     def initialize(self, args: dict[str, str]) -> None:
         """Loads one version. If that fails, Triton shows the reason and serves the other models."""
-        parameters = {
-            key: value["string_value"] for key, value in json.loads(args["model_config"])["parameters"].items()
-        }
+        config = json.loads(args["model_config"])
+        parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
+        self._is_cached = bool(config.get("response_cache", {}).get("enable"))
         version = args["model_version"]
         try:
+            self._long_documents = LongDocuments().updated(parameters)
             self._load(Path(args["model_repository"]) / version / ARTIFACT, version, parameters)
         except EttinError as error:
             raise pb_utils.TritonModelException(str(error)) from None
@@ -62,13 +64,15 @@ class _Model(ABC):
             sender = request.get_response_sender()
             try:
                 pairs, shape = _texts(request)
+                parameters = json.loads(request.parameters() or "{}")
                 # Waiting for room here keeps later requests in Triton's queue, which has limits and is measured.
                 accepted = Request(
                     pairs,
                     self._max_length,
                     _IsCancelled(sender),
                     timeout_s=request.timeout() / 1e6 or None,
-                    refuse_truncated=bool(json.loads(request.parameters() or "{}").get(REFUSE_TRUNCATED)),
+                    refuse_truncated=str(parameters.get(REFUSE_TRUNCATED)).lower() == "true",
+                    long_documents=self._policy(parameters),
                 )
                 future = self._scheduler.submit(accepted, max_waiting_pairs=_MAX_WAITING_PAIRS, wait=True)
             except EttinError as error:
@@ -80,6 +84,15 @@ class _Model(ABC):
             self._trimmed_s = time.monotonic()
             give_memory_back()
 
+    def _policy(self, parameters: dict[str, Any]) -> LongDocuments:
+        policy = self._long_documents.updated(parameters)
+        if self._is_cached and policy != self._long_documents:
+            raise InputError(
+                "long_documents: Triton's response cache does not tell requests with other parameters apart. Publish "
+                "the model without --response-cache, or with these options"
+            )
+        return policy
+
     def _answer(self, sender: Any, shape: tuple[int, ...], future: "Future[Scored]") -> None:
         """Sends the result of a request."""
         self._gauges.report()
@@ -88,7 +101,7 @@ class _Model(ABC):
             _send(sender, _failure(error))
             return
         scored = future.result()
-        arrays = {"scores": scored.logits, "tokens": scored.tokens}
+        arrays = {"scores": scored.logits, "tokens": scored.tokens, "truncated": scored.truncated}
         tensors = [pb_utils.Tensor(name, array.reshape(shape)) for name, array in arrays.items()]
         _send(sender, pb_utils.InferenceResponse(tensors))
 
@@ -214,7 +227,7 @@ def _failure(error: BaseException | None) -> Any:
         failure = codes("the client left", codes.CANCELLED)
     elif isinstance(error, (Busy, Closed, Expired)):
         failure = codes(str(error), codes.UNAVAILABLE)
-    elif isinstance(error, InputError):
+    elif isinstance(error, (InputError, UsageError)):
         failure = codes(str(error), codes.INVALID_ARG)
     else:
         failure = codes(f"{type(error).__name__}: {error}", codes.INTERNAL)

@@ -196,6 +196,7 @@ def _front_config(stage: Path, name: str, manifest: Manifest, options: TritonOpt
         "output": [
             {"name": "scores", "dataType": "TYPE_FP32", "dims": [-1]},
             {"name": "tokens", "dataType": "TYPE_INT32", "dims": [-1]},
+            {"name": "truncated", "dataType": "TYPE_BOOL", "dims": [-1]},
         ],
         # The model cuts batches itself, from all its requests: one instance is enough, and waiting for more is useless.
         "instanceGroup": [{"count": 1, "kind": "KIND_CPU"}],
