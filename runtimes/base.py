@@ -10,8 +10,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from ettin.artifacts.arithmetic import Arithmetic
 from ettin.artifacts.errors import UsageError
-from ettin.artifacts.manifest import Arithmetic
 from ettin.artifacts.opened import OpenArtifact
 from ettin.runtimes import processes
 from ettin.runtimes.arguments import Activation, Pair, documents_from_input, pairs_from_inputs, resolved, text

@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
+from ettin.artifacts.arithmetic import Arithmetic
 from ettin.artifacts.errors import ArtifactError, EttinError, ParityError
-from ettin.artifacts.manifest import Arithmetic, Manifest, Parity
+from ettin.artifacts.manifest import Manifest, Parity
 from ettin.artifacts.metrics import ScoreError, score_error
 from ettin.artifacts.opened import OpenArtifact
 from ettin.artifacts.parity import ParityCase, read_parity

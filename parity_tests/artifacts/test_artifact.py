@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from support import reseal, rewrite
 
+from ettin.artifacts.arithmetic import Arithmetic
 from ettin.artifacts.errors import (
     ArtifactError,
     DamagedArtifact,
@@ -22,7 +23,7 @@ from ettin.artifacts.errors import (
     UnverifiedArtifact,
 )
 from ettin.artifacts.files import file_sha256, list_files
-from ettin.artifacts.manifest import Arithmetic, Graph, Manifest
+from ettin.artifacts.manifest import Graph, Manifest
 from ettin.artifacts.opened import OpenArtifact
 from ettin.artifacts.parity import read_parity
 from ettin.artifacts.targets import Target

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ettin.artifacts.arithmetic import Arithmetic
 from ettin.artifacts.errors import OutputError, UsageError
-from ettin.artifacts.manifest import Arithmetic, Manifest
+from ettin.artifacts.manifest import Manifest
 from ettin.runtimes import load, machine
 from ettin.runtimes.batch import Batch
 from ettin.runtimes.engines import on_openvino

@@ -14,8 +14,9 @@ from kernel_in_openvino import compiled_graph
 from openvino import opset15 as op
 from support import rewrite, run
 
+from ettin.artifacts.arithmetic import Arithmetic
 from ettin.artifacts.files import list_files
-from ettin.artifacts.manifest import Arithmetic, Manifest
+from ettin.artifacts.manifest import Manifest
 from ettin.export.proof_pairs import natural_pairs
 from ettin.export.targets.to_openvino import share_weights
 from ettin.runtimes import load

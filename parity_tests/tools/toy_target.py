@@ -8,7 +8,8 @@ import torch
 from numpy.typing import NDArray
 
 from ettin.artifacts import OpenArtifact
-from ettin.artifacts.manifest import Arithmetic, Needs
+from ettin.artifacts.arithmetic import Arithmetic
+from ettin.artifacts.manifest import Needs
 from ettin.artifacts.targets import Component, Target
 from ettin.export.writer import PADDED, Lowered, Model, Writer
 from ettin.graph import ModelShape

@@ -6,8 +6,9 @@ from typing import Any
 
 import click
 
+from ettin.artifacts.arithmetic import Arithmetic
 from ettin.artifacts.errors import OutputError, ParityError
-from ettin.artifacts.manifest import Arithmetic, Manifest
+from ettin.artifacts.manifest import Manifest
 from ettin.artifacts.opened import OpenArtifact
 from ettin.artifacts.precisions import in_precision, precisions
 from ettin.artifacts.signatures import SIGNATURE_NAME, read_private_key

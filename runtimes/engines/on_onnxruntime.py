@@ -7,8 +7,8 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from ettin.artifacts.arithmetic import Arithmetic
 from ettin.artifacts.errors import DamagedArtifact, HardwareError
-from ettin.artifacts.manifest import Arithmetic
 from ettin.artifacts.opened import OpenArtifact
 from ettin.runtimes.base import Runtime, Settings
 from ettin.runtimes.batch import Batch, BatchLimits

@@ -2,9 +2,7 @@
 
 import hashlib
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from queue import SimpleQueue
 
 import numpy as np
@@ -13,13 +11,14 @@ from numpy.typing import NDArray
 from openvino import opset15 as op
 from openvino.utils.node_factory import NodeFactory
 
-from ettin.artifacts.errors import HardwareError, OutputError
-from ettin.artifacts.files import file_sha256
-from ettin.artifacts.manifest import Arithmetic, Manifest
+from ettin.artifacts.arithmetic import Arithmetic
+from ettin.artifacts.errors import HardwareError
+from ettin.artifacts.manifest import Manifest
 from ettin.artifacts.opened import OpenArtifact
 from ettin.graph.ops import ONLY_IN_F32, SAME_WHEN_SHORT
 from ettin.runtimes.base import Runtime, Settings
 from ettin.runtimes.batch import Batch, BatchLimits, round_up
+from ettin.runtimes.engines.openvino_cache import cached_options
 from ettin.runtimes.engines.openvino_kernels import (
     NORM_MULTIPLE,
     OPERATION,
@@ -155,7 +154,7 @@ class OpenVinoRuntime(Runtime):
         form = self._form(longest)
         with self._compiling:
             if form not in self._forms:
-                with _cache(self._cache_folder and self._cache_folder / form) as cached:
+                with cached_options(self._cache_folder and self._cache_folder / form) as cached:
                     compiled = self.core().compile_model(self.model_for(longest), "CPU", self._options | cached)
                 requests: SimpleQueue[ov.InferRequest] = SimpleQueue()
                 for _ in range(self.limits.concurrency):
@@ -284,38 +283,3 @@ def _dequantise(rounding: ov.Node, whole: ov.Node, step: float) -> None:
     """Replaces a rounding by what `whole` gives, int8, times the step: OpenVINO moves that behind the int8 products."""
     floats = op.convert(whole.output(0), "f32")
     rounding.output(0).replace(op.multiply(floats, op.constant(np.float32(step))).output(0))
-
-
-@contextmanager
-def _cache(folder: Path | None) -> Iterator[dict[str, str]]:
-    """Options that make OpenVINO keep what it compiles within the block in `folder`, or take it from there.
-
-    Each form of each graph and weights has its own folder. OpenVINO notices a truncated file but not changed bytes
-    (2026.4.1), so each file has its checksum beside it and is dropped if it does not match.
-    """
-    if folder is None:
-        yield {}
-        return
-    with _explained(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        for blob, checksum in _cached(folder):
-            if not checksum.exists() or checksum.read_text(encoding="ascii") != file_sha256(blob):
-                blob.unlink()
-                checksum.unlink(missing_ok=True)
-    yield {"CACHE_DIR": str(folder)}
-    with _explained(folder):
-        for blob, checksum in _cached(folder):
-            if not checksum.exists() or checksum.stat().st_mtime_ns < blob.stat().st_mtime_ns:
-                checksum.write_text(file_sha256(blob), encoding="ascii")
-
-
-def _cached(folder: Path) -> list[tuple[Path, Path]]:
-    return [(blob, blob.with_suffix(".sha256")) for blob in folder.glob("*.blob")]
-
-
-@contextmanager
-def _explained(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(f"{folder}: can't be written ({error.strerror}). Choose another cache_dir") from None

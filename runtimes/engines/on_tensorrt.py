@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ettin.artifacts.arithmetic import Arithmetic
 from ettin.artifacts.errors import DamagedArtifact, HardwareError, ShapeError, UsageError
-from ettin.artifacts.manifest import Arithmetic, Engine
+from ettin.artifacts.manifest import Engine
 from ettin.artifacts.opened import OpenArtifact
 from ettin.runtimes.base import Runtime, Settings
 from ettin.runtimes.batch import Batch, BatchLimits, round_up

@@ -13,8 +13,9 @@ import torch
 from numpy.typing import NDArray
 from transformers import ModernBertConfig, ModernBertForSequenceClassification
 
+from ettin.artifacts.arithmetic import Arithmetic
 from ettin.artifacts.errors import DamagedArtifact, HardwareError
-from ettin.artifacts.manifest import Arithmetic, Manifest
+from ettin.artifacts.manifest import Manifest
 from ettin.artifacts.opened import OpenArtifact
 from ettin.graph import ModelShape
 from ettin.graph.fold import inference_weights, modular_tensors
