@@ -158,6 +158,17 @@ def test_command(demo_artifacts: dict[tuple[str, str], Path], tmp_path: Path) ->
     assert all(row.get("truncated", False) == (row["line"] != 3) for row in ranked("--max-tokens-per-doc", 5))
 
 
+def test_page_has_the_figures_of_the_result() -> None:
+    root = Path(__file__).parents[2]
+    page = (root / "docs" / "run.md").read_text()
+    (file,) = (root / "bench" / "results" / "long-documents").glob("*.json")
+    for name, row in json.loads(file.read_text())["policies"].items():
+        seconds = row.get("s_per_document")
+        time = "the same" if seconds is None else f"{1000 * seconds:.0f} ms"
+        line = f"| {100 * row['recall@1']:.0f} % | {row['ndcg@10']:.3f} | {time} |"
+        assert f"| {name.replace(', 512', '')} {line}" in page, line
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

@@ -122,7 +122,7 @@ def test_activations(runtime: Runtime) -> None:
     for activation in ("identity", torch.nn.Identity(), None):
         np.testing.assert_array_equal(runtime.predict(PAIRS, activation_fn=activation), logits)
     np.testing.assert_allclose(runtime.predict(PAIRS, activation_fn=lambda logits: logits * 2), logits * 2)
-    with pytest.raises(UsageError, match="expected one of: identity, sigmoid, or a function"):
+    with pytest.raises(UsageError, match="expected one of: identity, sigmoid, calibrated, or a function"):
         runtime.predict(PAIRS, activation_fn="softmax")
     with pytest.raises(UsageError, match="expected the same shape"):
         runtime.predict(PAIRS, activation_fn=lambda logits: logits[:1])

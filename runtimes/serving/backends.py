@@ -83,11 +83,12 @@ class LocalBackend(Backend):
         self.name = runtime.manifest.full_name
         self.description, self.max_length = runtime.description, runtime.max_length
         self.calibration = runtime.manifest.score_calibration
-        runtime.predict([(WARMUP_QUERY, document) for document in WARMUP_DOCUMENTS])
+        pairs = [(WARMUP_QUERY, document) for document in WARMUP_DOCUMENTS]
+        runtime.predict(pairs, max_length=runtime.max_length)  # as given, nothing is said of truncated texts
         self._runtime, self._limits = runtime, limits
         runtime.scheduler.cache = ScoreCache(limits.cached_scores)
-        pairs = runtime.tokenizer.pairs([("is the engine alive", "yes")], runtime.max_length)
-        self._probe_batch = Batch.of(pairs, runtime.manifest.tokenizer.pad_token_id)
+        probe = runtime.tokenizer.pairs([("is the engine alive", "yes")], runtime.max_length)
+        self._probe_batch = Batch.of(probe, runtime.manifest.tokenizer.pad_token_id)
 
     async def score(
         self, query: str, documents: Sequence[str], long_documents: LongDocuments, refuse_truncated: bool = False
