@@ -115,7 +115,8 @@ class Arguments:
 @click.option(
     "--output",
     type=click.Path(path_type=Path),
-    help="Folder of the artifact.  [default: ./NAME/TARGET-PRECISION, with several precisions ./NAME/TARGET]",
+    help="Folder of the artifact.  [default: ./NAME/TARGET-PRECISION, and -ARCH if it is named; with several "
+    "precisions ./NAME/TARGET]",
 )
 @click.option("--max-length", type=int, help="Tokens that pairs are truncated to.  [default: the checkpoint's]")
 @click.option(
