@@ -46,8 +46,11 @@ def card(manifest: Manifest, checkpoint: Path) -> str:
 """
     names = precisions(manifest)
     tags = ["cross-encoder", "reranker", "modernbert", "ettin-export", manifest.target, *names]
-    proofs = [(f"### {name}\n\n" if manifest.variants else "") + _proof(in_precision(manifest, name)) for name in names]
-    proof = "\n".join(proofs)
+    variants = [in_precision(manifest, name) for name in names]
+    headings = [
+        f"### {variant.precision}: {code(variant.entry)}\n\n" if manifest.variants else "" for variant in variants
+    ]
+    proof = "\n".join(heading + _proof(variant) for heading, variant in zip(headings, variants, strict=True))
     return f"""{_front_matter(manifest, tags, checkpoint, _LIBRARIES.get(manifest.target, "ettin-export"))}
 # {code(manifest.name)}: {manifest.target}, {", ".join(names)}
 

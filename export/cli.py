@@ -10,17 +10,16 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from ettin.artifacts.errors import EttinError, HardwareError, MissingDependency, UsageError
+from ettin.artifacts.errors import EttinError, MissingDependency, UsageError
 from ettin.artifacts.targets import registered_targets, target_named, target_names
 from ettin.export import reports
 from ettin.export.options import BuildOptions, Job, Options
-from ettin.export.push import check_push, push
+from ettin.export.push import check_push
+from ettin.export.runs import push_made, run_all, run_one, show_plan
 from ettin.runtimes.commands import console
 
 if TYPE_CHECKING:  # these import torch
-    from ettin.export.pipeline import Export
     from ettin.export.source.checkpoint import Checkpoint
-    from ettin.runtimes.verify import Verification
 
 EXAMPLES = (
     "ettin-export --size demo --target openvino",
@@ -201,24 +200,11 @@ def _export(arguments: Arguments) -> None:
         jobs = _jobs(arguments, variants, checkpoint.name)
         _announce(checkpoint)
         if arguments.dry_run:
-            return _show_plan(export, jobs, arguments.everything)
-        made = _run_all(export, jobs) if arguments.everything else _run_one(export, jobs)
+            return show_plan(export, jobs, arguments.everything)
+        made = run_all(export, jobs) if arguments.everything else run_one(export, jobs)
         if arguments.push is not None and made:
-            _push(arguments, checkpoint, made)
+            push_made(made, arguments.push, checkpoint.folder, arguments.allow_unverified)
     return None
-
-
-def _push(arguments: Arguments, checkpoint: "Checkpoint", made: list[Job]) -> None:
-    from huggingface_hub.utils import disable_progress_bars
-
-    if not sys.stderr.isatty():
-        disable_progress_bars()
-    artifacts = {job.output.resolve().name: job.output for job in made}
-    with console.step(f"push to {arguments.push}"):
-        commit, page = push(artifacts, str(arguments.push), checkpoint.folder, arguments.allow_unverified)
-    console.note(f"  {page}")
-    for name in artifacts:
-        console.note(f"  load('{arguments.push}@{commit}/{name}')")
 
 
 def _check_machine(targets: Sequence[str], options: Options, everything: bool) -> None:
@@ -251,83 +237,11 @@ def _jobs(arguments: Arguments, variants: list[tuple[str, str]], name: str) -> l
     ]
 
 
-def _show_plan(export: "Export", jobs: list[Job], everything: bool) -> None:
-    if not everything:
-        export.check(jobs)
-        return reports.show_plan(export, jobs)
-    buildable, rows, _ = _sorted(export, jobs)
-    reports.show_plan(export, buildable)
-    if rows:
-        reports.show_all(rows)
-    return None
-
-
 def _announce(source: "Checkpoint") -> None:
     at = f" at {source.revision}" if source.revision else ""
     console.note(f"  {source.id}{at}: {source.shape.num_parameters:,} parameters")
     if source.is_random:
         console.note("  RANDOM WEIGHTS: the shape is right, the scores mean nothing", fg="yellow", bold=True)
-
-
-def _run_one(export: "Export", jobs: list[Job]) -> list[Job]:
-    """Exports one artifact, of one precision or several."""
-    export.check(jobs)
-    export.prepare(jobs)
-    verifications = export.run_together(jobs) if len(jobs) > 1 else [export.run(jobs[0])]
-    for job, verification in zip(jobs, verifications, strict=True):
-        _announce_result(export, job, verification)
-    click.echo(jobs[0].output)
-    return jobs[:1]
-
-
-def _announce_result(export: "Export", job: Job, verification: "Verification | None") -> None:
-    if export.options.build.kit:
-        console.note(
-            f"  A BUILD KIT: on a machine with TensorRT and a GPU of {export.options.build.arch}, run: "
-            f"sh {job.output}/engine/build.sh && ettin-verify {job.output}",
-            fg="yellow",
-            bold=True,
-        )
-    elif verification is None:
-        console.note(
-            f"  NOT VERIFIED: no score of this {job.target} artifact was computed here. It loads after, on the machine "
-            f"that runs it: ettin-verify {job.output}",
-            fg="yellow",
-            bold=True,
-        )
-    else:
-        console.note(f"  {verification.runtime}: {verification.summary}")
-
-
-def _run_all(export: "Export", jobs: list[Job]) -> list[Job]:
-    """Exports what can be built here, and returns it; what can't is a row of the report with its reason."""
-    buildable, rows, elsewhere = _sorted(export, jobs)
-    for job, outcome in export.run_all(buildable):
-        if isinstance(outcome, EttinError):
-            rows.append(reports.Row(job, None, str(outcome)))
-        else:
-            rows.append(reports.Row(job, outcome, None))
-            click.echo(job.output)
-    reports.show_all(rows)
-    failed = sum(row.problem is not None for row in rows) - elsewhere
-    if failed:
-        raise EttinError(f"{failed} of {len(rows)} exports failed, see the report above")
-    return buildable
-
-
-def _sorted(export: "Export", jobs: list[Job]) -> tuple[list[Job], list[reports.Row], int]:
-    """What can be built here; what can't, and how much of that for want of a package or a device."""
-    buildable, rows, elsewhere = [], [], 0
-    for job in jobs:
-        try:
-            export.check([job])
-            buildable.append(job)
-        except (HardwareError, MissingDependency) as error:
-            rows.append(reports.Row(job, None, f"not here: {error}"))
-            elsewhere += 1
-        except EttinError as error:
-            rows.append(reports.Row(job, None, str(error)))
-    return buildable, rows, elsewhere
 
 
 def main() -> NoReturn:

@@ -346,7 +346,7 @@ def test_what_is_missing_is_said_before_any_download(export_here: Callable[..., 
 
 @pytest.mark.parametrize(
     ("target", "module", "extra"),
-    [("onnx", "onnx", "export"), ("onnx", "onnxruntime", "onnx"), ("openvino", "openvino", "openvino"),
+    [("onnx", "onnx", "export"), ("onnx", "onnxruntime", "onnx"), ("openvino", "openvino", "export"),
      ("transformers", "transformers", "export"), ("trt-rtx", "tensorrt_rtx", "trt-rtx")],
 )  # fmt: skip
 def test_a_missing_package_is_said_before_any_download(

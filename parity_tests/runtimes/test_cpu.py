@@ -3,7 +3,6 @@
 import os
 import shutil
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +59,8 @@ def test_one_stream_leaves_out_slow_cores(
     streams: int | None, expected: int, kind: str,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(on_openvino, "is_hybrid", lambda: True)
-    monkeypatch.setattr(machine, "available_cpus", partial(available_cpus, hybrid))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(machine, "available_cpus", lambda system, **options: available_cpus(hybrid, **options))
     with load(demo_artifacts["openvino", "int8"], streams=streams) as runtime:
         options = runtime._options  # type: ignore[attr-defined]
         assert options["INFERENCE_NUM_THREADS"] == expected
