@@ -171,11 +171,8 @@ def our_predict(subject: TorchModel, *, compiled: bool) -> Predict:
         return np.asarray(run(*packed_inputs(batch, subject.device), batch.longest).float().cpu().numpy())
 
     def predict(pairs: Pairs, max_length: int, tokens: int) -> NDArray[np.float32]:
-        scheduler = Scheduler(tokenizer, score, BatchLimits(2, tokens, in_parallel=False), 0)
-        try:
+        with closing(Scheduler(tokenizer, score, BatchLimits(2, tokens, in_parallel=False), 0)) as scheduler:
             return scheduler.scored(Request(pairs, max_length)).logits
-        finally:
-            scheduler.close()
 
     return predict
 
