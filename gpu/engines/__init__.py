@@ -1,0 +1,1 @@
+"""What runs artifacts on a GPU."""

@@ -1,0 +1,1 @@
+"""The measurements of one visit to a machine with a GPU."""
