@@ -35,14 +35,14 @@ TRANSFORMERS = Target(
     triton_backends=(),  # torch has no place in a server that runs without it
 )
 
-_TENSORRT_WRITER = Component("ettin.export.targets.to_tensorrt:TensorRtWriter", ("onnx",), "export")
+_TENSORRT_WRITER = Component("ettin.gpu.targets.to_tensorrt:TensorRtWriter", ("onnx",), "export")
 
 TRT = Target(
     name="trt",
     precisions=("bf16",),
     runs_on="NVIDIA GPUs: TensorRT, Triton",
     is_compiled=True,
-    runtime=Component("ettin.runtimes.engines.on_tensorrt:TensorRtRuntime", ("tensorrt", "cuda.bindings"), "trt"),
+    runtime=Component("ettin.gpu.engines.on_tensorrt:TensorRtRuntime", ("tensorrt", "cuda.bindings"), "trt"),
     writer=_TENSORRT_WRITER,
     triton_backends=("python", "tensorrt"),
 )
@@ -52,8 +52,6 @@ TRT_RTX = Target(
     precisions=("bf16",),
     runs_on="NVIDIA GPUs: TensorRT-RTX, built with or without one",
     is_compiled=True,
-    runtime=Component(
-        "ettin.runtimes.engines.on_tensorrt:TensorRtRuntime", ("tensorrt_rtx", "cuda.bindings"), "trt-rtx"
-    ),
+    runtime=Component("ettin.gpu.engines.on_tensorrt:TensorRtRuntime", ("tensorrt_rtx", "cuda.bindings"), "trt-rtx"),
     writer=_TENSORRT_WRITER,
 )

@@ -17,11 +17,11 @@ from ettin.artifacts.arithmetic import Arithmetic
 from ettin.artifacts.errors import DamagedArtifact, HardwareError
 from ettin.artifacts.manifest import Manifest
 from ettin.artifacts.opened import OpenArtifact
+from ettin.gpu.engines.flash import FlashGraph, Kernel, flash_kernel, packed_inputs
 from ettin.graph import ModelShape
 from ettin.graph.fold import inference_weights, modular_tensors
 from ettin.runtimes.base import Runtime, Settings
 from ettin.runtimes.batch import Batch, BatchLimits
-from ettin.runtimes.engines.flash import FlashGraph, Kernel, flash_kernel, packed_inputs
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -39,15 +39,15 @@ from ettin.export.pipeline import Export
 from ettin.export.source.checkpoint import Checkpoint, read_checkpoint
 from ettin.export.source.sizes import SIZES
 from ettin.export.source.weights import write_random_checkpoint
-from ettin.export.targets import tensorrt_builder
-from ettin.export.targets.tensorrt_builder import build, checked_arch
 from ettin.export.targets.to_onnx import packed_onnx
-from ettin.export.targets.to_tensorrt import BATCH_PAIRS, BATCH_TOKENS, profiles
 from ettin.export.writer import rewrite
+from ettin.gpu.engines import on_tensorrt
+from ettin.gpu.targets import tensorrt_builder
+from ettin.gpu.targets.tensorrt_builder import build, checked_arch
+from ettin.gpu.targets.to_tensorrt import BATCH_PAIRS, BATCH_TOKENS, profiles
 from ettin.runtimes import load
 from ettin.runtimes import machine as gpu
 from ettin.runtimes.batch import Batch, BatchLimits, cut
-from ettin.runtimes.engines import on_tensorrt
 from ettin.runtimes.machine import Gpu
 from ettin.runtimes.verify import adopt_engine, record_verified, verify
 
@@ -463,12 +463,12 @@ def card(kit: Path, demo: Checkpoint, tmp_path: Path, monkeypatch: pytest.Monkey
     module.Logger.ERROR = 1
     module.Runtime = lambda logger: SimpleNamespace(deserialize_cuda_engine=deserialised)
     module.ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED=2)
-    cuda: Any = ModuleType("ettin.runtimes.engines.cuda")
+    cuda: Any = ModuleType("ettin.gpu.engines.cuda")
     cuda.Stream = FakeStream
     for name in ("cuda", "cuda.bindings"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     monkeypatch.setitem(sys.modules, "tensorrt", module)
-    monkeypatch.setitem(sys.modules, "ettin.runtimes.engines.cuda", cuda)
+    monkeypatch.setitem(sys.modules, "ettin.gpu.engines.cuda", cuda)
     here = Gpu("NVIDIA H100", "sm_90", "580.95.05")
     monkeypatch.setattr(on_tensorrt, "gpus", lambda: [here])
     return kit

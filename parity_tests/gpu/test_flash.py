@@ -17,12 +17,12 @@ from ettin.artifacts.tolerances import REWRITE_FLOAT64
 from ettin.bench.gpu import plain_varlen
 from ettin.export.source.checkpoint import Checkpoint
 from ettin.export.source.weights import read_weights
+from ettin.gpu.engines import flash
+from ettin.gpu.engines.flash import FlashGraph
 from ettin.graph.fold import inference_weights
 from ettin.graph.torch_ops import InferenceGraph
 from ettin.runtimes import load
 from ettin.runtimes.batch import Batch
-from ettin.runtimes.engines import flash
-from ettin.runtimes.engines.flash import FlashGraph
 from ettin.runtimes.engines.on_torch import TorchRuntime
 
 WINDOWS: list[tuple[int, int]] = []

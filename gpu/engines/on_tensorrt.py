@@ -18,7 +18,7 @@ from ettin.runtimes.loading import engine_module
 from ettin.runtimes.machine import gpus
 
 if TYPE_CHECKING:  # imports cuda.bindings
-    from ettin.runtimes.engines.cuda import CudaGraph
+    from ettin.gpu.engines.cuda import CudaGraph
 
 # One batch computes while the next is copied and queued.
 _SLOTS = 2
@@ -169,7 +169,7 @@ class _Slot:
     """A stream, a context for each profile, and the buffers of one inference."""
 
     def __init__(self, module: Any, engine: Any, profiles: Profiles) -> None:
-        from ettin.runtimes.engines.cuda import Stream
+        from ettin.gpu.engines.cuda import Stream
 
         self._engine, self._profiles = engine, profiles
         self._stream = Stream()
