@@ -86,7 +86,7 @@ def test_a_proof_lifts_the_mark(monkeypatch: pytest.MonkeyPatch) -> None:
 def state(path: str) -> str:
     """What the page for users says of a path."""
     proof = PROOFS[path]
-    return f"experimental: {NOT_RUN}" if proof is None else f"[run on a GPU](../bench/results/{proof})"
+    return f"experimental: {NOT_RUN}" if proof is None else f"proven: `bench/results/{proof}`"
 
 
 def test_the_page_says_what_the_marks_say() -> None:
