@@ -36,7 +36,7 @@ class TensorRtRuntime(Runtime):
 
     Args:
         artifact: open.
-        settings: device "cuda"; no threads, no streams, no cache.
+        settings: no threads, no streams, no cache.
 
     Raises:
         HardwareError: no GPU, another GPU or another version than the engine was compiled for.
@@ -45,8 +45,6 @@ class TensorRtRuntime(Runtime):
 
     def __init__(self, artifact: OpenArtifact, settings: Settings) -> None:
         folder, manifest = artifact.path, artifact.manifest
-        if settings.device != "cuda":
-            raise HardwareError(f"target '{manifest.target}' runs on a GPU, not on '{settings.device}': device='cuda'")
         settings.refuse(manifest.target, "threads", "streams", "cache_dir")
         engine = manifest.engine
         if engine is None:
