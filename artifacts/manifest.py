@@ -160,6 +160,7 @@ class Manifest(_Strict):
     entry: PathInside = Field(description="the file that the engine opens")
     calibration: Calibration | None
     engine: Engine | None = None
+    experimental: bool = Field(default=False, description="the target was, at export")
     score_calibration: ScoreCalibration | None = Field(default=None, description="made by ettin-calibrate")
     toolchain: dict[Line, Line]
     command: Line
@@ -187,6 +188,8 @@ class Manifest(_Strict):
         fields: dict[str, Any] = handler(self)
         if not self.variants:  # so that the digest of earlier manifests stays what it was
             del fields["variants"]
+        if not self.experimental:
+            del fields["experimental"]
         if self.score_calibration is None:
             del fields["score_calibration"]
         return fields

@@ -30,10 +30,7 @@ from ettin.export.source.checkpoint import Checkpoint, read_checkpoint
 from ettin.export.source.sizes import SIZES
 from ettin.export.source.weights import Weights, read_weights, write_random_checkpoint
 from ettin.export.targets.to_transformers import classification_tensors, write_configs
-from ettin.graph.fold import inference_weights
-from ettin.graph.torch_ops import PackedGraph
-from ettin.runtimes.batch import Batch, BatchLimits
-from ettin.runtimes.engines.flash import (
+from ettin.gpu.engines.flash import (
     FlashGraph,
     Kernel,
     attend_with,
@@ -43,6 +40,9 @@ from ettin.runtimes.engines.flash import (
     use_flash,
     window_size,
 )
+from ettin.graph.fold import inference_weights
+from ettin.graph.torch_ops import PackedGraph
+from ettin.runtimes.batch import Batch, BatchLimits
 from ettin.runtimes.request import Request
 from ettin.runtimes.scheduler import Scheduler
 from ettin.runtimes.tokenizer import PairTokenizer

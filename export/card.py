@@ -44,6 +44,11 @@ def card(manifest: Manifest, checkpoint: Path) -> str:
 > It is for trying hardware.
 
 """
+    experimental = f"""> [!WARNING]
+> **Experimental.** When this artifact was exported, this project had not yet run one of target {code(manifest.target)}.
+> Verify it where it will run.
+
+"""
     names = precisions(manifest)
     tags = ["cross-encoder", "reranker", "modernbert", "ettin-export", manifest.target, *names]
     variants = [in_precision(manifest, name) for name in names]
@@ -54,7 +59,7 @@ def card(manifest: Manifest, checkpoint: Path) -> str:
     return f"""{_front_matter(manifest, tags, checkpoint, _LIBRARIES.get(manifest.target, "ettin-export"))}
 # {code(manifest.name)}: {manifest.target}, {", ".join(names)}
 
-{random if source.weights == "random" else ""}\
+{random if source.weights == "random" else ""}{experimental if manifest.experimental else ""}\
 A reranker: it reads a query and a document together and gives one score, {scores}. A higher score means a more relevant
 document. It is {code(source.id)}{revision} for {target_named(manifest.target).runs_on}.
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from ettin.artifacts.errors import EttinError, MissingDependency, UsageError
-from ettin.artifacts.targets import registered_targets, target_named, target_names
+from ettin.artifacts.targets import registered_targets, target_named
 from ettin.export import reports
 from ettin.export.options import BuildOptions, Job, Options
 from ettin.export.push import check_push
@@ -98,11 +98,24 @@ class Arguments:
         return build
 
 
+class _TargetOption(click.Option):
+    """Its help names all targets, and says which are experimental."""
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        names: dict[str, list[str]] = {}
+        for target in registered_targets():
+            names.setdefault(target.runtime.experimental, []).append(target.name)
+        listed = [f"{', '.join(names.pop('', []))}"]
+        listed += [f"{', '.join(marked)} (experimental: {reason})" for reason, marked in names.items()]
+        self.help = f"What to write: {'; '.join(listed)}."
+        return super().get_help_record(ctx)
+
+
 @click.command(epilog=console.example_epilog(*EXAMPLES), no_args_is_help=True)
 @click.option("--size", help="A released size, or demo: the small checkpoint that comes with this package.")
 @click.option("--checkpoint", help="A fine-tune instead: folder or hub id.")
 @click.option("--revision", help="Hub commit, branch or tag of --checkpoint.")
-@click.option("--target", default="openvino", show_default=True, help=f"What to write: {', '.join(target_names())}.")
+@click.option("--target", cls=_TargetOption, default="openvino", show_default=True, help="What to write.")
 @click.option(
     "--precision",
     help="int8, bf16, fp16 or fp32; --list shows those of each target. onnx: also several, as in fp32,int8, in one "

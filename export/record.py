@@ -10,6 +10,7 @@ from ettin.artifacts.errors import shown
 from ettin.artifacts.files import file_sha256, list_files
 from ettin.artifacts.manifest import CARD_NAME, MANIFEST_NAME, Calibration, Graph, Manifest, Parity, Source, Tokenizer
 from ettin.artifacts.precisions import joined
+from ettin.artifacts.targets import target_named
 from ettin.export.card import card
 from ettin.export.source.checkpoint import Checkpoint
 from ettin.export.writer import Lowered
@@ -57,6 +58,7 @@ def write_manifest(
         entry=lowered.entry,
         calibration=calibration,
         engine=lowered.engine,
+        experimental=bool(target_named(about.target).runtime.experimental),
         toolchain={
             "python": platform.python_version(),
             "machine": f"{platform.system()} {platform.machine()}",

@@ -11,7 +11,7 @@ import click
 from packaging.requirements import Requirement
 
 from ettin.artifacts.errors import HardwareError, requirement
-from ettin.artifacts.targets import Target, registered_targets
+from ettin.artifacts.targets import Component, Target, registered_targets
 from ettin.export.options import Job
 from ettin.export.source.sizes import SIZES
 from ettin.runtimes import machine
@@ -52,8 +52,19 @@ def show_list() -> None:
     sizes = [[size.name, f"{size.parameters:,}", size.hub_id, size.revision[:12]] for size in SIZES.values()]
     console.table([demo, *sizes], ["size", "parameters", "hub id", "pinned revision"])
     click.echo()
-    rows = [[target.name, ", ".join(target.precisions), target.runs_on] for target in registered_targets()]
-    console.table(rows, ["target", "precisions (first: default)", "runs on"])
+    rows = [
+        [target.name, ", ".join(target.precisions), _devices(target), target.runs_on] for target in registered_targets()
+    ]
+    console.table(rows, ["target", "precisions (first: default)", "devices", "runs on"])
+
+
+def _devices(target: Target) -> str:
+    """The devices of a target, and why one is experimental."""
+    marks = [target.component(device).experimental for device in target.devices]
+    return ", ".join(
+        f"{device} (experimental: {mark})" if mark else device
+        for device, mark in zip(target.devices, marks, strict=True)
+    )
 
 
 def show_plan(export: "Export", jobs: list[Job]) -> None:
@@ -186,7 +197,21 @@ def _targets() -> Iterator[Finding]:
             detail = "export and run"
         needed = [target.runtime.requirement] if to_run else []
         needed += [requirement("export"), target.writer.requirement] if to_export else []
-        yield Finding(f"target {target.name}", not needed, detail, _install(*needed))
+        yield Finding(f"target {target.name}", not needed, detail + _mark(target.runtime), _install(*needed))
+        for device in target.devices[1:]:
+            yield _device(target, device)
+
+
+def _mark(component: Component) -> str:
+    return f"; experimental: {component.experimental}" if component.experimental else ""
+
+
+def _device(target: Target, device: str) -> Finding:
+    """What is there for a further device. A plain fact: a machine without a GPU lacks nothing."""
+    component = target.component(device)
+    absent = missing(component.packages)
+    detail = f"no {', '.join(absent)}" if absent else f"{', '.join(component.packages)} installed"
+    return Finding(f"target {target.name} on {device}", None, detail + _mark(component))
 
 
 def _compiled_detail(target: Target, to_run: list[str]) -> str:

@@ -75,8 +75,8 @@ def inference_weights(
     Returns:
         embedding [V, H] with its norm applied; layers.i.{q,k,v,o} [H, H]; layers.i.{up,gate} [I, H];
         layers.i.down [H, I]; head.dense [H, H]; head.score [1, H] and head.score.bias [1];
-        rope.{global,local}.{cos,sin} [rope_rows, d]. A linear layer with a bias, its own or that of the norm in front
-        of it, has it under its name and ".bias", [out].
+        rope.{global,local}.{cos,sin} [rope_rows, d], see `ModelShape.rope_table`. A linear layer with a bias, its own
+        or that of the norm in front of it, has it under its name and ".bias", [out].
     """
     norm = Affine.of(encoder, "embeddings.norm")
     table = encoder["embeddings.tok_embeddings.weight"].to(torch.float64)
@@ -100,9 +100,10 @@ def inference_weights(
             keep(layer, *(prefix + target for target in targets))
     keep(Affine.of(head, f"{HEAD_DENSE}/linear").behind(Affine.of(encoder, "final_norm")), "head.dense")
     keep(Affine.of(head, f"{HEAD_SCORE}/linear").behind(Affine.of(head, f"{HEAD_NORM}/norm")), "head.score")
-    for kind, theta in (("global", shape.rope_theta_global), ("local", shape.rope_theta_local)):
+    thetas = {shape.rope_table(False): shape.rope_theta_local, shape.rope_table(True): shape.rope_theta_global}
+    for name, theta in thetas.items():
         cos, sin = rope_tables(theta, shape.rope_rows, shape.head_dim, dtype)
-        weights[f"rope.{kind}.cos"], weights[f"rope.{kind}.sin"] = cos, sin
+        weights[f"{name}.cos"], weights[f"{name}.sin"] = cos, sin
     return weights
 
 

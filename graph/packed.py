@@ -111,8 +111,8 @@ class PackedScorer(Scorer[T]):
 
     def _packed_rope(self, is_global: bool, position: T) -> tuple[T, T]:
         ops = self.ops
-        kind = "global" if is_global else "local"
-        tables = (ops.gather(ops.weight(f"rope.{kind}.{part}"), position, 0) for part in ("cos", "sin"))
+        name = self.shape.rope_table(is_global)
+        tables = (ops.gather(ops.weight(f"{name}.{part}"), position, 0) for part in ("cos", "sin"))
         cos, sin = (ops.reshape(table, [1, -1, 1, self.shape.head_dim]) for table in tables)
         return cos, sin
 

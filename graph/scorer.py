@@ -203,8 +203,8 @@ class Scorer(Generic[T]):
     def _rope(self, is_global: bool, tokens: T) -> tuple[T, T]:
         """Cos and sin [1, 1, tokens, d]."""
         ops = self.ops
-        kind = "global" if is_global else "local"
-        tables = (ops.first(ops.weight(f"rope.{kind}.{part}"), tokens, 0) for part in ("cos", "sin"))
+        name = self.shape.rope_table(is_global)
+        tables = (ops.first(ops.weight(f"{name}.{part}"), tokens, 0) for part in ("cos", "sin"))
         cos, sin = (ops.reshape(table, [1, 1, -1, self.shape.head_dim]) for table in tables)
         return cos, sin
 

@@ -51,6 +51,11 @@ class ModelShape:
         """Rows of the rotary tables: the longest input, padded to whole blocks of any size that divides 256."""
         return -(-self.max_tokens // 256) * 256
 
+    def rope_table(self, is_global: bool) -> str:
+        """Name of the rotary tables of global or local layers: "rope.global" for both if their bases are equal."""
+        is_shared = self.rope_theta_local == self.rope_theta_global
+        return "rope.global" if is_global or is_shared else "rope.local"
+
     @property
     def num_layers(self) -> int:
         """Encoder layers."""

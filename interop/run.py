@@ -3,9 +3,11 @@
 A system is one file in `systems/`: a program that gets the path of an artifact and a precision as arguments, reads
 `{"query": str, "documents": [str]}` from standard input, and prints a JSON list of scores as its last line. It begins
 with comments of the form below. `requires` names the program's own package first. There can be several precisions and
-errors, as in `onnx fp32, int8` and `1e-4, 2e-2`; the error of a program that is known not to work is `inf`. Two more
+errors, as in `onnx fp32, int8` and `1e-4, 2e-2`; the error of a program that is known not to work is `inf`. More
 comments are for some programs: `score: sigmoid`, for one that gives sigmoid(logit), and `empty documents: no`,
-for one that gets these wrong.
+for one that gets these wrong. A program whose header has `server: ettin-serve` is a client: it gets the address of a
+server of the artifact, under the name `ettin`, instead of the path. `ettin-export[...]` among the requirements is this
+checkout, as a wheel with these extras.
 
     # system: fastembed
     # artifact: onnx fp32
@@ -15,12 +17,18 @@ for one that gets these wrong.
 Run: python interop/run.py [NAME ...]. Results go to `results/`, and the page `docs/interop.md` is made from them.
 """
 
+import functools
 import json
 import re
 import shutil
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 import venv
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -58,6 +66,15 @@ class System:
     limits: tuple[float, ...]  # largest error that is accepted, for each precision
     score: str
     takes_empty: bool
+    is_client: bool
+
+    @property
+    def way(self) -> str:
+        """How it gets its scores, for the page."""
+        if self.is_client:
+            return "asks `ettin-serve`"
+        is_ours = any(requirement.startswith("ettin-export") for requirement in self.requires)
+        return "imports our package" if is_ours else "opens the folder"
 
     @property
     def code(self) -> str:
@@ -86,7 +103,8 @@ def system_of(path: Path) -> System:
     limits = tuple(map(float, header["largest error"].split(", ")))
     requires = tuple(header["requires"].split())
     score, takes_empty = header.get("score", "logit"), header.get("empty documents") != "no"
-    return System(path, header["system"], target, tuple(precisions), requires, limits, score, takes_empty)
+    is_client = "server" in header
+    return System(path, header["system"], target, tuple(precisions), requires, limits, score, takes_empty, is_client)
 
 
 def run(system: System, artifact: Path, command: list[str | Path]) -> list[Result]:
@@ -102,15 +120,35 @@ def _run_precision(system: System, artifact: Path, precision: str, command: list
     if system.score == "sigmoid":
         ours = 1 / (1 + np.exp(-ours))
     question = json.dumps({"query": query, "documents": documents})
-    done = subprocess.run(
-        [*command, artifact, precision], input=question, capture_output=True, text=True, check=False, timeout=_LIMIT_S
-    )
+    with served(artifact, precision) if system.is_client else nullcontext(artifact) as place:
+        words = [*command, place, precision]
+        done = subprocess.run(words, input=question, capture_output=True, text=True, check=False, timeout=_LIMIT_S)
     if done.returncode:
         return Result(precision, None, _reason(done.stderr))
     scores = np.array(json.loads(done.stdout.strip().splitlines()[-1]), float)
     if scores.shape != ours.shape or not np.isfinite(scores).all():
         return Result(precision, None, f"its scores are {scores.tolist()}")
     return Result(precision, float(f"{np.abs(scores - ours).max():.1e}"), None)
+
+
+@contextmanager
+def served(artifact: Path, precision: str) -> Iterator[str]:
+    """The address of a server of the artifact."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    words = [artifact, "--precision", precision, "--name", "ettin", "--port", str(port), "--log-level", "warning"]
+    url = f"http://127.0.0.1:{port}"
+    with subprocess.Popen([Path(sys.executable).with_name("ettin-serve"), *words]) as server:
+        try:
+            for _ in range(_LIMIT_S):
+                try:
+                    urllib.request.urlopen(f"{url}/health/ready", timeout=5).close()
+                    break
+                except OSError:
+                    time.sleep(1)
+            yield url
+        finally:
+            server.terminate()
 
 
 def _reason(trace: str) -> str:
@@ -141,22 +179,36 @@ def environment(system: System) -> list[str | Path]:
             subprocess.run(["env", "ONNXRUNTIME_NODE_INSTALL=skip", *npm], check=True)
         return ["node", shutil.copy(system.path, folder)]  # Node looks for packages beside the program
     python = folder / "bin" / "python"
+    requires = [word for word in system.requires if not word.startswith("ettin-export")]
+    ours = [f"{word} @ {wheel().as_uri()}" for word in system.requires if word not in requires]
+    pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "-q"]
     if not (folder / "made").is_file():
         venv.create(folder, with_pip=True, clear=True)
-        pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "-q"]
         # As in the Makefile: the build of torch for CPUs, where its index can be reached.
-        torch = [requirement for requirement in system.requires if requirement.startswith("torch==")]
+        torch = [requirement for requirement in requires if requirement.startswith("torch==")]
         index = ["--retries", "1", "--timeout", "10", "--extra-index-url", "https://download.pytorch.org/whl/cpu"]
         if (
             torch
             and subprocess.run([*pip, *index, f"{torch[0]}+cpu"], check=False, stderr=subprocess.DEVNULL).returncode
         ):
             subprocess.run([*pip, *torch], check=True)
-        subprocess.run([*pip, *system.requires], check=True)
+        subprocess.run([*pip, *requires, *ours], check=True)
         if torch:  # the package index has torchvision for CUDA only, with which a torch for CPUs does not start
             subprocess.run([*pip[:-2], "uninstall", "-qy", "torchvision"], check=True)
         (folder / "made").touch()
+    if ours:  # this code, not that of the day on which the environment was made
+        subprocess.run([*pip, "--force-reinstall", "--no-deps", wheel()], check=True)
     return [python, system.path]
+
+
+@functools.cache
+def wheel() -> Path:
+    """A wheel of this checkout."""
+    folder = WORK / "wheel"
+    shutil.rmtree(folder, ignore_errors=True)
+    words = ["wheel", "-q", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, ROOT.parent]
+    subprocess.run([sys.executable, "-m", "pip", "--disable-pip-version-check", *words], check=True)
+    return next(folder.glob("*.whl"))
 
 
 def artifacts() -> dict[str, Path]:
@@ -179,7 +231,8 @@ def page() -> str:
             error = result["problem"] or f"{result['largest_error']:.0e}".replace("0e+00", "0")
             scale = "" if system.score == "logit" or result["problem"] else f" ({system.score})"
             link = f"[{system.name}](#{system.path.stem.replace('_', '-')})"
-            rows.append(f"| {link} | {version} | `{system.target}` {result['precision']} | {error}{scale} |")
+            artifact = f"`{system.target}` {result['precision']}"
+            rows.append(f"| {link} | {version} | {system.way} | {artifact} | {error}{scale} |")
         language = "python" if system.path.suffix == ".py" else "js"
         mark = "<!-- not run: `make interop` runs it in an environment of its own -->\n" if language == "python" else ""
         anchor = f'<a id="{system.path.stem.replace("_", "-")}"></a>'

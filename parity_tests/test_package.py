@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = ["artifacts", "graph", "runtimes", "export", "bench", "gpu"]
-TORCH_USERS = {"on_torch.py", "flash.py", "fold.py", "torch_ops.py"}
+TORCH_USERS = {"on_torch.py", "fold.py", "torch_ops.py"}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 

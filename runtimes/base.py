@@ -134,8 +134,9 @@ class Runtime(ABC):
             inputs: (query, document) pairs in any iterable, or one pair.
             batch_size: maximum number of pairs in a batch; None: the token budget alone limits it.
             show_progress_bar: show a progress bar on stderr.
-            activation_fn: None (the artifact's own: raw logits), "identity", "sigmoid", "calibrated" (the probability
-                of relevance, see `ettin-calibrate`), or a function of a float32 array.
+            activation_fn: None (the checkpoint's own; Ettin has none, so raw logits), "identity" (raw logits),
+                "sigmoid", "calibrated" (the probability of relevance, see `ettin-calibrate`), or a function of a
+                float32 array.
             apply_softmax: accepted for CrossEncoder's callers; no effect on a single logit, as there.
             convert_to_numpy: accepted for CrossEncoder's callers; scores are NumPy arrays either way.
             convert_to_tensor: must be False, since this package does not import torch. Use `torch.from_numpy`.

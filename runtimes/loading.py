@@ -1,6 +1,7 @@
 """Loading: which class runs which target, and what is checked before it does. Engines are imported on use."""
 
 import importlib
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,8 @@ from ettin.runtimes.hub import located
 from ettin.runtimes.machine import lacks_vnni, model_name
 
 _RETRY_S = 5.0
+_LOG = logging.getLogger("ettin.load")
+_announced: set[tuple[str, str]] = set()  # targets and devices that the log has called experimental
 
 _Result = TypeVar("_Result")
 
@@ -71,7 +74,7 @@ def load(
     Args:
         path: its folder, or else its id on the Hugging Face hub: `ORGANISATION/NAME[@REVISION][/FOLDER]`.
         device: "cpu", or "cuda" for ONNX Runtime's CUDA provider, torch and TensorRT; None: the one that the artifact
-            is for, "cpu" if it is for both. Never replaced by another.
+            is for, "cpu" if it is for both. Never replaced by another. One that is experimental is logged, once.
         threads: CPU threads to use; None: one for each core that this process may use (on a hybrid processor, one
             stream leaves out the efficiency cores), but no more than the variable OMP_NUM_THREADS says, which Ray and
             Spark set.
@@ -98,15 +101,14 @@ def load(
     for name, count in (("threads", threads), ("streams", streams), ("batch_tokens", batch_tokens)):
         if count is not None and count < 1:
             raise UsageError(f"{name} is {count}, expected 1 or more")
-    if device not in (None, "cpu", "cuda"):
-        raise UsageError(f"unknown device '{device}', expected one of: cpu, cuda")
     key = Path(trusted_key) if trusted_key is not None else None
     folder = located(path)
 
     def opened() -> Runtime:
         with OpenArtifact(folder, checksums=checksums, trusted_key=key, precision=precision) as artifact:
             check_usable(artifact, allow_unverified=allow_unverified)
-            used = _device(artifact, device)
+            used = checked_device(artifact.manifest, device)
+            _check_cpu(artifact, used)
             cache = Path(cache_dir) if cache_dir else None
             settings = Settings(used, threads, streams, cache, max_length, batch_tokens, allow_unverified, precision)
             return _loaded(artifact, settings)
@@ -114,26 +116,46 @@ def load(
     return of_current(folder, opened)
 
 
-def _device(artifact: OpenArtifact, device: str | None) -> str:
+def checked_device(manifest: Manifest, device: str | None) -> str:
     """The device to run on: what was asked for, or what the artifact is for.
 
     Raises:
-        HardwareError: it is this machine's CPU, and that lacks an instruction set.
+        UsageError: the artifact's target does not run on it.
     """
-    manifest = artifact.manifest
+    target = target_named(manifest.target)
     if device is None:
-        device = "cuda" if manifest.needs.device == "cuda" else "cpu"
+        device = target.device if manifest.needs.device == "any" else manifest.needs.device
+    target.component(device)
+    return device
+
+
+def _check_cpu(artifact: OpenArtifact, device: str) -> None:
+    """Raises `HardwareError` if it is this machine's CPU, and that lacks an instruction set."""
+    manifest = artifact.manifest
     if "vnni" in manifest.needs.isa and device == "cpu" and lacks_vnni():
         raise HardwareError(
             f"{artifact.path}: int8 sums overflow on {model_name()}, which has no VNNI. Export another precision: "
             f"{manifest.command} --precision fp32"
         )
-    return device
+
+
+def _announce(artifact: OpenArtifact, device: str) -> None:
+    """Logs a warning, once in a process, about a target and device that nobody should rely on yet."""
+    target = target_named(artifact.manifest.target)
+    reason = target.component(device).experimental
+    if reason and (target.name, device) not in _announced:
+        _announced.add((target.name, device))
+        _LOG.warning(
+            "target '%s' on device '%s' is experimental: %s. Compare its scores with the reference here: "
+            "ettin-verify %s --device %s",
+            target.name, device, reason, artifact.path, device,
+        )  # fmt: skip
 
 
 def _loaded(artifact: OpenArtifact, settings: Settings) -> Runtime:
     """The runtime, after what it did not read was compared with the manifest, too."""
-    runs = target_named(artifact.manifest.target).runtime_class()
+    runs = target_named(artifact.manifest.target).runtime_class(settings.device)
+    _announce(artifact, settings.device)
     try:
         runtime: Runtime = runs(artifact, settings)
     except EttinError:

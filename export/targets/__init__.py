@@ -1,6 +1,7 @@
-"""The targets of this project. `pyproject.toml` registers each under its name, see `ettin.artifacts.targets`.
+"""The targets that a CPU runs.
 
-Importing this needs no engine and no torch.
+`pyproject.toml` registers each under its name, see `ettin.artifacts.targets`. Importing this needs no engine
+and no torch.
 """
 
 from ettin.artifacts.targets import Component, Target
@@ -33,27 +34,4 @@ TRANSFORMERS = Target(
         "ettin.export.targets.to_transformers:TransformersWriter", ("safetensors", "transformers"), "export"
     ),
     triton_backends=(),  # torch has no place in a server that runs without it
-)
-
-_TENSORRT_WRITER = Component("ettin.export.targets.to_tensorrt:TensorRtWriter", ("onnx",), "export")
-
-TRT = Target(
-    name="trt",
-    precisions=("bf16",),
-    runs_on="NVIDIA GPUs: TensorRT, Triton",
-    is_compiled=True,
-    runtime=Component("ettin.runtimes.engines.on_tensorrt:TensorRtRuntime", ("tensorrt", "cuda.bindings"), "trt"),
-    writer=_TENSORRT_WRITER,
-    triton_backends=("python", "tensorrt"),
-)
-
-TRT_RTX = Target(
-    name="trt-rtx",
-    precisions=("bf16",),
-    runs_on="NVIDIA GPUs: TensorRT-RTX, built with or without one",
-    is_compiled=True,
-    runtime=Component(
-        "ettin.runtimes.engines.on_tensorrt:TensorRtRuntime", ("tensorrt_rtx", "cuda.bindings"), "trt-rtx"
-    ),
-    writer=_TENSORRT_WRITER,
 )

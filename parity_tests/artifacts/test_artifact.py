@@ -86,6 +86,14 @@ def test_a_manifest_of_the_first_version_is_read_unchanged(tmp_path: Path, graph
     assert again == content
 
 
+def test_the_mark_of_an_experimental_target_is_optional(artifact: Path) -> None:
+    manifest = Manifest.read(artifact)
+    assert not manifest.experimental and "experimental" not in json.loads(manifest.to_bytes())
+    marked = manifest.model_copy(update={"experimental": True})
+    again = Manifest.from_bytes(marked.to_bytes(), artifact)
+    assert again.experimental and again.format_version == 1 and again.digest == marked.digest != manifest.digest
+
+
 def test_graph_defaults_are_those_of_the_scorer() -> None:
     assert Graph().model_dump(include=asdict(GraphForm()).keys()) == asdict(GraphForm())
     assert Graph.model_validate(asdict(GraphForm(rotate_blocks=True))).rotate_blocks

@@ -191,7 +191,7 @@ def strings_of(path: Path) -> Iterator[str]:
 
 
 def test_troubleshooting_quotes_real_messages() -> None:
-    sources = [path for name in ("artifacts", "runtimes", "export") for path in (ROOT / name).rglob("*.py")]
+    sources = [path for name in ("artifacts", "runtimes", "export", "gpu") for path in (ROOT / name).rglob("*.py")]
     messages = "\n".join(text for path in sources for text in strings_of(path))
     page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     quoted = [

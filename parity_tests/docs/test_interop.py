@@ -49,7 +49,9 @@ def test_headers(system: Any) -> None:
     assert set(system.precisions) <= set(TARGETS[system.target].precisions)
     assert len(system.limits) == len(system.precisions) and system.score in ("logit", "sigmoid")
     for requirement in system.requires:
-        assert re.fullmatch(r"[\w.-]+(\[\w+\])?==[\w.]+|@?[\w./-]+@[\w.-]+", requirement), requirement
+        assert re.fullmatch(r"[\w.-]+(\[\w+\])?==[\w.]+|@?[\w./-]+@[\w.-]+|ettin-export\[[\w,-]+\]", requirement), (
+            requirement
+        )
 
 
 def test_a_program_runs_and_is_compared(demo_artifacts: dict[tuple[str, str], Path]) -> None:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,14 @@ def test_external_data_moves_with_its_folder(demo: Checkpoint, tmp_path: Path, m
     moved = shutil.move(first, tmp_path / "moved")
     session = ort.InferenceSession(str(Path(moved) / lowered.entry), providers=["CPUExecutionProvider"])
     assert np.isfinite(session.run(["logits"], feeds())[0]).all()
+
+
+def test_equal_rotary_tables_are_stored_once(demo: Checkpoint) -> None:
+    """At 7,999 tokens each is 2 MB in float32."""
+    for theta, kinds_of_layers in ((demo.shape.rope_theta_global, ["global"]), (10_000.0, ["global", "local"])):
+        checkpoint = replace(demo, shape=replace(demo.shape, rope_theta_local=theta))
+        names = sorted(name for name in rewrite(checkpoint).weights if name.startswith("rope."))
+        assert names == [f"rope.{kind}.{part}" for kind in kinds_of_layers for part in ("cos", "sin")]
 
 
 def test_configs_for_other_loaders(demo_artifacts: dict[tuple[str, str], Path]) -> None:

@@ -12,7 +12,7 @@ from support import run
 
 from ettin.artifacts import targets as targets_module
 from ettin.artifacts.errors import UsageError
-from ettin.artifacts.targets import GROUP, registered_targets, target_named, target_names
+from ettin.artifacts.targets import DEVICES, GROUP, registered_targets, target_named, target_names
 from ettin.export import reports
 
 
@@ -24,7 +24,9 @@ def toy_package(tmp_path: Path) -> Path:
     metadata.mkdir(parents=True)
     shutil.copy(toy_target.__file__, folder)
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: toy-target\nVersion: 1.0\n")
-    (metadata / "entry_points.txt").write_text(f"[{GROUP}]\ntoy = toy_target:TOY\n")
+    (metadata / "entry_points.txt").write_text(
+        f"[{GROUP}]\ntoy = toy_target:TOY\n[{DEVICES}]\ntoy.abacus = toy_target:TOY_ON_ABACUS\n"
+    )
     return folder
 
 
@@ -48,8 +50,26 @@ def test_a_target_from_another_package(toy_package: Path, tmp_path: Path) -> Non
     assert (tmp_path / "models" / "ettin-reranker-demo-toy-fp32" / "1" / "artifact" / "model.npz").is_file()
     listed = run("ettin-export", "--list", cwd=tmp_path, **environment)
     assert "torch, from NumPy's own file format" in listed.stdout
+    _on_another_device(artifact, tmp_path, environment)
     without = run("ettin-verify", artifact, cwd=tmp_path)
     assert without.returncode == 1 and "unknown target 'toy', expected one of: onnx, openvino" in without.stderr
+
+
+def _on_another_device(artifact: str, folder: Path, environment: dict[str, str]) -> None:
+    """As the log, the lists, the doctor and the repository of Triton know it."""
+    words = ("ettin-rerank", artifact, "--query", "red planet", "-", "--device")
+    ranked = run(*words, "abacus", cwd=folder, stdin="Venus\nMars is red\n", **environment)
+    assert "Mars" in ranked.stdout.splitlines()[1], ranked.stderr
+    assert ranked.stderr.count("target 'toy' on device 'abacus' is experimental: not yet run with beads. Compare") == 1
+    unknown = run(*words, "tpu", cwd=folder, stdin="Venus\n", **environment)
+    assert unknown.returncode == 1
+    assert unknown.stderr == "error: target 'toy' does not run on device 'tpu', expected one of: cpu, abacus\n"
+    listed = run("ettin-export", "--list", cwd=folder, **environment)
+    assert "cpu, abacus (experimental: not yet run with beads)" in listed.stdout
+    doctor = run("ettin-export", "--doctor", cwd=folder, **environment)
+    assert "target toy on abacus" in doctor.stdout and "torch installed; experimental: not yet run" in doctor.stdout
+    served = run("ettin-triton", artifact, "--repository", "models", "--device", "tpu", cwd=folder, **environment)
+    assert served.returncode == 1 and "'toy' does not run on device 'tpu', expected" in served.stderr
 
 
 def test_the_doctor_names_the_package_of_each_extra() -> None:
@@ -68,11 +88,11 @@ def test_the_targets_of_this_project() -> None:
 @pytest.fixture
 def registered(monkeypatch: pytest.MonkeyPatch) -> list[EntryPoint]:
     entries: list[EntryPoint] = []
-    monkeypatch.setattr(targets_module, "_entries", lambda: entries)
-    for function in (targets_module._registered, target_named):
+    monkeypatch.setattr(targets_module, "_entries", lambda group: [each for each in entries if each.group == group])
+    for function in (targets_module._registered, targets_module._imported):
         function.cache_clear()
     yield entries  # type: ignore[misc]
-    for function in (targets_module._registered, target_named):
+    for function in (targets_module._registered, targets_module._imported):
         function.cache_clear()
 
 
@@ -108,3 +128,33 @@ def test_a_broken_description_is_one_line(registered: list[EntryPoint], value: s
     registered.append(EntryPoint("toy", value, GROUP))
     with pytest.raises(UsageError, match=line):
         target_named("toy")
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        (["no_such_module:ON"], r"device 'toy.abacus': .*can't be imported \(ModuleNotFoundError"),
+        (["toy_target:TOY"], "device 'toy.abacus': toy_target:TOY is Target.*, expected a Component"),
+        (
+            ["toy_target:A", "toy_target:B"],
+            "device 'toy.abacus' is registered twice, as toy_target:A and as toy_target:B",
+        ),
+    ],
+)
+def test_a_broken_device_is_one_line(registered: list[EntryPoint], values: list[str], line: str) -> None:
+    registered.append(EntryPoint("toy", "toy_target:TOY", GROUP))
+    registered += [EntryPoint("toy.abacus", value, DEVICES) for value in values]
+    with pytest.raises(UsageError, match=line):
+        target_named("toy").runtime_class("abacus")
+
+
+def test_devices_of_another_target_are_not_its_own(registered: list[EntryPoint]) -> None:
+    """Names of targets and devices have dashes, and one can begin as another does."""
+    registered += [
+        EntryPoint("toy", "toy_target:TOY", GROUP),
+        EntryPoint("toy-2.abacus", "toy_target:TOY_ON_ABACUS", DEVICES),
+        EntryPoint("toy.trt-rtx", "toy_target:TOY_ON_ABACUS", DEVICES),
+    ]
+    toy = target_named("toy")
+    assert toy.devices == ["cpu", "trt-rtx"] and toy.component("trt-rtx") == toy_target.TOY_ON_ABACUS
+    assert toy.component("cpu") == toy_target.TOY.runtime

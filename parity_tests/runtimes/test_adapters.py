@@ -1,4 +1,4 @@
-"""The adapters, over minimal stand-ins of the frameworks' base classes; `interop/frameworks` has the real packages."""
+"""The adapters, over minimal stand-ins of the frameworks' base classes; `interop/systems` has the real packages."""
 
 import importlib
 import sys

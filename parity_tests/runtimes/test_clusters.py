@@ -1,4 +1,4 @@
-"""Scoring of tables and Parquet files; `interop/frameworks` runs them with the real Ray and Spark."""
+"""Scoring of tables and Parquet files; `interop/systems` runs them with the real Ray and Spark."""
 
 import importlib.util
 import multiprocessing

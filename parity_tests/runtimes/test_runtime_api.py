@@ -320,9 +320,9 @@ def test_an_error_in_a_batch_reaches_the_caller(
 
 
 def test_device_is_never_replaced(demo_artifacts: dict[tuple[str, str], Path]) -> None:
-    with pytest.raises(UsageError, match="unknown device 'tpu', expected one of: cpu, cuda"):
+    with pytest.raises(UsageError, match="target 'onnx' does not run on device 'tpu', expected one of: cpu, cuda"):
         load(demo_artifacts["onnx", "fp32"], device="tpu")
-    with pytest.raises(HardwareError, match="runs on the CPU, not on 'cuda'"):
+    with pytest.raises(UsageError, match="target 'openvino' does not run on device 'cuda', expected one of: cpu$"):
         load(demo_artifacts["openvino", "fp32"], device="cuda")
     if not torch.cuda.is_available():
         with pytest.raises(HardwareError, match=r"CUDAExecutionProvider.*onnx-gpu"):

@@ -26,6 +26,10 @@ TOY = Target(
     writer=Component("toy_target:ToyWriter", distribution="toy-target"),
 )
 
+TOY_ON_ABACUS = Component(
+    "toy_target:ToyRuntime", ("torch",), distribution="toy-target", experimental="not yet run with beads"
+)
+
 
 class ToyWriter(Writer):
     def write(self, model: Model, precision: str, folder: Path) -> Lowered:

@@ -133,6 +133,13 @@ def test_native_openvino(demo_artifacts: Artifacts, tmp_path: Path) -> None:
         )  # fmt: skip
 
 
+def test_another_device_is_not_replaced(demo_artifacts: Artifacts, tmp_path: Path) -> None:
+    options = TritonOptions(native=True, on_gpu=True, runtime={"device": "trt-rtx"})
+    with pytest.raises(UsageError, match="own backends run on cpu and cuda, not on 'trt-rtx'. Leave out --native"):
+        publish(demo_artifacts["onnx", "fp32"], tmp_path / "models", "reranker", options)
+    assert not (tmp_path / "models").exists()
+
+
 def test_torch_stays_outside(demo_artifacts: Artifacts, tmp_path: Path) -> None:
     artifact = demo_artifacts["transformers", "fp32"]
     with pytest.raises(UsageError, match="'transformers' needs torch, which has no place in a server"):
@@ -157,6 +164,7 @@ def test_command(demo_artifacts: Artifacts, tmp_path: Path) -> None:
         (["{artifact}", "--instances", "2"], "--instances is for --native"),
         (["{artifact}", "--name", "../up"], "model name '../up': expected letters"),
         (["nowhere"], "nowhere: no such folder"),
+        (["{artifact}", "--device", "tpu"], "'onnx' does not run on device 'tpu', expected one of: cpu, cuda"),
     ],
 )
 def test_command_says_what_is_wrong(

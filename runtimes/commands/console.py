@@ -18,9 +18,7 @@ from ettin.runtimes.long_documents import POLICIES
 # Options that several commands have. Those of `load` have the names of its arguments.
 KEY_HELP = "Public key (PEM) whose holder must have signed the artifact."
 KEY = click.option("--key", "trusted_key", type=click.Path(path_type=Path), help=KEY_HELP)
-DEVICE = click.option(
-    "--device", type=click.Choice(["cpu", "cuda"]), help="Device to score on.  [default: the artifact's]"
-)
+DEVICE = click.option("--device", help="Device to score on, see ettin-export --list.  [default: the artifact's]")
 PRECISION = click.option("--precision", help="Precision to use, of several in the artifact.  [default: its first]")
 THREADS = click.option("--threads", type=click.IntRange(1), help="Number of CPU threads.  [default: all]")
 STREAMS = click.option(

@@ -10,7 +10,7 @@ import click
 from ettin.artifacts.errors import ServerError, UsageError
 from ettin.runtimes.commands import console
 from ettin.runtimes.hub import located
-from ettin.runtimes.loading import checked_manifest
+from ettin.runtimes.loading import checked_device, checked_manifest
 from ettin.runtimes.triton.repository import TritonOptions, publish
 
 
@@ -64,9 +64,10 @@ def command(
     folders = [located(artifact) for artifact in artifacts]
     checked = [(folder, checked_manifest(folder, trusted_key, settings["precision"])) for folder in folders]
     for artifact, manifest in checked:
+        device = checked_device(manifest, settings["device"])
         options = TritonOptions(
             native=native,
-            on_gpu="cuda" in (settings["device"], manifest.needs.device),
+            on_gpu=device != "cpu",
             instances=instances,
             environment=environment,
             response_cache=response_cache,

@@ -14,58 +14,72 @@ from ettin.runtimes.base import Runtime, Settings
 from ettin.runtimes.batch import Batch, BatchLimits
 from ettin.runtimes.machine import CpuPlan
 
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-
 # Small batches stay in the caches. Measured with the 17m shape in int8 on two cores, SQuAD pairs, in pairs/s: 278 with
 # 512 tokens a thread in two streams, 212 with 2048; one stream of two threads: 209 and 222.
 _CPU_TOKENS_PER_THREAD = 512
 
 
 class OnnxRuntime(Runtime):
-    """An ONNX Runtime session; see `Runtime`.
+    """An ONNX Runtime session on a CPU; see `Runtime`. A subclass for a GPU replaces what is said of the device.
 
     Args:
         artifact: open.
-        settings: no cache; streams on the CPU only.
+        settings: no cache.
 
     Raises:
         HardwareError: the provider is not in this build of ONNX Runtime, or found no device.
     """
 
+    provider = "CPUExecutionProvider"
+    memory = "cpu"  # where ONNX Runtime keeps inputs and logits
+    refused: tuple[str, ...] = ("cache_dir",)  # settings that it does not have
+    fix = 'pip install "ettin-export[onnx]"'  # what installs an ONNX Runtime with the provider
+
     def __init__(self, artifact: OpenArtifact, settings: Settings) -> None:
         manifest, device = artifact.manifest, settings.device
-        settings.refuse("onnx", "cache_dir", *(() if device == "cpu" else ("streams",)))
-        provider = _PROVIDERS[device]
+        settings.refuse("onnx", *self.refused)
         available = ort.get_available_providers()
-        if provider not in available:
+        if self.provider not in available:
             raise HardwareError(
-                f"device '{device}' needs {provider}, this ONNX Runtime has {', '.join(available)}. "
-                'Run: pip uninstall -y onnxruntime && pip install "ettin-export[onnx-gpu]"'
+                f"device '{device}' needs {self.provider}, this ONNX Runtime has {', '.join(available)}. "
+                f"Run: {self.fix}"
             )
-        plan = CpuPlan.of(settings.threads, settings.streams) if device == "cpu" else CpuPlan(1, 1)
+        plan = self.plan(settings)
         options = ort.SessionOptions()
         options.intra_op_num_threads = plan.threads_per_stream
         options.log_severity_level = 3  # errors only: warnings about node placement are not for users
         options.enable_mem_pattern = False  # a rerank's batches have many shapes, and a plan is kept for each of them
-        session = _session(artifact, options, provider)
-        if session.get_providers()[0] != provider:
+        session = _session(artifact, options, self.provider)
+        if session.get_providers()[0] != self.provider:
             raise HardwareError(
-                f"device '{device}': ONNX Runtime could not start {provider}. Run: ettin-export --doctor"
+                f"device '{device}': ONNX Runtime could not start {self.provider}. Run: ettin-export --doctor"
             )
         self._session: ort.InferenceSession | None = session
-        self._device, self._provider = device, provider
-        # With its arena, one int8 pair of 7999 tokens (17m) takes 109 MiB, with malloc 299. The arena would keep the
-        # memory of the largest batch, so each run gives unused memory back.
-        self._run_options = ort.RunOptions()
-        if device == "cpu":
-            self._run_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        self._run_options = self.run_options()
         self._packed = any(tensor.name == "cu_seqlens" for tensor in manifest.interface.inputs)
-        tokens = _CPU_TOKENS_PER_THREAD * plan.threads_per_stream if device == "cpu" else 65536
-        super().__init__(artifact, settings, BatchLimits(concurrency=plan.streams, batch_tokens=tokens))
+        super().__init__(artifact, settings, self.batch_limits(plan))
+
+    def plan(self, settings: Settings) -> CpuPlan:
+        """How CPU threads are divided."""
+        return CpuPlan.of(settings.threads, settings.streams)
+
+    def batch_limits(self, plan: CpuPlan) -> BatchLimits:
+        """The batches that the device takes."""
+        return BatchLimits(concurrency=plan.streams, batch_tokens=_CPU_TOKENS_PER_THREAD * plan.threads_per_stream)
+
+    def run_options(self) -> ort.RunOptions:
+        """What each run is told.
+
+        With its arena, one int8 pair of 7999 tokens (17m) takes 109 MiB, with malloc 299. The arena would keep the
+        memory of the largest batch, so each run gives unused memory back.
+        """
+        options = ort.RunOptions()
+        options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        return options
 
     @property
     def description(self) -> str:
-        return f"ONNX Runtime {ort.__version__}, {self._provider}, {self.manifest.precision}"
+        return f"ONNX Runtime {ort.__version__}, {self.provider}, {self.manifest.precision}"
 
     @property
     def arithmetic(self) -> Arithmetic:
@@ -80,8 +94,8 @@ class OnnxRuntime(Runtime):
         # Bound, so that nothing is copied but the inputs to the device and the logits back.
         binding = self._session.io_binding()
         for name, array in feeds.items():
-            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array, self._device, 0))
-        binding.bind_output("logits", self._device)
+            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array, self.memory, 0))
+        binding.bind_output("logits", self.memory)
         self._session.run_with_iobinding(binding, self._run_options)
         logits = binding.get_outputs()[0].numpy()
         return np.asarray(logits[:, 0], np.float32)

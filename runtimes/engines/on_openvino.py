@@ -12,7 +12,6 @@ from openvino import opset15 as op
 from openvino.utils.node_factory import NodeFactory
 
 from ettin.artifacts.arithmetic import Arithmetic
-from ettin.artifacts.errors import HardwareError
 from ettin.artifacts.manifest import Manifest
 from ettin.artifacts.opened import OpenArtifact
 from ettin.graph.ops import ONLY_IN_F32, SAME_WHEN_SHORT
@@ -52,19 +51,14 @@ class OpenVinoRuntime(Runtime):
 
     Args:
         artifact: open.
-        settings: all but device "cuda".
+        settings: all of them.
 
     Raises:
-        HardwareError: another device was asked for.
         OutputError: the cache folder can't be made.
     """
 
     def __init__(self, artifact: OpenArtifact, settings: Settings) -> None:
         manifest = artifact.manifest
-        if settings.device != "cpu":
-            raise HardwareError(
-                f"target 'openvino' runs on the CPU, not on '{settings.device}'. Export another target: --target onnx"
-            )
         plan = CpuPlan.of(settings.threads, settings.streams)
         self._kernel, self._arithmetic, self._unproven = _chosen(manifest, settings.allow_unverified)
         self.precision_hint = _floats(self._arithmetic)

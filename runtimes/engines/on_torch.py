@@ -1,7 +1,6 @@
-"""Runs `transformers` artifacts with torch.
+"""Runs `transformers` artifacts with torch on a CPU.
 
-In fp32, and on CPUs: transformers' own ModernBertForSequenceClassification, padded, with SDPA attention. In bf16 on a
-GPU: our graph without padding, with FlashAttention-2.
+It is transformers' own ModernBertForSequenceClassification, padded, with SDPA attention.
 """
 
 import json
@@ -11,19 +10,17 @@ import numpy as np
 import safetensors.torch
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from transformers import ModernBertConfig, ModernBertForSequenceClassification
 
 from ettin.artifacts.arithmetic import Arithmetic
-from ettin.artifacts.errors import DamagedArtifact, HardwareError
+from ettin.artifacts.errors import DamagedArtifact
 from ettin.artifacts.manifest import Manifest
 from ettin.artifacts.opened import OpenArtifact
-from ettin.graph import ModelShape
-from ettin.graph.fold import inference_weights, modular_tensors
 from ettin.runtimes.base import Runtime, Settings
 from ettin.runtimes.batch import Batch, BatchLimits
-from ettin.runtimes.engines.flash import FlashGraph, Kernel, flash_kernel, packed_inputs
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 # Small batches stay in the caches. Measured with the 17m shape in fp32 on two cores, SQuAD pairs: 126 pairs/s with
 # 512 tokens a thread, 94 with 4096.
@@ -39,46 +36,32 @@ _CONFIG_KEYS = (
 
 
 class TorchRuntime(Runtime):
-    """The stock transformers model, or our graph of it; see `Runtime`.
+    """The stock transformers model on a CPU; see `Runtime`.
 
     Args:
         artifact: open.
         settings: no streams, no cache; `threads` are torch's for the whole process, None: torch's own choice.
-
-    Raises:
-        HardwareError: no CUDA device, or for bf16 none that FlashAttention-2 runs on.
     """
 
     def __init__(self, artifact: OpenArtifact, settings: Settings) -> None:
-        manifest, device = artifact.manifest, settings.device
         settings.refuse("transformers", "streams", "cache_dir")
-        if device == "cuda" and not torch.cuda.is_available():
-            raise HardwareError("device 'cuda': torch finds no CUDA device. Run: ettin-export --doctor")
-        kernel = flash_kernel() if device == "cuda" and manifest.precision == "bf16" else None
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
-        self._model = _model(artifact)
-        self._device = device
-        self._flash = None if kernel is None else self._flash_graph(manifest, kernel)
-        if self._flash is None:
-            self._model.to(device).eval()
-        if device == "cpu":
-            limits = BatchLimits(concurrency=1, batch_tokens=_CPU_TOKENS_PER_THREAD * torch.get_num_threads())
-        else:  # while the GPU computes one batch, the next is copied and its kernels are queued
-            limits = BatchLimits(concurrency=2, batch_tokens=65536, in_parallel=False)
-        super().__init__(artifact, settings, limits)
+        self._model: Any = self.prepared(stock_model(artifact), artifact.manifest)
+        super().__init__(artifact, settings, self.batch_limits)
 
-    def _flash_graph(self, manifest: Manifest, kernel: Kernel) -> FlashGraph:
-        shape = ModelShape.from_json(manifest.source.shape)
-        tensors = {name: tensor.float() for name, tensor in self._model.state_dict().items()}
-        weights = inference_weights(*modular_tensors(tensors), shape)
-        self._model = None
-        return FlashGraph(weights, shape, kernel, _DTYPES[manifest.precision]).to(self._device)
+    def prepared(self, model: Any, manifest: Manifest) -> Any:
+        """What `logits` calls, made of the stock model."""
+        return model.eval()
+
+    @property
+    def batch_limits(self) -> BatchLimits:
+        """The batches that this device takes."""
+        return BatchLimits(concurrency=1, batch_tokens=_CPU_TOKENS_PER_THREAD * torch.get_num_threads())
 
     @property
     def description(self) -> str:
-        attention = "FlashAttention-2, unpadded" if self._flash else "SDPA"
-        return f"torch {torch.__version__}, {self._device}, {attention}, {self.manifest.precision}"
+        return f"torch {torch.__version__}, {self.settings.device}, SDPA, {self.manifest.precision}"
 
     @property
     def arithmetic(self) -> Arithmetic:
@@ -86,18 +69,19 @@ class TorchRuntime(Runtime):
 
     @torch.inference_mode()
     def score(self, batch: Batch) -> NDArray[np.float32]:
-        if self._flash is not None:
-            logits = self._flash(*packed_inputs(batch, self._device), batch.longest)
-        else:
-            input_ids, attention_mask = (torch.from_numpy(array).to(self._device) for array in batch.padded())
-            logits = self._model(input_ids=input_ids, attention_mask=attention_mask).logits[:, 0]
-        return np.asarray(logits.float().cpu().numpy())
+        return np.asarray(self.logits(batch).float().cpu().numpy())
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Raw logits [pairs], in the model's type, on its device."""
+        input_ids, attention_mask = (torch.from_numpy(array).to(self.settings.device) for array in batch.padded())
+        logits: Tensor = self._model(input_ids=input_ids, attention_mask=attention_mask).logits[:, 0]
+        return logits
 
     def _release(self) -> None:
-        self._model = self._flash = None
+        self._model = None
 
 
-def _model(artifact: OpenArtifact) -> Any:
+def stock_model(artifact: OpenArtifact) -> Any:
     """The model of transformers, made of checked bytes: no file is opened and no name in the artifact is imported."""
     manifest = artifact.manifest
     config = json.loads(artifact.read("config.json"))
@@ -123,7 +107,7 @@ def _model(artifact: OpenArtifact) -> Any:
         None,
         config=built,
         state_dict=tensors,
-        dtype=_DTYPES[manifest.precision],
+        dtype=DTYPES[manifest.precision],
         attn_implementation="sdpa",
         local_files_only=True,
     )

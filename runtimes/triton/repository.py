@@ -114,6 +114,9 @@ def _check(manifest: Manifest, options: TritonOptions) -> None:
         )
     if options.native and target.native_triton_backend is None:
         raise UsageError(f"Triton has no backend of its own for target '{target.name}'. Leave out --native")
+    device = options.runtime.get("device", "cpu")
+    if options.native and device not in ("cpu", "cuda"):
+        raise UsageError(f"Triton's own backends run on cpu and cuda, not on '{device}'. Leave out --native")
     if options.native and (target.name, precision) == ("openvino", "fp32"):
         raise UsageError(
             "Triton's OpenVINO backend can't be told to compute in f32 where the CPU has bf16. Leave out --native"

@@ -1,6 +1,6 @@
 # system: Ray Data
 # artifact: openvino fp32
-# requires: psutil==7.2.2 pyarrow==26.0.1 ray[data]==2.60.0
+# requires: ray[data]==2.60.0 psutil==7.2.2 pyarrow==26.0.1 ettin-export[openvino,ray]
 # largest error: 1e-4
 """Ray Data over an artifact, with an actor that is killed: prints the scores of the question's documents as JSON."""
 

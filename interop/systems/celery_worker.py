@@ -1,6 +1,6 @@
 # system: Celery
 # artifact: openvino fp32
-# requires: celery==5.7.0
+# requires: celery==5.7.0 ettin-export[openvino]
 # largest error: 1e-4
 """A Celery worker with two forked processes over an artifact: prints the scores of the question's documents as JSON.
 

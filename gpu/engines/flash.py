@@ -158,8 +158,10 @@ class FlashGraph(nn.Module):
             self._keep_linear(f"{layer}_up_gate", weights, f"layers.{layer}.up", f"layers.{layer}.gate")
             for name in ("o", "down"):
                 self._keep_linear(f"{layer}_{name}", weights, f"layers.{layer}.{name}")
-        for name in ("global.cos", "global.sin", "local.cos", "local.sin"):
-            self.register_buffer(name.replace(".", "_"), weights[f"rope.{name}"].to(self._wide))
+        for kind in ("global", "local"):
+            for part in ("cos", "sin"):
+                table = weights[f"{shape.rope_table(kind == 'global')}.{part}"]
+                self.register_buffer(f"{kind}_{part}", table.to(self._wide))
         for name in ("dense", "score"):
             self._keep_linear(f"head_{name}", weights, f"head.{name}", dtype=self._wide)
 

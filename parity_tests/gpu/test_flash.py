@@ -17,13 +17,13 @@ from ettin.artifacts.tolerances import REWRITE_FLOAT64
 from ettin.bench.gpu import plain_varlen
 from ettin.export.source.checkpoint import Checkpoint
 from ettin.export.source.weights import read_weights
+from ettin.gpu.engines import flash
+from ettin.gpu.engines.flash import FlashGraph
+from ettin.gpu.engines.torch_cuda import CudaTorchRuntime
 from ettin.graph.fold import inference_weights
 from ettin.graph.torch_ops import InferenceGraph
 from ettin.runtimes import load
 from ettin.runtimes.batch import Batch
-from ettin.runtimes.engines import flash
-from ettin.runtimes.engines.flash import FlashGraph
-from ettin.runtimes.engines.on_torch import TorchRuntime
 
 WINDOWS: list[tuple[int, int]] = []
 DEMO_WINDOWS = [(-1, -1), (64, 64), (64, 64), (-1, -1), (64, 64), (64, 64), (-1, -1)]
@@ -108,14 +108,14 @@ def test_runtime_uses_the_graph_on_a_gpu(
 ) -> None:
     """With a CPU in the GPU's place: everything but the device's name is what runs there."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("ettin.runtimes.engines.on_torch.flash_kernel", lambda: watched_varlen)
+    monkeypatch.setattr("ettin.gpu.engines.torch_cuda.flash_kernel", lambda: watched_varlen)
     for kind in (torch.nn.Module, Tensor):
         monkeypatch.setattr(kind, "to", staying(kind.to))
     WINDOWS.clear()
     artifact = demo_artifacts["transformers", "bf16"]
     cases = [case for case in read_parity(artifact) if len(case.ids) <= 200 < case.max_length]
     with load(artifact, device="cuda") as runtime:
-        assert isinstance(runtime, TorchRuntime) and "cuda, FlashAttention-2, unpadded, bf16" in runtime.description
+        assert isinstance(runtime, CudaTorchRuntime) and "cuda, FlashAttention-2, unpadded, bf16" in runtime.description
         found = runtime.predict([(case.query, case.document) for case in cases])
     # Two batches at a time, so their layers mix.
     assert len(WINDOWS) % 7 == 0 and 3 * WINDOWS.count((64, 64)) == 4 * WINDOWS.count((-1, -1)) > 0

@@ -9,9 +9,9 @@ from pathlib import Path
 from ettin.artifacts.manifest import Engine, Needs, ShapeRange
 from ettin.artifacts.targets import target_named
 from ettin.export.options import BuildOptions
-from ettin.export.targets.tensorrt_builder import Profile, build, builder_module, check_options, checked_arch
 from ettin.export.targets.to_onnx import FORM, PackedOnnxWriter, packed_onnx
 from ettin.export.writer import PACKED, Lowered, Model, Writer
+from ettin.gpu.targets.tensorrt_builder import Profile, build, builder_module, check_options, checked_arch
 from ettin.runtimes.machine import gpus
 
 # Limits of one batch, padding included: large enough to keep the largest GPUs busy with the smallest size, and within

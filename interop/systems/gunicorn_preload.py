@@ -1,6 +1,6 @@
 # system: Gunicorn
 # artifact: openvino fp32
-# requires: gunicorn==27.0.1
+# requires: gunicorn==27.0.1 ettin-export[openvino]
 # largest error: 1e-4
 """Gunicorn with --preload and two workers over an artifact: prints the scores of the question's documents as JSON.
 

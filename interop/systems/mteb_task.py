@@ -1,6 +1,6 @@
 # system: MTEB
 # artifact: openvino fp32
-# requires: torch==2.13.0 mteb==2.26.24
+# requires: mteb==2.26.24 torch==2.13.0 ettin-export[openvino]
 # largest error: 1e-4
 import json
 import sys

@@ -18,7 +18,7 @@ from ettin.runtimes.loading import engine_module
 from ettin.runtimes.machine import gpus
 
 if TYPE_CHECKING:  # imports cuda.bindings
-    from ettin.runtimes.engines.cuda import CudaGraph
+    from ettin.gpu.engines.cuda import CudaGraph
 
 # One batch computes while the next is copied and queued.
 _SLOTS = 2
@@ -36,7 +36,7 @@ class TensorRtRuntime(Runtime):
 
     Args:
         artifact: open.
-        settings: device "cuda"; no threads, no streams, no cache.
+        settings: no threads, no streams, no cache.
 
     Raises:
         HardwareError: no GPU, another GPU or another version than the engine was compiled for.
@@ -45,8 +45,6 @@ class TensorRtRuntime(Runtime):
 
     def __init__(self, artifact: OpenArtifact, settings: Settings) -> None:
         folder, manifest = artifact.path, artifact.manifest
-        if settings.device != "cuda":
-            raise HardwareError(f"target '{manifest.target}' runs on a GPU, not on '{settings.device}': device='cuda'")
         settings.refuse(manifest.target, "threads", "streams", "cache_dir")
         engine = manifest.engine
         if engine is None:
@@ -169,7 +167,7 @@ class _Slot:
     """A stream, a context for each profile, and the buffers of one inference."""
 
     def __init__(self, module: Any, engine: Any, profiles: Profiles) -> None:
-        from ettin.runtimes.engines.cuda import Stream
+        from ettin.gpu.engines.cuda import Stream
 
         self._engine, self._profiles = engine, profiles
         self._stream = Stream()

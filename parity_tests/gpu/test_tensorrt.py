@@ -39,15 +39,16 @@ from ettin.export.pipeline import Export
 from ettin.export.source.checkpoint import Checkpoint, read_checkpoint
 from ettin.export.source.sizes import SIZES
 from ettin.export.source.weights import write_random_checkpoint
-from ettin.export.targets import tensorrt_builder
-from ettin.export.targets.tensorrt_builder import build, checked_arch
 from ettin.export.targets.to_onnx import packed_onnx
-from ettin.export.targets.to_tensorrt import BATCH_PAIRS, BATCH_TOKENS, profiles
 from ettin.export.writer import rewrite
+from ettin.gpu.engines import on_tensorrt
+from ettin.gpu.marks import mark
+from ettin.gpu.targets import tensorrt_builder
+from ettin.gpu.targets.tensorrt_builder import build, checked_arch
+from ettin.gpu.targets.to_tensorrt import BATCH_PAIRS, BATCH_TOKENS, profiles
 from ettin.runtimes import load
 from ettin.runtimes import machine as gpu
 from ettin.runtimes.batch import Batch, BatchLimits, cut
-from ettin.runtimes.engines import on_tensorrt
 from ettin.runtimes.machine import Gpu
 from ettin.runtimes.verify import adopt_engine, record_verified, verify
 
@@ -162,7 +163,9 @@ def test_engine_is_built_without_a_gpu(engine_artifact: Path, demo: Checkpoint) 
     assert list(manifest.engine.profiles) == profiles(512) and manifest.engine.arch == "sm_86"
     assert (engine_artifact / manifest.entry).stat().st_size > 1 << 20
     assert {file.path for file in manifest.files} == {"engine/model.engine", "parity.jsonl", "tokenizer.json"}
-    assert "Not verified" in (engine_artifact / "README.md").read_text()
+    card = (engine_artifact / "README.md").read_text()
+    assert "Not verified" in card
+    assert manifest.experimental == bool(mark("trt-rtx")) == ("**Experimental.**" in card)
 
 
 def test_unproven_engine_is_not_loaded(engine_artifact: Path) -> None:
@@ -174,7 +177,7 @@ def test_verifying_needs_the_gpu(engine_artifact: Path, no_gpu: None) -> None:
     pytest.importorskip("cuda.bindings", reason="needs the `trt-rtx` extra")
     with pytest.raises(HardwareError, match="runs on a GPU, none is here"):
         verify(engine_artifact)
-    with pytest.raises(HardwareError, match="runs on a GPU, not on 'cpu'"):
+    with pytest.raises(UsageError, match="target 'trt-rtx' does not run on device 'cpu', expected one of: cuda$"):
         load(engine_artifact, device="cpu", allow_unverified=True)
     assert Manifest.read(engine_artifact).parity.status == "unverified"
 
@@ -262,7 +265,8 @@ def test_doctor_says_what_can_be_built_and_run(monkeypatch: pytest.MonkeyPatch) 
     def detail(target: str, absent: set[str], present: list[Gpu]) -> str:
         monkeypatch.setattr(reports, "_has", lambda module: module not in absent)
         monkeypatch.setattr(reports, "gpus", lambda: present)
-        return next(finding.detail for finding in reports._targets() if finding.what == f"target {target}")
+        found = next(finding.detail for finding in reports._targets() if finding.what == f"target {target}")
+        return found.partition("; experimental")[0]
 
     assert detail("trt", {"tensorrt"}, []).startswith("neither build nor run: no tensorrt; a build kit can be written")
     assert detail("trt", set(), []) == "build kits only (--build-kit); to run, no GPU"
@@ -463,12 +467,12 @@ def card(kit: Path, demo: Checkpoint, tmp_path: Path, monkeypatch: pytest.Monkey
     module.Logger.ERROR = 1
     module.Runtime = lambda logger: SimpleNamespace(deserialize_cuda_engine=deserialised)
     module.ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED=2)
-    cuda: Any = ModuleType("ettin.runtimes.engines.cuda")
+    cuda: Any = ModuleType("ettin.gpu.engines.cuda")
     cuda.Stream = FakeStream
     for name in ("cuda", "cuda.bindings"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     monkeypatch.setitem(sys.modules, "tensorrt", module)
-    monkeypatch.setitem(sys.modules, "ettin.runtimes.engines.cuda", cuda)
+    monkeypatch.setitem(sys.modules, "ettin.gpu.engines.cuda", cuda)
     here = Gpu("NVIDIA H100", "sm_90", "580.95.05")
     monkeypatch.setattr(on_tensorrt, "gpus", lambda: [here])
     return kit

@@ -1,6 +1,6 @@
 # system: Spark
 # artifact: openvino fp32
-# requires: pandas==3.1.1 pyarrow==26.0.1 pyspark==4.3.0
+# requires: pyspark==4.3.0 pandas==3.1.1 pyarrow==26.0.1 ettin-export[openvino,spark]
 # largest error: 1e-4
 """A Spark data frame over an artifact: prints the scores of the question's documents as JSON. Needs Java."""
 

@@ -1,6 +1,6 @@
 # system: Haystack
 # artifact: openvino fp32
-# requires: haystack-ai==3.4.1
+# requires: haystack-ai==3.4.1 ettin-export[openvino]
 # largest error: 1e-4
 import json
 import sys

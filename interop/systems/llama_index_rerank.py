@@ -1,6 +1,6 @@
 # system: LlamaIndex
 # artifact: openvino fp32
-# requires: llama-index-core==0.14.25
+# requires: llama-index-core==0.14.25 ettin-export[openvino]
 # largest error: 1e-4
 import json
 import sys

@@ -1,6 +1,6 @@
 # system: LangChain
 # artifact: openvino fp32
-# requires: langchain-classic==1.0.8
+# requires: langchain-classic==1.0.8 ettin-export[openvino]
 # largest error: 1e-4
 import json
 import sys
