@@ -18,9 +18,9 @@ from torch import Tensor
 
 from ettin.artifacts.errors import MissingDependency
 from ettin.gpu.engines.buckets import Bucket
+from ettin.gpu.engines.flash import TORCH_STEPS, FlashGraph, Kernel, Steps
 from ettin.graph.shape import ModelShape
 from ettin.runtimes.batch import Batch
-from ettin.runtimes.engines.flash import TORCH_STEPS, FlashGraph, Kernel, Steps
 
 # Takes what computes scores from tensors that stay where they are; returns what computes them again, from what these
 # tensors hold then, into the tensor that it returns.
@@ -68,13 +68,14 @@ class FlashScorer:
         *, device: str = "cuda", dtype: torch.dtype = torch.bfloat16, capture: Capture | None = None,
     ) -> None:  # fmt: skip
         steps = _triton_steps() if options.kernels == "triton" else TORCH_STEPS
-        graph: Callable[..., Any] = FlashGraph(weights, shape, kernel, dtype, steps).to(device)
+        module = FlashGraph(weights, shape, kernel, dtype, steps).to(device)
+        self._is_cuda = module.get_buffer("embedding").is_cuda
+        graph: Callable[..., Any] = module
         if options.kernels == "compiled":
             # A part that can't be traced is an error, and so is another shape that none of the compiled forms takes
             # (torch._dynamo.config.recompile_limit, 8); tests see one form.
             graph = torch.compile(graph, dynamic=True, fullgraph=True)
         self._graph, self._options, self._device = graph, options, device
-        self._is_cuda = device.startswith("cuda")
         self._recordings: Recordings | None = None
         if options.launches == "cuda-graphs":
             self._recordings = Recordings(self._launched, capture or CudaCapture(), device, options.max_graphs)

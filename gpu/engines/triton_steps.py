@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ettin.runtimes.engines.flash import Steps
+from ettin.gpu.engines.flash import Steps
 
 _TILE = 2048  # elements of a program
 _WARP = 256  # elements of a warp, where a program has few: each of its threads then loads 8, 16 bytes of bf16

@@ -18,10 +18,10 @@ from ettin.bench.gpu import plain_varlen
 from ettin.export.source.checkpoint import Checkpoint
 from ettin.export.source.weights import read_weights
 from ettin.gpu.engines.buckets import Bucket
+from ettin.gpu.engines.flash import FlashGraph, packed_inputs
 from ettin.gpu.engines.flash_scorer import SCORERS, FlashOptions, FlashScorer, Recordings
 from ettin.graph.fold import inference_weights
 from ettin.runtimes.batch import Batch
-from ettin.runtimes.engines.flash import FlashGraph, packed_inputs
 
 LENGTHS: list[list[int]] = [
     [2], [3, 1], [63, 64, 65, 66], [5, 300, 8, 257], [7] * 40,
@@ -261,7 +261,7 @@ def test_missing_triton_is_said(tiny: Checkpoint, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("name", SCORERS)
 def test_scores_on_a_gpu(name: str, demo: Checkpoint) -> None:
     """No farther from float64 than the plain form is, in bf16."""
-    from ettin.runtimes.engines.flash import flash_kernel
+    from ettin.gpu.engines.flash import flash_kernel
 
     weights = folded(demo)
     graph = FlashGraph(weights, demo.shape, plain_varlen, torch.float64)

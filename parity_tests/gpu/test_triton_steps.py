@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 
-from ettin.runtimes.engines.flash import Steps
+from ettin.gpu.engines.flash import Steps
 
 pytest.importorskip("triton", reason="needs triton, which has wheels for Linux only")
 
