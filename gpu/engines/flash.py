@@ -108,6 +108,31 @@ def flash_logits(model: Any, batch: Batch, device: str | torch.device) -> Tensor
     return logits
 
 
+class Steps:
+    """What the graph computes between products and attention, with torch's operations; `TritonSteps` fuses each."""
+
+    def rope(self, cos: Tensor, sin: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+        """What `rotated` takes: tables [rows, d], in the type that rotation computes in, at positions [tokens]."""
+        return cos[positions, None], sin[positions, None]
+
+    def rotated(self, heads: Tensor, count: int, rope: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The parts of heads [tokens, parts, heads, d], the first `count` of them rotated; heads may be overwritten."""
+        return tuple(_rotated(part, rope) if i < count else part for i, part in enumerate(heads.unbind(1)))
+
+    def added(self, x: Tensor, change: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """The sum of x and change [tokens, H], in their type, and its norm, which adds up in float32."""
+        x = x + change
+        return x, _norm(x, eps)
+
+    def gated(self, up_gate: Tensor) -> Tensor:
+        """GELU of the first half of each row, in the form with erf, times its second: [tokens, 2 I] → [tokens, I]."""
+        up, gate = up_gate.chunk(2, dim=-1)
+        return F.gelu(up) * gate
+
+
+TORCH_STEPS = Steps()
+
+
 class FlashGraph(nn.Module):
     """The scorer over sequences laid end to end.
 
@@ -116,13 +141,15 @@ class FlashGraph(nn.Module):
         shape: the model's shape.
         kernel: see `use_flash`.
         dtype: of linear layers, attention and residual stream; norms add up, and the head and RoPE compute, in float32.
+        steps: what computes the rest.
     """
 
     def __init__(
-        self, weights: Mapping[str, Tensor], shape: ModelShape, kernel: Kernel, dtype: torch.dtype = torch.bfloat16
-    ) -> None:
+        self, weights: Mapping[str, Tensor], shape: ModelShape, kernel: Kernel, dtype: torch.dtype = torch.bfloat16,
+        steps: Steps = TORCH_STEPS,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.shape, self._kernel, self._dtype = shape, kernel, dtype
+        self.shape, self._kernel, self._dtype, self._steps = shape, kernel, dtype, steps
         self._wide = torch.promote_types(dtype, torch.float32)  # float64 where the whole graph is
         self.register_buffer("embedding", weights["embedding"].to(dtype))
         for layer in range(shape.num_layers):
@@ -154,8 +181,8 @@ class FlashGraph(nn.Module):
         """Raw logits.
 
         Args:
-            input_ids: int64 [tokens].
-            positions: int64 [tokens], of each token in its sequence.
+            input_ids: int64 or int32 [tokens].
+            positions: int64 or int32 [tokens], of each token in its sequence.
             bounds: int32 [pairs + 1], where each sequence begins and the last ends.
             longest: tokens of the longest sequence, or more.
 
@@ -164,44 +191,46 @@ class FlashGraph(nn.Module):
         """
         shape = self.shape
         rope = {
-            is_global: tuple(self.get_buffer(f"{kind}_{part}")[positions, None] for part in ("cos", "sin"))
+            is_global: self._steps.rope(self.get_buffer(f"{kind}_cos"), self.get_buffer(f"{kind}_sin"), positions)
             for is_global, kind in ((True, "global"), (False, "local"))
         }
         x = F.embedding(input_ids, self.get_buffer("embedding"))
+        change: Tensor | None = None  # what the layer before adds to x
         for layer in range(shape.full_layers):
             is_global = shape.global_layers[layer]
-            q, k, v = self._heads(self._normed(layer, x), f"{layer}_qkv", 3)
-            q, k = _rotated(q, rope[is_global]), _rotated(k, rope[is_global])
-            x = self._output(layer, x, self._attended(is_global, q, k, v, bounds, longest))
+            x, normed = self._added(x, change)
+            q, k, v = self._steps.rotated(self._heads(normed, f"{layer}_qkv", 3), 2, rope[is_global])
+            x, change = self._output(layer, x, self._attended(is_global, q, k, v, bounds, longest))
         if shape.pooling == "cls":
-            x = self._cls_layer(shape.full_layers, x, rope[shape.global_layers[-1]], bounds, longest)
+            x, change = self._cls_layer(shape.full_layers, x, change, rope[shape.global_layers[-1]], bounds, longest)
+        x = x if change is None else x + change
         x = _norm(x.to(self._wide), shape.norm_eps)
         x = F.gelu(self._linear(x if shape.pooling == "cls" else _means(x, bounds), "head_dense"))
         return self._linear(_norm(x, shape.head_norm_eps), "head_score")[:, 0]
 
-    def _normed(self, layer: int, x: Tensor) -> Tensor:
-        return x if layer == 0 else _norm(x, self.shape.norm_eps)
+    def _added(self, x: Tensor, change: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The residual stream and its norm; the first layer has neither a change nor a norm."""
+        return (x, x) if change is None else self._steps.added(x, change, self.shape.norm_eps)
 
-    def _heads(self, x: Tensor, name: str, count: int) -> tuple[Tensor, ...]:
-        heads = self._linear(x, name)
-        return heads.reshape(-1, count, self.shape.num_heads, self.shape.head_dim).unbind(1)
+    def _heads(self, x: Tensor, name: str, count: int) -> Tensor:
+        return self._linear(x, name).reshape(-1, count, self.shape.num_heads, self.shape.head_dim)
 
     def _attended(self, is_global: bool, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int) -> Tensor:
         side = -1 if is_global else self.shape.window_tokens
         return self._kernel(q, k, v, bounds, bounds, longest, longest, scale=1.0, window_size=(side, side))
 
-    def _output(self, layer: int, x: Tensor, mixed: Tensor) -> Tensor:
-        """The rest of a layer after attention."""
-        x = x + self._linear(mixed.flatten(1), f"{layer}_o")
-        up, gate = self._linear(_norm(x, self.shape.norm_eps), f"{layer}_up_gate").chunk(2, dim=-1)
-        return x + self._linear(F.gelu(up) * gate, f"{layer}_down")
+    def _output(self, layer: int, x: Tensor, mixed: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual stream after attention, and what the MLP adds to it."""
+        x, normed = self._added(x, self._linear(mixed.flatten(1), f"{layer}_o"))
+        return x, self._linear(self._steps.gated(self._linear(normed, f"{layer}_up_gate")), f"{layer}_down")
 
-    def _cls_layer(self, layer: int, x: Tensor, rope: tuple[Tensor, ...], bounds: Tensor, longest: int) -> Tensor:
-        """The last layer for the first token of each sequence: [pairs, H]."""
+    def _cls_layer(
+        self, layer: int, x: Tensor, change: Tensor | None, rope: tuple[Tensor, ...], bounds: Tensor, longest: int
+    ) -> tuple[Tensor, Tensor]:
+        """The last layer for the first token of each sequence, as `_output` returns it: [pairs, H]."""
         shape, starts = self.shape, bounds[:-1].long()
-        normed = self._normed(layer, x)
-        k, v = self._heads(normed, f"{layer}_kv", 2)
-        k = _rotated(k, rope)
+        x, normed = self._added(x, change)
+        k, v = self._steps.rotated(self._heads(normed, f"{layer}_kv", 2), 1, rope)
         # Position 0 is rotated by the angle 0, so the query needs no rotation.
         q = self._linear(normed[starts], f"{layer}_q").reshape(-1, shape.num_heads, shape.head_dim)
         if shape.global_layers[layer]:
@@ -219,7 +248,8 @@ def _norm(x: Tensor, eps: float) -> Tensor:
 
 def _means(x: Tensor, bounds: Tensor) -> Tensor:
     """Means of the tokens of each sequence: [tokens, H] → [pairs, H]."""
-    return torch.segment_reduce(x, "mean", lengths=bounds.diff().long(), axis=0)
+    # Without `unsafe`, torch checks the lengths on the host, which waits for the GPU and can't be captured.
+    return torch.segment_reduce(x, "mean", lengths=bounds.diff().long(), axis=0, unsafe=True)
 
 
 def _rotated(x: Tensor, rope: tuple[Tensor, ...]) -> Tensor:

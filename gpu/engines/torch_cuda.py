@@ -6,13 +6,15 @@ FlashAttention-2.
 
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from ettin.artifacts.errors import HardwareError
 from ettin.artifacts.manifest import Manifest
 from ettin.artifacts.opened import OpenArtifact
-from ettin.gpu.engines.flash import FlashGraph, flash_kernel, packed_inputs
+from ettin.gpu.engines.flash import flash_kernel
+from ettin.gpu.engines.flash_scorer import FlashScorer
 from ettin.graph import ModelShape
 from ettin.graph.fold import inference_weights, modular_tensors
 from ettin.runtimes.base import Settings
@@ -43,7 +45,7 @@ class CudaTorchRuntime(TorchRuntime):
         shape = ModelShape.from_json(manifest.source.shape)
         tensors = {name: tensor.float() for name, tensor in model.state_dict().items()}
         weights = inference_weights(*modular_tensors(tensors), shape)
-        return FlashGraph(weights, shape, self._kernel, DTYPES[manifest.precision]).to("cuda")
+        return FlashScorer(weights, shape, self._kernel, dtype=DTYPES[manifest.precision])
 
     @property
     def batch_limits(self) -> BatchLimits:
@@ -55,8 +57,8 @@ class CudaTorchRuntime(TorchRuntime):
         attention = "FlashAttention-2, unpadded" if self._kernel is not None else "SDPA"
         return f"torch {torch.__version__}, cuda, {attention}, {self.manifest.precision}"
 
-    def logits(self, batch: Batch) -> Tensor:
+    def score(self, batch: Batch) -> NDArray[np.float32]:
         if self._kernel is None:
-            return super().logits(batch)
-        logits: Tensor = self._model(*packed_inputs(batch, "cuda"), batch.longest)
-        return logits
+            return super().score(batch)
+        scores: NDArray[np.float32] = self._model(batch)
+        return scores
