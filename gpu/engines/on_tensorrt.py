@@ -1,7 +1,6 @@
 """Runs `trt` and `trt-rtx` artifacts: TensorRT's and TensorRT-RTX's engines. Needs no torch."""
 
 from collections import OrderedDict
-from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
@@ -9,11 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ettin.artifacts.arithmetic import Arithmetic
-from ettin.artifacts.errors import DamagedArtifact, HardwareError, ShapeError, UsageError
-from ettin.artifacts.manifest import Engine
+from ettin.artifacts.errors import DamagedArtifact, HardwareError, UsageError
 from ettin.artifacts.opened import OpenArtifact
+from ettin.gpu.engines.profiles import LONGEST_MULTIPLE, Profiles, Shape
 from ettin.runtimes.base import Runtime, Settings
-from ettin.runtimes.batch import Batch, BatchLimits, round_up
+from ettin.runtimes.batch import Batch, BatchLimits
 from ettin.runtimes.loading import engine_module
 from ettin.runtimes.machine import gpus
 
@@ -23,11 +22,6 @@ if TYPE_CHECKING:  # imports cuda.bindings
 # One batch computes while the next is copied and queued.
 _SLOTS = 2
 
-# Shapes are rounded up so that they recur: a known shape runs as one CUDA graph, and kernels are compiled for fewer
-# shapes. Batches are filled up with pad tokens, and with pairs of one pad token.
-_TOKENS_MULTIPLE = 256
-_LONGEST_MULTIPLE = 64
-_PAIRS_MULTIPLE = 8
 _GRAPHS = 32  # maximum number of CUDA graphs of a slot
 
 
@@ -62,12 +56,12 @@ class TensorRtRuntime(Runtime):
         limits = BatchLimits(
             concurrency=_SLOTS,
             batch_tokens=most,
-            length_multiple=_LONGEST_MULTIPLE,
+            length_multiple=LONGEST_MULTIPLE,
             batch_pairs=most_pairs,
             in_parallel=False,
         )
         super().__init__(artifact, settings, limits)
-        self._profiles = Profiles(engine, manifest.tokenizer.pad_token_id)
+        self._profiles = Profiles(engine.profiles, manifest.tokenizer.pad_token_id)
         self._logger = self._module.Logger(self._module.Logger.ERROR)
         self._runtime = self._module.Runtime(self._logger)
         self._engine = self._runtime.deserialize_cuda_engine(artifact.read(manifest.entry))
@@ -112,57 +106,6 @@ class TensorRtRuntime(Runtime):
         del self._engine, self._runtime
 
 
-@dataclass(frozen=True)
-class Shape:
-    """The rounded lengths of one inference, and the optimisation profile that it runs in."""
-
-    profile: int
-    tokens: int
-    pairs: int
-    longest: int
-
-    @property
-    def inputs(self) -> dict[str, int]:
-        """The length of each of the engine's inputs."""
-        return {"input_ids": self.tokens, "cu_seqlens": self.pairs + 1, "longest": self.longest}
-
-
-class Profiles:
-    """The optimisation profiles of an engine."""
-
-    def __init__(self, engine: Engine, pad_token_id: int) -> None:
-        self.engine, self.pad_token_id = engine, pad_token_id
-
-    def most(self, name: str) -> int:
-        """Maximum length of an input in any profile."""
-        return max(profile[name].max[0] for profile in self.engine.profiles)
-
-    def shape(self, batch: Batch) -> Shape:
-        """The batch, rounded up within the first profile that holds it; raises `ShapeError` if none does."""
-        pairs, tokens, longest = len(batch), len(batch.ids), batch.longest
-        for number, profile in enumerate(self.engine.profiles):
-            limits = [profile[name].max[0] for name in ("input_ids", "cu_seqlens", "longest")]
-            if tokens <= limits[0] and pairs + 1 <= limits[1] and longest <= limits[2]:
-                room = min(round_up(pairs, _PAIRS_MULTIPLE), limits[1] - 1) - pairs
-                # Added pairs are one pad token each.
-                whole = min(round_up(tokens + room, _TOKENS_MULTIPLE), limits[0])
-                room = min(room, whole - tokens)
-                return Shape(number, whole, pairs + room, min(round_up(longest, _LONGEST_MULTIPLE), limits[2]))
-        raise ShapeError(
-            f"a batch of {pairs} pairs, {tokens} tokens, the longest of {longest}, is more than the engine was "
-            f"compiled for: {self.most('cu_seqlens') - 1} pairs, {self.most('input_ids')} tokens. Use predict, which "
-            "cuts batches"
-        )
-
-    def fill(self, batch: Batch, shape: Shape, ids: NDArray[np.int64], bounds: NDArray[np.int64]) -> None:
-        """Writes the rounded batch into ids [shape.tokens] and bounds [shape.pairs + 1]."""
-        pairs, tokens = len(batch), len(batch.ids)
-        ids[:tokens] = batch.ids
-        ids[tokens:] = self.pad_token_id
-        bounds[: pairs + 1] = batch.cu_seqlens
-        bounds[pairs + 1 :] = tokens + 1 + np.arange(shape.pairs - pairs)
-
-
 class _Slot:
     """A stream, a context for each profile, and the buffers of one inference."""
 
@@ -179,7 +122,7 @@ class _Slot:
         self._addresses["logits"] = self._stream.device_bytes(4 * len(self._logits))
         # Only one context runs at a time, so they share their scratch memory.
         self._strategy = module.ExecutionContextAllocationStrategy.USER_MANAGED
-        numbers = range(len(profiles.engine.profiles))
+        numbers = range(len(profiles.profiles))
         self._scratch_bytes = max(1, *(engine.get_device_memory_size_for_profile_v2(number) for number in numbers))
         self._scratch = self._stream.device_bytes(self._scratch_bytes)
         self._contexts: dict[int, Any] = {}

@@ -11,13 +11,12 @@ from typing import Any
 from tqdm import tqdm
 
 from ettin.artifacts.errors import BuildError, HardwareError, MissingDependency, UsageError
-from ettin.artifacts.manifest import ShapeRange
 from ettin.artifacts.targets import target_named
 from ettin.artifacts.writing import write_file
 from ettin.export.options import BuildOptions
+from ettin.gpu.engines.profiles import Profile
 from ettin.runtimes.machine import Gpu, gpus
 
-Profile = dict[str, ShapeRange]
 _PRODUCTS = {"trt": "TensorRT", "trt-rtx": "TensorRT-RTX"}
 
 

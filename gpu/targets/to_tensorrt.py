@@ -6,46 +6,17 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from ettin.artifacts.manifest import Engine, Needs, ShapeRange
+from ettin.artifacts.manifest import Engine, Needs
 from ettin.artifacts.targets import target_named
 from ettin.export.options import BuildOptions
 from ettin.export.targets.to_onnx import FORM, PackedOnnxWriter, packed_onnx
 from ettin.export.writer import PACKED, Lowered, Model, Writer
-from ettin.gpu.targets.tensorrt_builder import Profile, build, builder_module, check_options, checked_arch
+from ettin.gpu.engines.profiles import BATCH_PAIRS, BATCH_TOKENS, Profile, profiles
+from ettin.gpu.targets.tensorrt_builder import build, builder_module, check_options, checked_arch
 from ettin.runtimes.machine import gpus
-
-# Limits of one batch, padding included: large enough to keep the largest GPUs busy with the smallest size, and within
-# 8 GB of GPU memory with the largest (computed from the graph's activations, not measured).
-BATCH_TOKENS = 32768
-BATCH_PAIRS = 1024
-
-# A profile's kernels and memory are those of its largest shapes. A batch of pairs up to `longest` tokens has at most
-# BATCH_TOKENS / (the class below) pairs. So four classes bound the memory of the gathered global attention to four
-# times the budget, and a short batch does not pay for a long one.
-_LONGEST = (128, 512, 2048)
-_SHORTEST = 32  # the class below the first
-_SMALL = (16, 1024)  # pairs and tokens of a single request
 
 _ENTRY = "engine/model.engine"
 _SCRIPT = "engine/build.sh"
-
-
-def profiles(max_length: int) -> list[Profile]:
-    """Optimisation profiles, smallest first: the runtime takes the first that a batch fits."""
-    classes = [*(longest for longest in _LONGEST if longest < max_length), max_length]
-    pairs, tokens = _SMALL
-    return [_profile(pairs, tokens, min(tokens, max_length))] + [
-        _profile(min(BATCH_PAIRS, BATCH_TOKENS // below), BATCH_TOKENS, longest)
-        for below, longest in zip((_SHORTEST, *classes), classes, strict=False)
-    ]
-
-
-def _profile(pairs: int, tokens: int, longest: int) -> Profile:
-    limits = {"input_ids": (1, tokens), "cu_seqlens": (2, pairs + 1), "longest": (1, longest)}
-    return {
-        name: ShapeRange(min=(least,), opt=(max(least, most // 2),), max=(most,))
-        for name, (least, most) in limits.items()
-    }
 
 
 class TensorRtWriter(Writer):

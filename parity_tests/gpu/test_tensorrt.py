@@ -29,7 +29,7 @@ from ettin.artifacts.errors import (
     UnverifiedArtifact,
     UsageError,
 )  # fmt: skip
-from ettin.artifacts.manifest import MANIFEST_NAME, Engine, Manifest
+from ettin.artifacts.manifest import MANIFEST_NAME, Manifest
 from ettin.artifacts.metrics import score_error
 from ettin.artifacts.parity import read_parity
 from ettin.artifacts.tolerances import REDUCED_RATIO
@@ -42,10 +42,10 @@ from ettin.export.source.weights import write_random_checkpoint
 from ettin.export.targets.to_onnx import packed_onnx
 from ettin.export.writer import rewrite
 from ettin.gpu.engines import on_tensorrt
+from ettin.gpu.engines.profiles import BATCH_PAIRS, BATCH_TOKENS, Profiles, profiles
 from ettin.gpu.marks import mark
 from ettin.gpu.targets import tensorrt_builder
 from ettin.gpu.targets.tensorrt_builder import build, checked_arch
-from ettin.gpu.targets.to_tensorrt import BATCH_PAIRS, BATCH_TOKENS, profiles
 from ettin.runtimes import load
 from ettin.runtimes import machine as gpu
 from ettin.runtimes.batch import Batch, BatchLimits, cut
@@ -104,8 +104,7 @@ def test_typed_graph_is_as_exact_as_torch_in_bf16(typed: Path, demo_artifacts: d
 def test_every_batch_that_the_runtime_cuts_fits_a_profile(max_length: int) -> None:
     shapes = profiles(max_length)
     limits = BatchLimits(2, BATCH_TOKENS, 64, BATCH_PAIRS)
-    engine = Engine(arch="sm_86", profiles=tuple(shapes), fused_attentions=None)
-    chooser = on_tensorrt.Profiles(engine, 0)
+    chooser = Profiles(shapes, 0)
     generator = np.random.default_rng(0)
     for least, most in ((1, 8), (1, max_length), (max_length - 5, max_length), (30, 40)):
         lengths = generator.integers(least, most + 1, 5000).clip(1, max_length).tolist()
