@@ -311,20 +311,43 @@ def test_kit_script_agrees_with_the_graph(kit: Path) -> None:
     assert len(ranges) == 3 * len(profiles(512)) == 3 * len(re.findall(r"--profile=(\d)", script))
     for _, spec in ranges:
         assert {part.split(":")[0] for part in spec.split(",")} == inputs
-    assert "sm_90" in script and "--memPoolSize=workspace:99M" in script and "--stronglyTyped" in script
+    assert "sm_90" in script and "--memPoolSize=workspace:99M" in script
 
 
-def test_kit_script_runs(kit: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+# Options of trtexec that each of these releases reads: `samples/common/sampleOptions.cpp` in github.com/NVIDIA/TensorRT
+# at release/10.0, 10.14, 10.16, 11.0 and 11.1. In 11, --stronglyTyped is "[Deprecated] … This flag is a no-op".
+TRTEXEC = {
+    "--help", "--onnx", "--saveEngine", "--profilingVerbosity", "--timingCacheFile", "--skipInference", "--memPoolSize",
+    "--profile", "--minShapes", "--optShapes", "--maxShapes", "--stronglyTyped",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("help_lists", ["--stronglyTyped", "no such option"])
+def test_kit_script_runs(kit: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, help_lists: str) -> None:
     """With a stand-in of trtexec that checks that each word is one option and each file is there."""
-    program = tmp_path / "trtexec"
+    program, words = tmp_path / "trtexec", tmp_path / "words"
     program.write_text(
-        "#!/bin/sh\nset -e\nfor word; do case $word in --onnx=*) test -s ${word#--onnx=};; "
+        f"#!/bin/sh\nset -e\nif [ $1 = --help ]; then echo {help_lists}; exit; fi\n"
+        f"for word; do echo $word >> {words}; case $word in --onnx=*) test -s ${{word#--onnx=}};; "
         "--saveEngine=*) echo engine > ${word#--saveEngine=};; --*) ;; *) exit 9;; esac; done\n"
     )
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     subprocess.run(["/bin/sh", str(kit / "engine" / "build.sh")], check=True, cwd=tmp_path)
     assert (kit / "engine" / "model.engine").read_text() == "engine\n"
+    used = {word.partition("=")[0] for word in words.read_text().split()}
+    assert used == TRTEXEC - {"--help"} - ({"--stronglyTyped"} - {help_lists})
+
+
+def test_a_trtexec_that_does_not_start_builds_nothing(
+    kit: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its options are not known then, so an engine of other types might be built."""
+    program = tmp_path / "trtexec"
+    program.write_text("#!/bin/sh\n[ $1 != --help ]\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert subprocess.run(["/bin/sh", str(kit / "engine" / "build.sh")], check=False, cwd=tmp_path).returncode == 1
 
 
 def test_kit_is_not_an_artifact_until_its_engine_is_there(kit: Path) -> None:
