@@ -76,7 +76,7 @@ class Tokenizer(_Strict):
 class Needs(_Strict):
     """What a machine must have to run the artifact."""
 
-    device: Literal["cpu", "cuda", "any"]
+    device: Literal["cpu", "cuda", "trt-rtx", "any"]
     isa: tuple[Line, ...] = Field(strict=False, description="instruction sets; empty: any")
     package: Word = Field(description="the Python package that runs it")
     version: Line = Field(description="the version it was verified with")

@@ -85,7 +85,7 @@ class Target:
         writer: a subclass of `ettin.export.writer.Writer`.
         device: what `runtime` runs on. Further devices are entries of the group `ettin.devices`.
         is_compiled: its engine is compiled for one GPU architecture.
-        shares_folder: one artifact can hold several precisions.
+        shared_precisions: those that one artifact can hold together: their inputs and outputs are the same.
         triton_backends: backends of Triton Inference Server that serve it: "python" (our runtime) and at most one that
             opens the engine's own file; empty: Triton can't serve it.
     """
@@ -97,7 +97,7 @@ class Target:
     writer: Component
     device: str = "cpu"
     is_compiled: bool = False
-    shares_folder: bool = False
+    shared_precisions: tuple[str, ...] = ()
     triton_backends: tuple[str, ...] = ("python",)
 
     @property
@@ -110,6 +110,10 @@ class Target:
         """Names of the devices that it runs on, its own first."""
         parts = (name.rpartition(".") for name in _registered(DEVICES))
         return [self.device, *(device for target, _, device in parts if target == self.name)]
+
+    def device_for(self, needed: str) -> str:
+        """The device of an artifact that needs `needed`, as its manifest says: "any" is the target's own."""
+        return self.device if needed == "any" else needed
 
     def component(self, device: str) -> Component:
         """What runs it on a device.

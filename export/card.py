@@ -45,10 +45,12 @@ def card(manifest: Manifest, checkpoint: Path) -> str:
 
 """
     experimental = f"""> [!WARNING]
-> **Experimental.** When this artifact was exported, this project had not yet run one of target {code(manifest.target)}.
-> Verify it where it will run.
+> **Experimental.** When this artifact was exported, this project had not yet run one of target {code(manifest.target)}
+> in {manifest.precision}. Verify it where it will run.
 
 """
+    target = target_named(manifest.target)
+    runs_on = target.runs_on if _known_to_others(manifest) else f"device {code(manifest.needs.device)} alone"
     names = precisions(manifest)
     tags = ["cross-encoder", "reranker", "modernbert", "ettin-export", manifest.target, *names]
     variants = [in_precision(manifest, name) for name in names]
@@ -56,12 +58,12 @@ def card(manifest: Manifest, checkpoint: Path) -> str:
         f"### {variant.precision}: {code(variant.entry)}\n\n" if manifest.variants else "" for variant in variants
     ]
     proof = "\n".join(heading + _proof(variant) for heading, variant in zip(headings, variants, strict=True))
-    return f"""{_front_matter(manifest, tags, checkpoint, _LIBRARIES.get(manifest.target, "ettin-export"))}
+    return f"""{_front_matter(manifest, tags, checkpoint, _LIBRARIES.get(_known_to_others(manifest), "ettin-export"))}
 # {code(manifest.name)}: {manifest.target}, {", ".join(names)}
 
 {random if source.weights == "random" else ""}{experimental if manifest.experimental else ""}\
 A reranker: it reads a query and a document together and gives one score, {scores}. A higher score means a more relevant
-document. It is {code(source.id)}{revision} for {target_named(manifest.target).runs_on}.
+document. It is {code(source.id)}{revision} for {runs_on}.
 
 ## Use
 
@@ -152,19 +154,25 @@ def _folder(manifest: Manifest) -> str:
     return manifest.target if manifest.variants else f"{manifest.target}-{manifest.precision}"
 
 
+def _known_to_others(manifest: Manifest) -> str:
+    """The target, if other programs can load the artifact: they know the inputs of what runs on its own device."""
+    target = target_named(manifest.target)
+    return target.name if target.device_for(manifest.needs.device) == target.device else ""
+
+
 def _uses(manifest: Manifest) -> str:
     """The sections of `uses.md` that are for this artifact: its target's, and those that need a file that it has."""
     target = target_named(manifest.target)
     kinds = {
         "all",
-        manifest.target,
+        _known_to_others(manifest),
         "triton" if target.triton_backends else "",
         *(file.path for file in manifest.files),
     }
     text = (Path(__file__).parent / "uses.md").read_text(encoding="utf-8")
     chosen = [use for kind, use in re.findall(r"<!-- (.*?) -->\n(.*?)(?=<!--|\Z)", text, re.DOTALL) if kind in kinds]
     return Template("".join(chosen).rstrip()).substitute(
-        requirement=target.runtime.requirement,
+        requirement=target.component(target.device_for(manifest.needs.device)).requirement,
         folder=_folder(manifest),
         entry=manifest.entry,
         dtype=_DTYPES.get(Path(manifest.entry).name, manifest.precision),

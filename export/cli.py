@@ -68,9 +68,11 @@ class Arguments:
             variants = [(self.target, target.checked_precision(precision)) for precision in wanted]
             if len(variants) > len(set(variants)):
                 raise UsageError(f"--precision {self.precision}: names one twice")
-            if len(variants) > 1 and not target.shares_folder:
+            if len(variants) > 1 and not {precision for _, precision in variants} <= set(target.shared_precisions):
+                several = f", or several of: {', '.join(target.shared_precisions)}" if target.shared_precisions else ""
                 raise UsageError(
                     f"an artifact of target '{self.target}' has one precision, expected one of: {self.precision}"
+                    f"{several}"
                 )
             return variants
         variants = [
@@ -192,7 +194,7 @@ def _export(arguments: Arguments) -> None:
         build=arguments.build_options(),
         sign=arguments.sign,
     )
-    _check_machine([target for target, _ in variants], options, arguments.everything)
+    _check_machine(variants, options, arguments.everything)
     if arguments.push is not None:
         check_push(arguments.push)
     with ExitStack() as stack:
@@ -220,20 +222,21 @@ def _export(arguments: Arguments) -> None:
     return None
 
 
-def _check_machine(targets: Sequence[str], options: Options, everything: bool) -> None:
+def _check_machine(variants: Sequence[tuple[str, str]], options: Options, everything: bool) -> None:
     """Says what can't be made here before anything is downloaded; an error unless `everything` leaves something."""
     from ettin.export.writer import check_machine
 
-    problems: dict[str, EttinError] = {}
-    for target in dict.fromkeys(targets):
+    problems: dict[tuple[str, str], EttinError] = {}
+    for target, precision in variants:
         try:
-            check_machine(target, options)
+            check_machine(target, precision, options)
         except EttinError as error:
-            problems[target] = error
-            if everything:
-                console.note(f"  target '{target}': not here: {error}")
-    if len(problems) == len(set(targets)):
-        raise problems[targets[-1]] if not everything else EttinError("no target can be exported here, see above")
+            problems[target, precision] = error
+    if everything:
+        for note in dict.fromkeys(f"  target '{target}': not here: {error}" for (target, _), error in problems.items()):
+            console.note(note)
+    if len(problems) == len(variants) or (problems and not everything):
+        raise EttinError("no target can be exported here, see above") if everything else next(iter(problems.values()))
 
 
 def _jobs(arguments: Arguments, variants: list[tuple[str, str]], name: str) -> list[Job]:

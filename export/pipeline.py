@@ -73,7 +73,7 @@ class Export:
             _ = self._calibration_text
         for job in jobs:
             check_output(job.output, self.options.force)
-            check_machine(job.target, self.options)
+            check_machine(job.target, job.precision, self.options)
         if jobs:
             self._check_disk(jobs)
 
@@ -130,12 +130,13 @@ class Export:
             EttinError: anything else; nothing was published.
         """
         writer = writer_for(job.target, self.options)
-        is_provable = can_be_proven(writer, self.options)
+        is_provable = can_be_proven(writer, job.precision, self.options)
         if self._gold is None:
             self.prepare([job])
         self._check_range(job)
-        if job.precision != "fp32" and (is_provable or writer.proof is not writer):
-            self._prove_graph(writer.proof, job)
+        proof = writer.proof(job.precision)
+        if job.precision != "fp32" and (is_provable or proof is not writer):
+            self._prove_graph(proof, job)
         if job.precision == "int8":
             return self._run_int8(job, writer, is_provable)
         verification = self._publish(job, writer, self._model, is_provable)

@@ -38,6 +38,7 @@ def write_manifest(
     stage: Path, checkpoint: Checkpoint, about: About, lowered: Lowered, parity: Parity, calibration: Calibration | None
 ) -> None:
     """Writes `manifest.json` and, for people, `README.md` into `stage`."""
+    target = target_named(about.target)
     manifest = Manifest(
         name=checkpoint.name,
         target=about.target,
@@ -58,7 +59,7 @@ def write_manifest(
         entry=lowered.entry,
         calibration=calibration,
         engine=lowered.engine,
-        experimental=bool(target_named(about.target).runtime.experimental),
+        experimental=bool(target.component(target.device_for(lowered.needs.device)).experimental),
         toolchain={
             "python": platform.python_version(),
             "machine": f"{platform.system()} {platform.machine()}",

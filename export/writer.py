@@ -125,9 +125,8 @@ class Writer(ABC):
         shutil.copyfile(model.checkpoint.folder / "tokenizer.json", folder / "tokenizer.json")
         return self.write(model, precision, folder)
 
-    @property
-    def proof(self) -> "Writer":
-        """Writes the fp32 artifact that proves the graph of reduced precisions."""
+    def proof(self, precision: str) -> "Writer":
+        """Writes the fp32 artifact that proves the graph of a reduced precision."""
         return self
 
     def environments(self, precision: str) -> Iterable[Mapping[str, str]]:
@@ -141,7 +140,7 @@ class Writer(ABC):
             EttinError: says what and why.
         """
 
-    def check_runs_here(self) -> None:
+    def check_runs_here(self, precision: str) -> None:
         """Refuses a machine that can't run what is written.
 
         Raises:
@@ -151,18 +150,18 @@ class Writer(ABC):
         self.target.runtime_class()
 
 
-def check_machine(target_name: str, options: Options) -> None:
-    """Refuses a target that can't be made here, before anything is read or downloaded.
+def check_machine(target_name: str, precision: str, options: Options) -> None:
+    """Refuses an artifact that can't be made here, before anything is read or downloaded.
 
     Raises:
         EttinError: a missing package or device, or options of another target.
     """
     writer = writer_for(target_name, options)
     writer.check()
-    can_be_proven(writer, options)
+    can_be_proven(writer, precision, options)
 
 
-def can_be_proven(writer: Writer, options: Options) -> bool:
+def can_be_proven(writer: Writer, precision: str, options: Options) -> bool:
     """Whether the artifact can be run here; False only where it may be published unproven.
 
     Raises:
@@ -171,7 +170,7 @@ def can_be_proven(writer: Writer, options: Options) -> bool:
     if writer.build.kit:
         return False  # a kit is proven when its engine is built
     try:
-        writer.check_runs_here()
+        writer.check_runs_here(precision)
     except (MissingDependency, HardwareError) as error:
         if options.allow_unverified:
             return False

@@ -39,6 +39,13 @@ ONNX_CUDA = Component(
     experimental=mark("onnx.cuda"),
 )
 
+ONNX_TRT_RTX = Component(
+    "ettin.gpu.engines.onnxruntime_trt_rtx:TrtRtxOnnxRuntime",
+    ("onnxruntime", "onnxruntime_ep_nv_tensorrt_rtx"),
+    "onnx-trt-rtx",
+    experimental=mark("onnx.trt-rtx"),
+)
+
 TRANSFORMERS_CUDA = Component(
     "ettin.gpu.engines.torch_cuda:CudaTorchRuntime",
     ("torch", "transformers"),

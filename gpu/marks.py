@@ -9,6 +9,7 @@ in `bench/results/` contradict, in both directions.
 # kind "gpu-visit" whose `result.paths` has the path with `passed: true`; None: no card has run it.
 PROOFS: dict[str, str | None] = {
     "onnx.cuda": None,
+    "onnx.trt-rtx": None,
     "transformers.cuda": None,
     "trt": None,
     "trt-rtx": None,

@@ -73,15 +73,16 @@ def load(
 
     Args:
         path: its folder, or else its id on the Hugging Face hub: `ORGANISATION/NAME[@REVISION][/FOLDER]`.
-        device: "cpu", or "cuda" for ONNX Runtime's CUDA provider, torch and TensorRT; None: the one that the artifact
-            is for, "cpu" if it is for both. Never replaced by another. One that is experimental is logged, once.
+        device: "cpu", "cuda" for ONNX Runtime's CUDA provider, torch and TensorRT, or "trt-rtx" for ONNX Runtime's
+            TensorRT-RTX provider; None: the one that the artifact is for, "cpu" if it is for both. Never replaced by
+            another. One that is experimental is logged, once.
         threads: CPU threads to use; None: one for each core that this process may use (on a hybrid processor, one
             stream leaves out the efficiency cores), but no more than the variable OMP_NUM_THREADS says, which Ray and
             Spark set.
         streams: batches scored at the same time, among which the threads are divided. None: as many as threads, which
             gives the most pairs a second; 1: all threads on one batch, which gives a single pair its score soonest.
         cache_dir: folder where OpenVINO may keep the compiled model, so that the next load is faster; it takes about
-            the artifact's own size. None: nothing is kept.
+            the artifact's own size. ONNX Runtime on "trt-rtx" keeps kernels there. None: nothing is kept.
         max_length: tokens that pairs are truncated to; None: the artifact's.
         batch_tokens: token budget of a batch, padding included; None: the backend's own, chosen by measurement.
         checksums: compare every file with the manifest; False: names, kinds and sizes only. Either way the engine
@@ -124,14 +125,19 @@ def checked_device(manifest: Manifest, device: str | None) -> str:
     """
     target = target_named(manifest.target)
     if device is None:
-        device = target.device if manifest.needs.device == "any" else manifest.needs.device
+        device = target.device_for(manifest.needs.device)
     target.component(device)
     return device
 
 
 def _check_cpu(artifact: OpenArtifact, device: str) -> None:
-    """Raises `HardwareError` if it is this machine's CPU, and that lacks an instruction set."""
+    """Raises `HardwareError` if it is this machine's CPU, and the artifact is for a GPU or that lacks instructions."""
     manifest = artifact.manifest
+    if device == "cpu" and manifest.needs.device not in ("cpu", "any"):
+        raise HardwareError(
+            f"{artifact.path}: {manifest.target} {manifest.precision} runs on a GPU, not on 'cpu': "
+            f"device='{manifest.needs.device}'"
+        )
     if "vnni" in manifest.needs.isa and device == "cpu" and lacks_vnni():
         raise HardwareError(
             f"{artifact.path}: int8 sums overflow on {model_name()}, which has no VNNI. Export another precision: "

@@ -8,9 +8,9 @@ from ettin.artifacts.targets import Component, Target
 
 ONNX = Target(
     name="onnx",
-    precisions=("fp32", "fp16", "int8"),
-    runs_on="ONNX Runtime (CPU, CUDA), Optimum, transformers.js",
-    shares_folder=True,
+    precisions=("fp32", "fp16", "int8", "bf16"),
+    runs_on="ONNX Runtime (CPU, CUDA; bf16: TensorRT-RTX), Optimum, transformers.js",
+    shared_precisions=("fp32", "fp16", "int8"),
     runtime=Component("ettin.runtimes.engines.on_onnxruntime:OnnxRuntime", ("onnxruntime",), "onnx"),
     writer=Component("ettin.export.targets.to_onnx:OnnxWriter", ("onnx",), "export"),
     triton_backends=("python", "onnxruntime"),

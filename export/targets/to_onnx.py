@@ -7,6 +7,7 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto, helper
 
+from ettin.artifacts.errors import HardwareError
 from ettin.artifacts.manifest import Interface, Needs
 from ettin.export.targets.onnx_ops import OPSET, Int8OnnxOps, OnnxOps, Value
 from ettin.export.targets.to_transformers import write_configs
@@ -18,7 +19,9 @@ from ettin.runtimes.machine import installed_version
 FORM = GraphForm()
 _COMPUTE = {"fp32": "float32", "fp16": "float16"}
 # transformers.js finds a precision by its file name, and takes "quantized" unless told otherwise.
-_FILE = {"fp32": "model.onnx", "fp16": "model_fp16.onnx", "int8": "model_quantized.onnx"}
+_FILE = {
+    "fp32": "model.onnx", "fp16": "model_fp16.onnx", "int8": "model_quantized.onnx", "bf16": "model_bf16.onnx",
+}  # fmt: skip
 _IR_VERSION = 9  # what ONNX Runtime 1.17 reads, the first with opset 20
 EXTERNAL_FROM_BYTES = 1 << 30  # larger weights go to `model.onnx_data`: a protobuf file has at most 2 GiB
 
@@ -26,16 +29,31 @@ EXTERNAL_FROM_BYTES = 1 << 30  # larger weights go to `model.onnx_data`: a proto
 class OnnxWriter(Writer):
     """Writes `onnx/model.onnx` (`model_fp16.onnx`, `model_quantized.onnx`) and the configs beside it.
 
-    "fp16" has norms and head in fp32; "int8" has everything but the linear layers in fp32.
+    "fp16" has norms and head in fp32; "int8" has everything but the linear layers in fp32. "bf16" is the packed graph
+    for TensorRT-RTX, in `model_bf16.onnx`; it has linear layers and attention in bf16, the rest in fp32.
     """
 
     def write(self, model: Model, precision: str, folder: Path) -> Lowered:
+        path = folder / "onnx" / _FILE[precision]
+        if precision == "bf16":
+            packed_onnx(model, "bfloat16", path)
+            return _lowered(path, folder, PACKED, precision)
         ops = Int8OnnxOps(model.quantised) if model.quantised else OnnxOps(model.arrays(), _COMPUTE[precision])
         scorer = Scorer(ops, model.checkpoint.shape, FORM)
-        path = folder / "onnx" / _FILE[precision]
         _save(ops, scorer.logits(*_inputs(PADDED)), PADDED, path)
         write_configs(model.checkpoint, folder)
         return _lowered(path, folder, PADDED, precision)
+
+    def proof(self, precision: str) -> Writer:
+        return PackedOnnxWriter(self.target) if precision == "bf16" else self
+
+    def check_runs_here(self, precision: str) -> None:
+        super().check_runs_here(precision)
+        if precision == "bf16":
+            raise HardwareError(
+                "ONNX Runtime's CPU provider multiplies no matrices in bf16; onnx bf16 is for a GPU and its device "
+                "'trt-rtx'"
+            )
 
 
 class PackedOnnxWriter(Writer):
@@ -63,7 +81,12 @@ def _lowered(path: Path, folder: Path, interface: Interface, precision: str) -> 
     return Lowered(
         entry=path.relative_to(folder).as_posix(),
         interface=interface,
-        needs=Needs(device="any", isa=ISA.get(precision, ()), package="onnxruntime", version=version),
+        needs=Needs(
+            device="trt-rtx" if precision == "bf16" else "any",
+            isa=ISA.get(precision, ()),
+            package="onnxruntime",
+            version=version,
+        ),
         graph=asdict(FORM),
     )
 

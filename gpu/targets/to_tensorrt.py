@@ -70,14 +70,13 @@ class TensorRtWriter(Writer):
         script.chmod(0o755)
         return arch, "that of the container", None
 
-    @property
-    def proof(self) -> Writer:
+    def proof(self, precision: str) -> Writer:
         return PackedOnnxWriter(target_named("onnx"))
 
     def check(self) -> None:
         check_options(self.target.name, self.build)
 
-    def check_runs_here(self) -> None:
+    def check_runs_here(self, precision: str) -> None:
         arch = checked_arch(self.target.name, self.build.arch, gpus())
         self.target.runtime_class().check_machine(self.target.name, arch)
 

@@ -21,9 +21,14 @@ from ettin.graph import ModelShape
 BIASES = ("attention_bias", "mlp_bias", "norm_bias", "classifier_bias")
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 COMMANDS = Path(sys.executable).parent
-# What any machine can run.
+# What any machine can run. ONNX in bf16 is for GPUs.
 _RUNNABLE = [target for target in registered_targets() if not target.is_compiled]
-VARIANTS = [(target.name, precision) for target in _RUNNABLE for precision in target.precisions]
+VARIANTS = [
+    (target.name, precision)
+    for target in _RUNNABLE
+    for precision in target.precisions
+    if (target.name, precision) != ("onnx", "bf16")
+]
 
 # A shape that is tiny and unlike the released ones: another window, two RoPE bases, a local last layer, 3 heads of 32.
 TINY = ModelShape(

@@ -36,28 +36,35 @@ class OnnxRuntime(Runtime):
     fix = 'pip install "ettin-export[onnx]"'  # what installs an ONNX Runtime with the provider
 
     def __init__(self, artifact: OpenArtifact, settings: Settings) -> None:
-        manifest, device = artifact.manifest, settings.device
         settings.refuse("onnx", *self.refused)
-        available = ort.get_available_providers()
-        if self.provider not in available:
-            raise HardwareError(
-                f"device '{device}' needs {self.provider}, this ONNX Runtime has {', '.join(available)}. "
-                f"Run: {self.fix}"
-            )
         plan = self.plan(settings)
         options = ort.SessionOptions()
         options.intra_op_num_threads = plan.threads_per_stream
         options.log_severity_level = 3  # errors only: warnings about node placement are not for users
         options.enable_mem_pattern = False  # a rerank's batches have many shapes, and a plan is kept for each of them
-        session = _session(artifact, options, self.provider)
+        session = _session(artifact, options, self.providers(options, settings))
         if session.get_providers()[0] != self.provider:
             raise HardwareError(
-                f"device '{device}': ONNX Runtime could not start {self.provider}. Run: ettin-export --doctor"
+                f"device '{settings.device}': ONNX Runtime could not start {self.provider}. Run: ettin-export --doctor"
             )
         self._session: ort.InferenceSession | None = session
         self._run_options = self.run_options()
-        self._packed = any(tensor.name == "cu_seqlens" for tensor in manifest.interface.inputs)
+        self._packed = any(tensor.name == "cu_seqlens" for tensor in artifact.manifest.interface.inputs)
         super().__init__(artifact, settings, self.batch_limits(plan))
+
+    def providers(self, options: ort.SessionOptions, settings: Settings) -> list[str] | None:
+        """Names of the session's providers; None if `options` have them by now.
+
+        Raises:
+            HardwareError: this build of ONNX Runtime does not have it.
+        """
+        available = ort.get_available_providers()
+        if self.provider not in available:
+            raise HardwareError(
+                f"device '{settings.device}' needs {self.provider}, this ONNX Runtime has {', '.join(available)}. "
+                f"Run: {self.fix}"
+            )
+        return [self.provider]
 
     def plan(self, settings: Settings) -> CpuPlan:
         """How CPU threads are divided."""
@@ -83,7 +90,7 @@ class OnnxRuntime(Runtime):
 
     @property
     def arithmetic(self) -> Arithmetic:
-        return Arithmetic.F16 if self.manifest.precision == "fp16" else Arithmetic.F32
+        return {"fp16": Arithmetic.F16, "bf16": Arithmetic.BF16}.get(self.manifest.precision, Arithmetic.F32)
 
     def score(self, batch: Batch) -> NDArray[np.float32]:
         assert self._session is not None  # noqa: S101 (predict refuses a closed runtime)
@@ -104,7 +111,7 @@ class OnnxRuntime(Runtime):
         self._session = None
 
 
-def _session(artifact: OpenArtifact, options: ort.SessionOptions, provider: str) -> ort.InferenceSession:
+def _session(artifact: OpenArtifact, options: ort.SessionOptions, providers: list[str] | None) -> ort.InferenceSession:
     """A session made of checked bytes: ONNX Runtime opens no file."""
     manifest = artifact.manifest
     # A graph may name a file of weights. The one that the manifest lists is handed over as bytes; any other would be
@@ -114,8 +121,9 @@ def _session(artifact: OpenArtifact, options: ort.SessionOptions, provider: str)
     if any(file.path == data_name for file in manifest.files):
         data = artifact.read(data_name)
         options.add_external_initializers_from_files_in_memory([PurePosixPath(data_name).name], [data], [len(data)])
-    session = ort.InferenceSession(artifact.read(manifest.entry), options, providers=[provider])
-    session._model_bytes = None  # kept for ONNX Runtime's own fallback to another provider, which is not wanted
+    # ONNX Runtime's Python interface has a fallback to the CPU of its own, which says so on stdout.
+    session = ort.InferenceSession(artifact.read(manifest.entry), options, providers=providers, enable_fallback=0)
+    session._model_bytes = None  # kept for that fallback, too
     names = [tensor.name for tensor in (*session.get_inputs(), *session.get_outputs())]
     if names != [tensor.name for tensor in (*manifest.interface.inputs, *manifest.interface.outputs)]:
         raise DamagedArtifact(

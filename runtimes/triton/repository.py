@@ -19,6 +19,7 @@ from ettin.artifacts.opened import TOKENIZER_NAME, OpenArtifact
 from ettin.artifacts.publishing import NEW, workspace
 from ettin.artifacts.targets import target_named
 from ettin.artifacts.writing import sync, sync_tree
+from ettin.runtimes.loading import checked_device
 from ettin.runtimes.serving.backends import WARMUP_DOCUMENTS, WARMUP_QUERY
 from ettin.runtimes.triton import ARTIFACT
 
@@ -114,7 +115,7 @@ def _check(manifest: Manifest, options: TritonOptions) -> None:
         )
     if options.native and target.native_triton_backend is None:
         raise UsageError(f"Triton has no backend of its own for target '{target.name}'. Leave out --native")
-    device = options.runtime.get("device", "cpu")
+    device = checked_device(manifest, options.runtime.get("device"))
     if options.native and device not in ("cpu", "cuda"):
         raise UsageError(f"Triton's own backends run on cpu and cuda, not on '{device}'. Leave out --native")
     if options.native and (target.name, precision) == ("openvino", "fp32"):
