@@ -14,9 +14,9 @@ from transformers import AutoModelForSequenceClassification
 from ettin.artifacts.errors import HardwareError
 from ettin.artifacts.parity import read_parity
 from ettin.artifacts.tolerances import REWRITE_FLOAT64
-from ettin.bench.gpu import plain_varlen
 from ettin.export.source.checkpoint import Checkpoint
 from ettin.export.source.weights import read_weights
+from ettin.gpu.visit.models import plain_varlen
 from ettin.graph.fold import inference_weights
 from ettin.graph.torch_ops import InferenceGraph
 from ettin.runtimes import load
