@@ -7,7 +7,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.metadata import distribution, version
 from pathlib import Path
 
 from ettin import artifacts, bench, export, gpu, graph, runtimes
@@ -45,6 +45,7 @@ def write_bundle(
             source = Path(str(package.__file__)).parent
             ignored = shutil.ignore_patterns("__pycache__", "*.pyc", "*.so", "results", "kernels")
             shutil.copytree(source, stage / "ettin" / source.name, ignore=ignored)
+        _write_metadata(stage)
         fetch_packages(stage, python)
         shutil.copytree(checkpoint, stage / "checkpoint")
         if proven is None:
@@ -59,6 +60,15 @@ def write_bundle(
             size_mib = size_bytes >> 20
             raise OutputError(f"{output}: {size_mib} MiB, expected at most {_LIMIT_MIB}: name a smaller --checkpoint")
     return size_bytes
+
+
+def _write_metadata(folder: Path) -> None:
+    """Writes what an installation knows of this project: its version, and its targets, which register themselves."""
+    this = distribution("ettin-export")
+    metadata = folder / f"ettin_export-{this.version}.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: ettin-export\nVersion: {this.version}\n")
+    (metadata / "entry_points.txt").write_text(this.read_text("entry_points.txt") or "", encoding="utf-8")
 
 
 def export_artifacts(checkpoint: Path, folder: Path) -> None:

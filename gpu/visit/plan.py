@@ -96,9 +96,14 @@ class _Process:
 
     def messages(self, limit_s: float) -> Iterator[dict[str, Any]]:
         """The messages of one part, as they come; the last one has the key "end"."""
-        timer = threading.Timer(limit_s, self._kill)
+        late = threading.Event()
+
+        def kill() -> None:
+            late.set()
+            self._kill()
+
+        timer = threading.Timer(limit_s, kill)
         timer.start()
-        start = time.monotonic()
         try:
             for line in cast(IO[str], self._process.stdout):
                 message = received(line)
@@ -110,8 +115,7 @@ class _Process:
         finally:
             timer.cancel()
         self.is_usable = False
-        late = time.monotonic() - start >= limit_s
-        yield {"end": f"killed after {limit_s:.0f} s" if late else self._reason()}
+        yield {"end": f"killed after {limit_s:.0f} s" if late.is_set() else self._reason()}
 
     def _reason(self) -> str:
         code = self._process.wait()

@@ -40,7 +40,7 @@ def _try(report: Report, name: str, about: dict[str, Any], work: Callable[[], di
     """Does it, and keeps what it is about where it fails or never ends. A missing engine is no failure."""
 
     def whole() -> dict[str, Any]:
-        report.piece(name, {**about, "problem": "the process died"})
+        report.piece(name, {**about, "unfinished": True})  # what stays if the engine kills the process
         try:
             return {**about, **work()}
         except MissingDependency as error:
