@@ -15,7 +15,6 @@ from ettin.bench.peers import PEERS
 from ettin.bench.report import TABLES, filled
 from ettin.bench.speed import SpeedRun
 from ettin.bench.workloads import pairs_to_score, text_name
-from ettin.export.source.sizes import DEMO_FOLDER, SIZES
 from ettin.runtimes import Batch, load
 from ettin.runtimes.commands import console
 from ettin.runtimes.machine import isa_limit
@@ -178,45 +177,6 @@ def report(files: tuple[Path, ...], check: bool) -> None:
         if after != before:
             write_file(file, after.encode())
         draw_shown(file)
-
-
-@command.command("gpu", epilog=console.example_epilog("ettin-bench gpu --json h100.json"))
-@click.option("--size", "sizes", multiple=True, type=click.Choice([*SIZES, "tiny"]), default=list(SIZES))
-@click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True, help="cpu: a trial.")
-@click.option("--minutes", type=float, default=6.0, show_default=True, help="Minutes for the search for batch sizes.")
-@click.option("--checkpoint", type=_PATH, default=DEMO_FOLDER, help="Trained one, for parity.  [default: demo]")
-@_DATA
-@click.option("--golden", type=_PATH, help="File for the scores of FlashAttention-2.")
-@click.option("--bundle", type=_PATH, help="Write a folder that measures where only torch and transformers are.")
-@_JSON
-def gpu_test(
-    sizes: tuple[str, ...], device: str, minutes: float, checkpoint: Path, data: Path | None, golden: Path | None,
-    bundle: Path | None, json_path: Path | None,
-) -> None:  # fmt: skip
-    """Parity with FlashAttention-2 and fp32 on a GPU, then speed of every size: the release's settings and ours.
-
-    Nothing here has run on a GPU yet.
-    """
-    if bundle:
-        from ettin.bench.bundle import write_bundle
-
-        size_bytes = write_bundle(bundle, checkpoint, pairs_to_score(data, 2000))
-        console.note(f"  {size_bytes / 2**20:.0f} MiB. On the machine with the GPU: python {bundle} --json result.json")
-        click.echo(bundle)
-        return
-    from ettin.bench.gpu import MAX_LENGTH, opened_model, parity, size_speeds
-    from ettin.bench.peaks import gpu_peaks
-
-    with opened_model(checkpoint, device) as model, console.step("parity"):
-        rows, cases = parity(model, list(dict.fromkeys(pairs_to_score(data, 220))))
-    write_result(golden, "fa2-golden", cases)
-    result: dict[str, Any] = {"data": text_name(data), "max_length": MAX_LENGTH, "parity": rows, "sizes": {}}
-    result["peak_gflop_per_s"] = peaks = gpu_peaks() if device == "cuda" else {}
-    for name in sizes:
-        with console.step(name):
-            result["sizes"][name] = size_speeds(name, device, data, checkpoint, minutes / len(sizes), peaks)
-        write_result(json_path, "gpu", result)
-    _show_and_write(json_path, "gpu", result)
 
 
 def main() -> NoReturn:

@@ -8,11 +8,13 @@ within a round are more stable than any number.
 
 import json
 import os
+import select
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,20 +60,34 @@ class Contest:
     requests: int = 1  # latency requests in a round, each with other documents
     warm: bool = False  # load everything once before, so that a model cache is filled
     search_until: float = float("inf")  # `time.monotonic()` at which the search for batches ends
-    together: bool = False  # start all processes at the same time; their load times then mean little
+    load_until: float = float("inf")  # … at which every process must have loaded
+    until: float = float("inf")  # … at which everything ends; what was measured by then counts
+    # Start all processes at the same time, once for search and rounds; their load times and memory mean less.
+    together: bool = False
 
     def run(self, entries: Sequence[Contestant]) -> None:
         """Fills in the entries. One that fails keeps the reason as its `problem` and takes no further part."""
-        if self.warm or any(entry.searches for entry in entries):
+        if not self.together and (self.warm or any(entry.searches for entry in entries)):
             with self._started(entries) as running:
-                for index, (entry, process) in enumerate(running):
-                    if entry.problem is None and entry.searches and entry.facts["first_batch"]:
-                        self.search_batch(entry, process, len(running) - index)
+                self._search(running)
         with self._started(entries) as running:
+            if self.together:
+                self._search(running)
+            round_s = 0.0
             for number in range(self.rounds + 1):
+                start = time.monotonic()
+                if number > 1 and start + round_s > self.until:
+                    break
                 for entry, process in running:
                     if entry.problem is None:
                         self._round(entry, process, is_timed=number > 0)
+                round_s = time.monotonic() - start
+
+    def _search(self, running: Sequence[tuple[Contestant, "ContestantProcess"]]) -> None:
+        for index, (entry, process) in enumerate(running):
+            if entry.problem is None and entry.searches and entry.facts["first_batch"]:
+                self.search_batch(entry, process, len(running) - index)
+                process.tell({"do": "batch", "batch": entry.batch})
 
     @contextmanager
     def _started(self, entries: Sequence[Contestant]) -> Iterator[list[tuple[Contestant, "ContestantProcess"]]]:
@@ -80,7 +96,7 @@ class Contest:
         with ExitStack() as stack:
             running = []
             for entry in (entry for entry in entries if entry.problem is None):
-                process = ContestantProcess(entry.python)
+                process = ContestantProcess(entry.python, self.load_until)
                 stack.callback(process.end)
                 process.tell({"kind": entry.kind, "arguments": entry.arguments, "batch": entry.batch, **work})
                 running.append((entry, process))
@@ -90,10 +106,10 @@ class Contest:
                 self._await_load(entry, process)
             yield running
 
-    @staticmethod
-    def _await_load(entry: Contestant, process: "ContestantProcess") -> None:
+    def _await_load(self, entry: Contestant, process: "ContestantProcess") -> None:
         try:
             entry.facts = process.answer()
+            process.end_at(self.until)
         except EttinError as error:
             entry.problem = str(error)
 
@@ -135,22 +151,43 @@ class Contest:
             return
         entry.scores = answers[0]["scores"]
         entry.facts["padding_share"] = answers[0]["padding_share"]
-        entry.facts |= {key: answers[-1][key] for key in ("peak_rss_mib", "peak_gpu_mib")}
+        for key in ("peak_rss_mib", "peak_gpu_mib"):
+            entry.facts[key] = max((answer[key] for answer in answers if answer[key] is not None), default=None)
         if is_timed:
             entry.passes_s.append(answers[0]["seconds"])
             entry.latencies_s += [answer["seconds"] for answer in answers[1:]]
 
 
 class ContestantProcess:
-    """A contestant's process; `contestants.py` says what it can be asked."""
+    """A contestant's process; `contestants.py` says what it can be asked.
 
-    def __init__(self, python: str) -> None:
+    It is killed if it has not answered by `load_until` (`time.monotonic()`).
+    """
+
+    def __init__(self, python: str, load_until: float = float("inf")) -> None:
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 (see `end`)
         command = [python, "-P", str(_PROGRAM)]  # -P: this folder does not go before the standard library
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._errors}
         variables = {**os.environ, "TOKENIZERS_PARALLELISM": "true"}
         self._process = subprocess.Popen(command, **pipes, text=True, env=variables)
         self._orders, self._answers = cast(IO[str], self._process.stdin), cast(IO[str], self._process.stdout)
+        self._timer = threading.Timer(0, self._process.kill)
+        self._end_at(load_until, self._kill_if_silent)
+
+    def end_at(self, until: float) -> None:
+        """Lets the process live until then (`time.monotonic()`), and no longer."""
+        self._end_at(until, self._process.kill)
+
+    def _end_at(self, until: float, kill: Callable[[], None]) -> None:
+        self._timer.cancel()
+        self._until, left_s = until, max(0.0, until - time.monotonic())
+        self._timer = threading.Timer(min(left_s, threading.TIMEOUT_MAX), kill)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def _kill_if_silent(self) -> None:
+        if not select.select([self._answers], [], [], 0)[0]:  # else its answer waits while another's is awaited
+            self._process.kill()
 
     def tell(self, order: Mapping[str, Any]) -> None:
         """Sends an order that has no answer. To a process that died nothing is sent: its next answer says why."""
@@ -164,18 +201,23 @@ class ContestantProcess:
         return self.answer()
 
     def answer(self) -> dict[str, Any]:
-        """The next answer; an EttinError with the last line of its errors if the process died."""
+        """The next answer; an EttinError with the reason if the contestant failed, died or ran out of time."""
         for line in self._answers:
             if line.startswith('{"contestant"'):  # libraries print to stdout, too
                 answer: dict[str, Any] = json.loads(line)["contestant"]
+                if "problem" in answer:
+                    raise EttinError(answer["problem"])
                 return answer
         code = self._process.wait()
+        if time.monotonic() >= self._until:
+            raise EttinError("out of time")
         self._errors.seek(0)
         lines = self._errors.read().strip().splitlines() or ["no message"]
         raise EttinError(f"died with signal {-code}" if code < 0 else lines[-1])
 
     def end(self) -> None:
         """Kills the process."""
+        self._timer.cancel()
         self._process.kill()
         self._process.communicate()
         self._errors.close()

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib import import_module
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -84,19 +85,10 @@ class CrossEncoder:
         return self._model.predict([list(pair) for pair in pairs], **options)
 
 
-class TorchSetting:
-    """A setting of the release's ablation on a GPU, or our graph on the same kernel; see `gpu.SETTINGS`."""
-
-    def __init__(self, path: str, setting: str, device: str) -> None:
-        from ettin.bench.gpu import SETTINGS, opened_model
-
-        self.batch_unit, self.first_batch, ready = SETTINGS[setting]
-        self._opened = opened_model(Path(path), device)  # until this process ends
-        self._predict = ready(self._opened.__enter__())
-        self.description = f"torch, {device}, {setting}"
-
-    def predict(self, pairs: Pairs, max_length: int, batch: int | None) -> Any:
-        return self._predict(pairs, max_length, batch or self.first_batch)
+def imported(entry_point: str, *arguments: str) -> Any:
+    """A contestant that the caller of the contest brings: "module:factory", and the arguments of the factory."""
+    module, _, name = entry_point.partition(":")
+    return getattr(import_module(module), name)(*arguments)
 
 
 class Traced:
@@ -224,9 +216,9 @@ KINDS: dict[str, Callable[..., Any]] = {
     "artifact": Artifact,
     "cross-encoder": CrossEncoder,
     "fastembed": FastEmbed,
+    "imported": imported,
     "llama-cpp": LlamaCpp,
     "optimum": Optimum,
-    "torch": TorchSetting,
     "traced": Traced,
 }
 
@@ -251,11 +243,18 @@ def main() -> None:
         chosen = pairs if asked["do"] == "pass" else request_pairs(pairs, asked["request"], order["candidates"])
         _BATCHES.clear()
         start = time.perf_counter()
-        scores = contestant.predict(chosen, max_length, batch)
+        scores, problem = [], None
+        try:
+            scores = contestant.predict(chosen, max_length, batch)
+        except Exception as error:  # a batch that is too large for the memory, above all: smaller ones still work
+            problem = f"{type(error).__name__}: {error}".splitlines()[0][:400]
         seconds = time.perf_counter() - start
         given, real = (sum(tokens) for tokens in zip(*_BATCHES, strict=True)) if _BATCHES else (0, 0)
         memory = {"peak_rss_mib": _peak_rss_mib(), "peak_gpu_mib": _peak_gpu_mib()}
         padding = {"padding_share": 1 - real / given if given else None}
+        if problem:
+            _answer({"problem": problem})
+            continue
         _answer({"seconds": seconds, **memory, **padding, "scores": [float(score) for score in scores]})
 
 
@@ -272,12 +271,14 @@ def _peak_rss_mib() -> float:
 
 
 def _peak_gpu_mib() -> float | None:
-    """What torch took of the GPU, whose cache is then given back to the others; None: it was not used."""
+    """What torch took of the GPU since the last call; its cache is then given back to the others. None: not used."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return None
+    peak_bytes = float(torch.cuda.max_memory_allocated())
     torch.cuda.empty_cache()
-    return float(torch.cuda.max_memory_allocated()) / 2**20
+    torch.cuda.reset_peak_memory_stats()
+    return peak_bytes / 2**20
 
 
 def _answer(values: dict[str, Any]) -> None:

@@ -66,13 +66,19 @@ def about(runtime: Runtime) -> dict[str, Any]:
     }
 
 
-def write_result(path: Path | None, kind: str, result: Mapping[str, Any], command: str | None = None) -> None:
-    """Writes a result with the command that made it, `ettin-bench` as it was typed by default; path None: nothing."""
+def write_result(
+    path: Path | None, kind: str, result: Mapping[str, Any], command: str | None = None,
+    where: Mapping[str, object] | None = None,
+) -> None:  # fmt: skip
+    """Writes a result with the command that made it, `ettin-bench` as it was typed by default; path None: nothing.
+
+    `where` is what `machine` said where it was measured, by default here and now.
+    """
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     command = command or shlex.join(["ettin-bench", *sys.argv[1:]])
-    content = {"schema": _SCHEMA, "kind": kind, "command": command, "machine": machine(), "result": result}
+    content = {"schema": _SCHEMA, "kind": kind, "command": command, "machine": where or machine(), "result": result}
     write_file(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 
 

@@ -29,7 +29,6 @@ class Peer:
     arguments: tuple[str, ...] = ()  # of that kind after what it runs, see `_prepare`
     source: str = _CHECKPOINT  # what it runs: "checkpoint", or a target of ours
     searches: bool = False  # its best batch is searched in any case
-    needs_gpu: bool = False
     # What pip installs into its own environment: "SELF[extras]" is this project, "torch" the version that is installed
     # here; empty: it runs in this environment.
     packages: tuple[str, ...] = ()
@@ -45,8 +44,6 @@ PEERS: dict[str, Peer] = {
     "st-fp32": Peer("cross-encoder", ("float32", "{device}")),
     "st-fp32-tuned": Peer("cross-encoder", ("float32", "{device}"), searches=True),
     "st-bf16": Peer("cross-encoder", ("bfloat16", "{device}")),
-    "fa2-padded": Peer("torch", ("bf16 FA2 padded", "{device}"), needs_gpu=True),
-    "fa2-unpadded": Peer("torch", ("bf16 FA2 unpadded", "{device}"), needs_gpu=True),
     "traced": Peer("traced", ("default",)),
     "traced-f32": Peer("traced", ("f32",)),
     "traced-int8": Peer("traced", ("int8",), packages=("torch", "SELF[export,openvino]", "nncf")),
@@ -67,7 +64,7 @@ def peer_entries(
     What they were converted to goes away with the block. A missing environment is made, which takes minutes.
     """
     for name in names:
-        _check(name, checkpoint, environments, device)
+        _check(name, checkpoint, environments)
     with tempfile.TemporaryDirectory() as scratch:
         entries = []
         for name in names:
@@ -88,14 +85,12 @@ def peer_entries(
         yield entries
 
 
-def _check(name: str, checkpoint: Path | None, environments: Path | None, device: str) -> None:
+def _check(name: str, checkpoint: Path | None, environments: Path | None) -> None:
     peer = PEERS[name]
     if peer.source == _CHECKPOINT and checkpoint is None:
         raise UsageError(f"peer '{name}' runs the checkpoint: name it with --checkpoint")
     if peer.packages and environments is None:
         raise UsageError(f"peer '{name}' needs an environment of its own: name a folder for it with --environments DIR")
-    if peer.needs_gpu and device != "cuda":
-        raise UsageError(f"peer '{name}' needs a GPU: --device cuda")
 
 
 def _prepare(entry: Contestant, name: str, source: Path, environments: Path | None, device: str, scratch: Path) -> None:

@@ -230,11 +230,12 @@ def _load(results: Sequence[Result]) -> Rows:
 
 
 def _gpu(results: Sequence[Result]) -> Rows:
-    """One line for each setting: parity, and pairs per second of each size."""
+    """One line for each setting of a visit to a GPU: parity, and pairs per second of each size."""
     (result,) = results
-    errors, sizes = result["parity"]["rows"], result["sizes"]
-    by_size = [{row["name"]: row for row in size["contestants"]} for size in sizes.values()]
+    errors, sizes = result.get("parity", {}).get("rows", {}), result.get("speed", {})
     rows = [["setting", "mean error", "of FlashAttention-2's", *(f"{size}, pairs/s" for size in sizes)]]
+    contests = [[result.get(part, {}).get(size, {}) for part in ("compile", "speed")] for size in sizes]
+    by_size = [{row["name"]: row for contest in both for row in contest.get("contestants", ())} for both in contests]
     for name in dict.fromkeys(name for group in (errors, *by_size) for name in group):
         error = errors.get(name, {})
         rows.append([name, _figure("mean_abs_error", "{:.1e}")(error), _figure("of_reference", "{:.2f}")(error)])

@@ -22,7 +22,7 @@ from ettin.runtimes.tokenizer import PairTokenizer
 
 BEFORE = " (before)"  # ends the name of an artifact that runs in the environment of an earlier version
 # What peers compute in, by their first argument.
-_PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "bf16 FA2 padded": "bf16", "bf16 FA2 unpadded": "bf16"}
+_PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}
 _TOKENS_PER_LENGTH = 16384  # of a pass, roughly, where every pair has the same length
 
 
@@ -130,6 +130,6 @@ class SpeedRun:
 
 
 def pairs_for(shape: ModelShape, device: str) -> int:
-    """Pairs of a pass, such that it takes seconds: 8 to 400 on a CPU, 512 to 4096 on a GPU, fewer of larger models."""
-    least, most, work = (8, 400, 7e9) if device == "cpu" else (512, 4096, 1e11)
+    """Pairs of a pass, such that it takes seconds: 8 to 400 on a CPU, 256 to 4096 on a GPU, fewer of larger models."""
+    least, most, work = (8, 400, 7e9) if device == "cpu" else (256, 4096, 1e11)
     return max(least, min(most, int(work / shape.num_parameters)))

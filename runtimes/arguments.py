@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from ettin.artifacts.errors import InputError, UsageError
 
-if TYPE_CHECKING:  # needs pydantic, which `bench/gpu.py` does without
+if TYPE_CHECKING:  # needs pydantic
     from ettin.artifacts.manifest import Manifest
     from ettin.artifacts.score_calibration import ScoreCalibration
 

@@ -13,7 +13,7 @@ from ettin.artifacts.errors import DamagedArtifact, InputError, UsageError
 from ettin.runtimes.batch import Ids
 from ettin.runtimes.long_documents import LongDocuments
 
-if TYPE_CHECKING:  # needs pydantic, which `bench/gpu.py` does without
+if TYPE_CHECKING:  # needs pydantic
     from ettin.artifacts.opened import OpenArtifact
 
 SPECIAL_TOKENS = 3  # [CLS] query [SEP] document [SEP]

@@ -1,5 +1,6 @@
 """The harness that times things: how the best batch is found, what is counted, and what a result says."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -134,3 +135,51 @@ def test_death_of_a_process_is_its_reason() -> None:
     entry = Contestant("ours", "artifact", ["x", "not JSON"])
     Contest([("a", "b")], 1, 64, 1).run([entry])
     assert entry.problem is not None and entry.problem.startswith("json.decoder.JSONDecodeError")
+
+
+BROUGHT = """
+import pathlib, time
+
+class Brought:
+    batch_unit, first_batch, description = "pairs", 2, "brought along"
+    def __init__(self, most, starts, sleeps_s):
+        self.most, self.sleeps_s = int(most), float(sleeps_s)
+        with pathlib.Path(starts).open("a") as file:
+            file.write("start ")
+    def predict(self, pairs, max_length, batch):
+        time.sleep(0.1 / (batch or 2) if len(pairs) == 1 else max(self.sleeps_s, 0.1 / batch))
+        if batch and batch > self.most:
+            raise MemoryError("too much")
+        return [0.5] * len(pairs)
+
+class Slow(Brought):
+    def __init__(self, *_):
+        time.sleep(60)
+"""
+
+
+def brought(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int, sleeps_s: float = 0.0) -> Contestant:
+    """A contestant of a module that the harness does not know."""
+    (tmp_path / "brought.py").write_text(BROUGHT)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    arguments = ["brought:Brought", str(most), str(tmp_path / "starts"), str(sleeps_s)]
+    return Contestant("brought", "imported", arguments, searches=True)
+
+
+def test_a_contestant_that_runs_out_of_memory_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = brought(tmp_path, monkeypatch, most=8)
+    Contest([("q", "d")] * 64, 1, 64, 2, together=True).run([entry])
+    assert entry.search["stopped"] == "MemoryError: too much" and entry.batch == 8
+    assert entry.problem is None and len(entry.passes_s) == 2 and entry.scores == [0.5] * 64
+    assert (tmp_path / "starts").read_text() == "start "  # one process searches and is timed
+
+
+def test_a_contest_ends_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = brought(tmp_path, monkeypatch, most=8, sleeps_s=60)
+    start = time.monotonic()
+    Contest([("q", "d")] * 64, 1, 64, 2, until=start + 1.5, together=True).run([entry])
+    assert entry.problem == "out of time" and figures(entry, 64) == {"name": "brought", "problem": "out of time"}
+    slow, fast = (brought(tmp_path, monkeypatch, most=8) for _ in range(2))
+    slow.arguments[0] = "brought:Slow"
+    Contest([("q", "d")] * 64, 1, 64, 2, load_until=time.monotonic() + 5, together=True).run([slow, fast])
+    assert slow.problem == "out of time" and fast.problem is None and len(fast.passes_s) == 2

@@ -79,7 +79,6 @@ def test_earlier_version_lengths_and_settings(
     ("options", "message"),
     [
         (["--peer", "st-fp32"], "'st-fp32' runs the checkpoint: name it with --checkpoint"),
-        (["--peer", "fa2-padded", "--checkpoint", "demo"], "'fa2-padded' needs a GPU: --device cuda"),
         (["--peer", "fastembed"], "'fastembed' needs an environment of its own"),
         (["--checkpoint", "nowhere"], "nowhere: no such folder"),
     ],

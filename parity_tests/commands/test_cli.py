@@ -174,7 +174,7 @@ def test_failing_export_leaves_the_old_artifact(
     assert before == {path: path.stat().st_mtime_ns for path in output.rglob("*")}
 
 
-@pytest.mark.parametrize("command", ["ettin-export", "ettin-rerank", "ettin-verify", "ettin-bench"])
+@pytest.mark.parametrize("command", ["ettin-export", "ettin-rerank", "ettin-verify", "ettin-bench", "ettin-gpu"])
 def test_help(command: str, tmp_path: Path) -> None:
     done = run(command, "--help", cwd=tmp_path)
     assert done.returncode == 0 and "Usage" in done.stdout

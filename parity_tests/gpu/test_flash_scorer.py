@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ettin.artifacts.errors import MissingDependency
-from ettin.bench.gpu import plain_varlen
 from ettin.export.source.checkpoint import Checkpoint
 from ettin.export.source.weights import read_weights
 from ettin.gpu.engines.buckets import Bucket
 from ettin.gpu.engines.flash import FlashGraph, packed_inputs
 from ettin.gpu.engines.flash_scorer import SCORERS, FlashOptions, FlashScorer, Recordings
+from ettin.gpu.visit.models import plain_varlen
 from ettin.graph.fold import inference_weights
 from ettin.runtimes.batch import Batch
 

@@ -1,4 +1,4 @@
-"""One folder that runs `ettin-bench` on a machine with a GPU where only torch and transformers are installed."""
+"""One folder that runs `ettin-gpu` on a machine with a GPU where only torch and transformers are installed."""
 
 import json
 import shutil
@@ -7,14 +7,18 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.metadata import distribution, version
 from pathlib import Path
 
-from ettin import artifacts, bench, export, graph, runtimes
+from ettin import artifacts, bench, export, gpu, graph, runtimes
 from ettin.artifacts.errors import OutputError
 from ettin.artifacts.publishing import check_output, staged
+from ettin.export.options import BuildOptions, Job, Options
+from ettin.export.pipeline import Export
+from ettin.export.source.checkpoint import read_checkpoint
 
 _LIMIT_MIB = 50
+_KIT_ARCH = "sm_90"  # the visit builds the kit's engine for whatever GPU it meets
 # What the project needs and transformers does not bring. tokenizers, numpy and tqdm come with transformers, in the
 # versions that it wants.
 _WHEELS = (
@@ -23,22 +27,31 @@ _WHEELS = (
 )  # fmt: skip
 
 
-def write_bundle(output: Path, checkpoint: Path, pairs: Sequence[tuple[str, str]], python: str = "3.12") -> int:
-    """Writes the folder: this project, the packages that it needs, a checkpoint for parity and a sample of text.
+def write_bundle(
+    output: Path, checkpoint: Path, pairs: Sequence[tuple[str, str]], proven: Path | None = None, python: str = "3.12"
+) -> int:
+    """Writes the folder: this project, the packages that it needs, a checkpoint for parity, artifacts and text.
 
-    It is for Linux on x86_64 with the given version of CPython. Returns its size in bytes.
+    The artifacts are those of the folder `proven`; by default the checkpoint is exported as what torch runs, and as the
+    kit of a TensorRT engine. The bundle is for Linux on x86_64 with the given version of CPython. Returns its size in
+    bytes.
 
     Raises:
         OutputError: the folder is there, can't be written or would be over 50 MiB; or pip could not bring a package.
     """
     check_output(output, False)
     with staged(output, False) as stage:
-        for package in (artifacts, bench, export, graph, runtimes):
+        for package in (artifacts, bench, export, gpu, graph, runtimes):
             source = Path(str(package.__file__)).parent
             ignored = shutil.ignore_patterns("__pycache__", "*.pyc", "*.so", "results", "kernels")
             shutil.copytree(source, stage / "ettin" / source.name, ignore=ignored)
+        _write_metadata(stage)
         fetch_packages(stage, python)
         shutil.copytree(checkpoint, stage / "checkpoint")
+        if proven is None:
+            export_artifacts(checkpoint, stage / "artifacts")
+        else:
+            shutil.copytree(proven, stage / "artifacts")
         lines = [json.dumps({"query": query, "document": document}) for query, document in pairs]
         (stage / "pairs.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         shutil.copyfile(Path(__file__).with_name("bundle_main.py"), stage / "__main__.py")
@@ -47,6 +60,23 @@ def write_bundle(output: Path, checkpoint: Path, pairs: Sequence[tuple[str, str]
             size_mib = size_bytes >> 20
             raise OutputError(f"{output}: {size_mib} MiB, expected at most {_LIMIT_MIB}: name a smaller --checkpoint")
     return size_bytes
+
+
+def _write_metadata(folder: Path) -> None:
+    """Writes what an installation knows of this project: its version, and its targets, which register themselves."""
+    this = distribution("ettin-export")
+    metadata = folder / f"ettin_export-{this.version}.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: ettin-export\nVersion: {this.version}\n")
+    (metadata / "entry_points.txt").write_text(this.read_text("entry_points.txt") or "", encoding="utf-8")
+
+
+def export_artifacts(checkpoint: Path, folder: Path) -> None:
+    """Exports a checkpoint as `transformers`, which a bare machine can run, and as a build kit of a TensorRT engine."""
+    kit = Options(allow_unverified=True, build=BuildOptions(arch=_KIT_ARCH, kit=True))
+    jobs = {("transformers", "fp32"): Options(), ("transformers", "bf16"): Options(), ("trt", "bf16"): kit}
+    for (target, precision), options in jobs.items():
+        Export(read_checkpoint(checkpoint), options).run(Job(target, precision, folder / f"{target}-{precision}"))
 
 
 def fetch_packages(folder: Path, python: str) -> None:
