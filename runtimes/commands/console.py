@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import click
 from tabulate import tabulate
 
-from ettin.artifacts.errors import EttinError
+from ettin.artifacts.errors import EttinError, shown
 from ettin.runtimes.long_documents import POLICIES
 
 # Options that several commands have. Those of `load` have the names of its arguments.
@@ -83,8 +83,8 @@ def _terminate(number: int, _: FrameType | None) -> NoReturn:
 
 
 def note(text: str, **style: Any) -> None:
-    """Prints a line on stderr, styled (see `click.style`) where that is a terminal."""
-    click.secho(text, err=True, **style)
+    """Prints a line on stderr, safe for a terminal (see `shown`), styled (see `click.style`) where that is one."""
+    click.secho(shown(text), err=True, **style)
 
 
 @contextmanager
