@@ -11,7 +11,7 @@ import numpy as np
 from ettin.artifacts.errors import ArtifactError, InputError, UsageError
 from ettin.artifacts.opened import OpenArtifact
 from ettin.artifacts.precisions import precisions
-from ettin.artifacts.signatures import SIGNATURE_NAME, read_private_key
+from ettin.artifacts.signatures import read_private_key
 from ettin.runtimes.calibration import fitted
 from ettin.runtimes.commands import console
 from ettin.runtimes.loading import load
@@ -49,10 +49,7 @@ def command(artifact: Path, pairs: Path, trusted_key: Path | None, sign: Path | 
             raise ArtifactError(f"{artifact}: was replaced meanwhile. Run again: ettin-calibrate {artifact} PAIRS")
         held = precisions(opened.whole_manifest)
         opened.replace_manifest(opened.whole_manifest.model_copy(update={"score_calibration": fit}))
-    if sign is not None:
-        with OpenArtifact(artifact) as opened:
-            opened.sign(sign)
-        click.echo(f"signed: {SIGNATURE_NAME}")
+    console.sign(artifact, sign)
     click.echo(f"probability of relevance = sigmoid({fit.slope:.4g} · logit + {fit.offset:.4g}); in manifest.json")
     if len(held) > 1:
         click.echo(f"fitted to the logits of {held[0]}, used for {', '.join(held)}")

@@ -13,6 +13,8 @@ import click
 from tabulate import tabulate
 
 from ettin.artifacts.errors import EttinError, shown
+from ettin.artifacts.opened import OpenArtifact
+from ettin.artifacts.signatures import SIGNATURE_NAME
 from ettin.runtimes.long_documents import POLICIES
 
 # Options that several commands have. Those of `load` have the names of its arguments.
@@ -44,6 +46,14 @@ def long_documents(command: Callable[..., None]) -> Callable[..., None]:
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def sign(artifact: Path, private_key: Path | None) -> None:
+    """Signs an artifact, if there is a key, and says so."""
+    if private_key is not None:
+        with OpenArtifact(artifact) as opened:
+            opened.sign(private_key)
+        click.echo(f"signed: {SIGNATURE_NAME}")
 
 
 class _Terminated(KeyboardInterrupt):

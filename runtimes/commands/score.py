@@ -1,8 +1,9 @@
 """`ettin-score`: scores Parquet files with Ray Data."""
 
 import logging
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
@@ -48,6 +49,4 @@ def command(artifact: Path, source: str, target: str, actors: int | None, **opti
     console.note(f"{sum(outcome.pairs for outcome in outcomes)} pairs in {len(outcomes)} files, now in {target}")
 
 
-def main() -> NoReturn:
-    """Entry point."""
-    console.run(command)
+main = partial(console.run, command)
