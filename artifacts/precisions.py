@@ -26,6 +26,11 @@ def in_precision(manifest: Manifest, precision: str | None) -> Manifest:
     )
 
 
+def unproven(manifest: Manifest) -> list[str]:
+    """The precisions in the folder whose scores nobody has proven."""
+    return [name for name in precisions(manifest) if in_precision(manifest, name).parity.status == "unverified"]
+
+
 def with_parity(manifest: Manifest, precision: str, parity: Parity) -> Manifest:
     """The whole manifest with another record of proof for one of its precisions."""
     if precision == manifest.precision:

@@ -19,8 +19,8 @@ class Reliability(Strict):
 class ScoreCalibration(Strict):
     """sigmoid(slope · logit + offset) is the probability of relevance, as fitted on pairs that a user labelled."""
 
-    slope: float = Field(gt=0)
-    offset: float
+    slope: float = Field(gt=0, le=1e6)
+    offset: float = Field(ge=-1e9, le=1e9)
     pairs: PositiveInt
     relevant: PositiveInt
     before: Reliability = Field(description="of sigmoid(logit)")

@@ -78,7 +78,8 @@ Pairs are truncated to {manifest.max_length_tokens} tokens (`longest_first`). {c
 ## Proof
 
 {proof}
-The pairs and the reference's scores are in `parity.jsonl`. To compare again, on any machine and without PyTorch:
+The pairs and the reference's scores are in `parity.jsonl`. To compare again, on any machine and
+without the checkpoint:
 
 ```sh
 ettin-verify .
@@ -106,7 +107,7 @@ def collection_card(manifest: Manifest, folders: Iterable[str], present: str | N
     return f"""{_front_matter(manifest, tags, checkpoint, "ettin-export")}
 # {code(manifest.name)}
 
-{code(manifest.source.id)}, a reranker, in forms that run without PyTorch on CPUs and GPUs. Each folder is one artifact
+{code(manifest.source.id)}, a reranker, in formats for CPUs and GPUs. Each folder is one artifact
 of ettin-export: its card says how to use it, what was proven about its scores, and how it was made.
 
 <!-- variants -->
@@ -135,7 +136,7 @@ def _metadata(path: Path) -> dict[str, str]:
     from huggingface_hub import metadata_load
 
     try:
-        if path.stat().st_size > _MAX_CARD_BYTES:
+        if not path.is_file() or path.stat().st_size > _MAX_CARD_BYTES:
             return {}
         stated = metadata_load(path) or {}
     except Exception:  # no card, or YAML that is none: a checkpoint needs neither

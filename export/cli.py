@@ -4,7 +4,6 @@ import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -29,75 +28,8 @@ EXAMPLES = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Arguments:
-    """What the user typed, by the names of the options."""
-
-    size: str | None
-    checkpoint: str | None
-    revision: str | None
-    target: str
-    precision: str | None
-    everything: bool
-    output: Path | None
-    max_length: int | None
-    verify_pairs: Path | None
-    calibration: Path | None
-    force: bool
-    allow_unverified: bool
-    sign: Path | None
-    push: str | None
-    arch: str | None
-    build_kit: bool
-    workspace: int | None
-    timing_cache: Path | None
-    random_weights: bool
-    seed: int
-    tokenizer: Path | None
-    dry_run: bool
-
-    def variants(self) -> list[tuple[str, str]]:
-        """The targets and precisions that were asked for.
-
-        Raises:
-            UsageError: there are none of these names.
-        """
-        wanted = self.precision.split(",") if self.precision else [None]
-        if not self.everything:
-            target = target_named(self.target)
-            variants = [(self.target, target.checked_precision(precision)) for precision in wanted]
-            if len(variants) > len(set(variants)):
-                raise UsageError(f"--precision {self.precision}: names one twice")
-            if len(variants) > 1 and not {precision for _, precision in variants} <= set(target.shared_precisions):
-                several = f", or several of: {', '.join(target.shared_precisions)}" if target.shared_precisions else ""
-                raise UsageError(
-                    f"an artifact of target '{self.target}' has one precision, expected one of: {self.precision}"
-                    f"{several}"
-                )
-            return variants
-        variants = [
-            (target.name, precision)
-            for target in registered_targets()
-            for precision in target.precisions
-            if precision in wanted or wanted == [None]
-        ]
-        if not variants:
-            raise UsageError(f"no target has a precision '{self.precision}'. Run: ettin-export --list")
-        return variants
-
-    def build_options(self) -> BuildOptions:
-        """What TensorRT is told.
-
-        Raises:
-            UsageError: the target is not compiled for one GPU architecture.
-        """
-        build = BuildOptions(self.arch, self.build_kit, self.workspace, self.timing_cache)
-        if build != BuildOptions() and not self.everything and not target_named(self.target).is_compiled:
-            compiled = " and ".join(target.name for target in registered_targets() if target.is_compiled)
-            raise UsageError(
-                f"--arch, --build-kit, --workspace and --timing-cache are for {compiled}, not for '{self.target}'"
-            )
-        return build
+# What `source.resolve.opened` takes.
+_SOURCE = ("size", "checkpoint", "revision", "random_weights", "seed", "tokenizer")
 
 
 class _TargetOption(click.Option):
@@ -115,8 +47,8 @@ class _TargetOption(click.Option):
 
 @click.command(epilog=console.example_epilog(*EXAMPLES), no_args_is_help=True)
 @click.option("--size", help="A released size, or demo: the small checkpoint that comes with this package.")
-@click.option("--checkpoint", help="A fine-tune instead: folder or hub id.")
-@click.option("--revision", help="Hub commit, branch or tag of --checkpoint.")
+@click.option("--checkpoint", help="Folder or hub id of a checkpoint, in place of --size.")
+@click.option("--revision", help="Commit, branch or tag of --checkpoint on the hub.")
 @click.option("--target", cls=_TargetOption, default="openvino", show_default=True, help="What to write.")
 @click.option(
     "--precision",
@@ -124,7 +56,10 @@ class _TargetOption(click.Option):
     "artifact.  [default: its first]",
 )
 @click.option(
-    "--all", "everything", is_flag=True, help="Every target (of --precision, if given) that this machine can build."
+    "--all",
+    "everything",
+    is_flag=True,
+    help="Export every target that this machine can build, in the precisions of --precision or in all.",
 )
 @click.option(
     "--output",
@@ -134,30 +69,38 @@ class _TargetOption(click.Option):
 )
 @click.option("--max-length", type=int, help="Tokens that pairs are truncated to.  [default: the checkpoint's]")
 @click.option(
-    "--verify-pairs", type=click.Path(path_type=Path), help="JSON lines with query and document to verify on, too."
+    "--verify-pairs",
+    type=click.Path(path_type=Path),
+    help='File of JSON lines with "query" and "document": further pairs to verify on.',
 )
 @click.option(
     "--calibration",
     type=click.Path(path_type=Path),
-    help="JSON lines to calibrate int8 on.  [default: texts of this package]",
+    help="File of JSON lines to calibrate int8 on.  [default: texts of this package]",
 )
 @click.option("--force", is_flag=True, help="Replace an artifact that is already there.")
-@click.option("--allow-unverified", is_flag=True, help="Publish what can't be run here; it loads after ettin-verify.")
+@click.option(
+    "--allow-unverified",
+    is_flag=True,
+    help="Publish artifacts that can't be run here. They can be loaded after ettin-verify.",
+)
 @click.option("--sign", type=click.Path(path_type=Path), help="Private key (PEM) to sign the artifact with.")
-@click.option("--push", metavar="ORGANISATION/NAME", help="Repository on the hub that gets the artifact, too.")
-@click.option("--arch", help="TensorRT: the GPU, such as sm_90 or sm_86.  [default: this machine's]")
+@click.option("--push", metavar="ORGANISATION/NAME", help="Upload the artifact to this repository on the hub, too.")
+@click.option("--arch", help="TensorRT: architecture of the GPU, such as sm_90 or sm_86.  [default: this machine's]")
 @click.option(
     "--build-kit", is_flag=True, help="trt: write what builds the engine elsewhere (typed ONNX and a script)."
 )
-@click.option("--workspace", type=click.IntRange(1), help="TensorRT: MiB of scratch memory.  [default: all]")
+@click.option("--workspace", type=click.IntRange(1), help="TensorRT: scratch memory in MiB.  [default: all]")
 @click.option(
     "--timing-cache", type=click.Path(path_type=Path, dir_okay=False), help="trt: file that makes rebuilds faster."
 )
-@click.option("--random-weights", is_flag=True, help="The size's shape with random weights: for trying hardware.")
+@click.option("--random-weights", is_flag=True, help="Use random weights in the shape of --size, to try hardware.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the random weights.")
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="Folder with the tokenizer of random weights.")
-@click.option("--dry-run", is_flag=True, help="Read and check, say what would be done, write nothing.")
-@click.option("--list", "show_list", is_flag=True, help="Sizes, targets and precisions.")
+@click.option(
+    "--dry-run", is_flag=True, help="Read and check everything and say what would be done, but write nothing."
+)
+@click.option("--list", "show_list", is_flag=True, help="Show sizes, targets and precisions.")
 @click.option(
     "--doctor",
     "show_doctor",
@@ -174,52 +117,61 @@ def command(show_list: bool, show_doctor: bool, **options: Any) -> None:
         return reports.show_list()
     if show_doctor:
         return reports.show_doctor()
-    return _export(Arguments(**options))
+    return _export(**options)
 
 
-def _export(arguments: Arguments) -> None:
-    variants = arguments.variants()
+def _export(
+    *, target: str, precision: str | None, everything: bool, output: Path | None, push: str | None, dry_run: bool,
+    arch: str | None, build_kit: bool, workspace: int | None, timing_cache: Path | None, **others: Any,
+) -> None:  # fmt: skip
+    variants = _variants(target, precision, everything)
     absent = reports.missing(reports.REFERENCE_PACKAGES)
     if absent:
         raise MissingDependency("exporting", absent[0], "export")
     from ettin.export.source.resolve import opened
 
-    options = Options(
-        max_length=arguments.max_length,
-        verify_pairs=arguments.verify_pairs,
-        calibration=arguments.calibration,
-        force=arguments.force,
-        allow_unverified=arguments.allow_unverified,
-        command=shlex.join(["ettin-export", *sys.argv[1:]]),
-        build=arguments.build_options(),
-        sign=arguments.sign,
-    )
-    _check_machine(variants, options, arguments.everything)
-    if arguments.push is not None:
-        check_push(arguments.push)
+    source = {name: others.pop(name) for name in _SOURCE}
+    build = BuildOptions(arch, build_kit, workspace, timing_cache)
+    if build != BuildOptions() and not everything and not target_named(target).is_compiled:
+        compiled = " and ".join(other.name for other in registered_targets() if other.is_compiled)
+        raise UsageError(f"--arch, --build-kit, --workspace and --timing-cache are for {compiled}, not for '{target}'")
+    options = Options(command=shlex.join(["ettin-export", *sys.argv[1:]]), build=build, **others)
+    _check_machine(variants, options, everything)
+    if push is not None:
+        check_push(push)
     with ExitStack() as stack:
         with console.step("read the checkpoint"):
-            checkpoint = stack.enter_context(
-                opened(
-                    size=arguments.size,
-                    checkpoint=arguments.checkpoint,
-                    revision=arguments.revision,
-                    random_weights=arguments.random_weights,
-                    seed=arguments.seed,
-                    tokenizer=arguments.tokenizer,
-                )
-            )
+            checkpoint = stack.enter_context(opened(**source))
         from ettin.export.pipeline import Export  # imports for seconds: not before it is known to be of use
 
         export = Export(checkpoint, options, console.Console())
-        jobs = _jobs(arguments, variants, checkpoint.name)
+        jobs = _jobs(variants, output, Path(checkpoint.name), arch, everything)
         _announce(checkpoint)
-        if arguments.dry_run:
-            return show_plan(export, jobs, arguments.everything)
-        made = run_all(export, jobs) if arguments.everything else run_one(export, jobs)
-        if arguments.push is not None and made:
-            push_made(made, arguments.push, checkpoint.folder, arguments.allow_unverified)
+        if dry_run:
+            return show_plan(export, jobs, everything)
+        made = run_all(export, jobs) if everything else run_one(export, jobs)
+        if push is not None and made:
+            push_made(made, push, checkpoint.folder, options.allow_unverified)
     return None
+
+
+def _variants(name: str, precision: str | None, everything: bool) -> list[tuple[str, str]]:
+    """The targets and precisions that were asked for; raises `UsageError` if there are none of these names."""
+    wanted = precision.split(",") if precision else [None]
+    if everything:
+        every = [(target.name, chosen) for target in registered_targets() for chosen in target.precisions]
+        unknown = set(wanted) - {None, *(chosen for _, chosen in every)}
+        if unknown:
+            raise UsageError(f"no target has a precision '{min(map(str, unknown))}'. Run: ettin-export --list")
+        return [(target, chosen) for target, chosen in every if chosen in wanted or wanted == [None]]
+    target = target_named(name)
+    variants = [(name, target.checked_precision(chosen)) for chosen in wanted]
+    if len(variants) > len(set(variants)):
+        raise UsageError(f"--precision {precision}: names one twice")
+    if len(variants) > 1 and not {chosen for _, chosen in variants} <= set(target.shared_precisions):
+        several = f", or several of: {', '.join(target.shared_precisions)}" if target.shared_precisions else ""
+        raise UsageError(f"an artifact of target '{name}' has one precision, expected one of: {precision}{several}")
+    return variants
 
 
 def _check_machine(variants: Sequence[tuple[str, str]], options: Options, everything: bool) -> None:
@@ -239,18 +191,18 @@ def _check_machine(variants: Sequence[tuple[str, str]], options: Options, everyt
         raise EttinError("no target can be exported here, see above") if everything else next(iter(problems.values()))
 
 
-def _jobs(arguments: Arguments, variants: list[tuple[str, str]], name: str) -> list[Job]:
+def _jobs(
+    variants: list[tuple[str, str]], output: Path | None, default: Path, arch: str | None, everything: bool
+) -> list[Job]:
     """What is made, and where. Engines for several GPUs lie side by side."""
-    if arguments.output and not arguments.everything:
-        return [Job(target, precision, arguments.output) for target, precision in variants]
-    above = arguments.output or Path(name)
-    if len(variants) > 1 and not arguments.everything:
-        return [Job(target, precision, above / target) for target, precision in variants]
-    arch = "" if arguments.arch in (None, "native") else f"-{arguments.arch}"
-    return [
-        Job(target, precision, above / f"{target}-{precision}{arch if target_named(target).is_compiled else ''}")
-        for target, precision in variants
-    ]
+    above, suffix = output or default, "" if arch in (None, "native") else f"-{arch}"
+
+    def folder(target: str, precision: str) -> Path:
+        if not everything and (output or len(variants) > 1):
+            return output or above / target
+        return above / f"{target}-{precision}{suffix if target_named(target).is_compiled else ''}"
+
+    return [Job(target, precision, folder(target, precision)) for target, precision in variants]
 
 
 def _announce(source: "Checkpoint") -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from ettin.artifacts.errors import MissingDependency, UnverifiedArtifact, UsageError
 from ettin.artifacts.manifest import CARD_NAME, MANIFEST_NAME
 from ettin.artifacts.opened import OpenArtifact
+from ettin.artifacts.precisions import unproven
 from ettin.artifacts.signatures import SIGNATURE_NAME
 from ettin.export.card import collection_card
 from ettin.runtimes.hub import Remote, checked_commit, first_answer, parsed, reached
@@ -65,14 +66,14 @@ def push(
             raise UsageError(f"{folder}: on the hub, '{name}' can't name a folder. Choose another: --output DIR")
         with OpenArtifact(folder) as artifact:
             manifest = artifact.manifest
-            if manifest.parity.status == "unverified" and not allow_unverified:
+            if (names := unproven(artifact.whole_manifest)) and not allow_unverified:
                 raise UnverifiedArtifact(
-                    f"{folder}: its scores are not proven. Push it all the same: --allow-unverified"
+                    f"{folder}: scores in {', '.join(names)} are not proven. Push it all the same: --allow-unverified"
                 )
             artifact.check()
             artifact.check_contents()
-            names = [*(entry.path for entry in manifest.files), MANIFEST_NAME, CARD_NAME, SIGNATURE_NAME]
-            files |= {f"{name}/{path}": folder / path for path in names if (folder / path).is_file()}
+            paths = [*(entry.path for entry in manifest.files), MANIFEST_NAME, CARD_NAME, SIGNATURE_NAME]
+            files |= {f"{name}/{path}": folder / path for path in paths if (folder / path).is_file()}
     api = HfApi()
     with reached(f"--push {repository}", _OTHERWISE):
         api.create_repo(repository, private=True, exist_ok=True)

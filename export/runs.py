@@ -50,8 +50,8 @@ def _announce_result(export: "Export", job: Job, verification: "Verification | N
         )
     elif verification is None:
         console.note(
-            f"  NOT VERIFIED: no score of this {job.target} artifact was computed here. It loads after, on the machine "
-            f"that runs it: ettin-verify {job.output}",
+            f"  NOT VERIFIED: no score of this {job.target} artifact was computed here. To load it, run on "
+            f"the machine that will use it: ettin-verify {job.output}",
             fg="yellow",
             bold=True,
         )

@@ -57,6 +57,16 @@ def documents_from_input(documents: Any) -> list[str]:
     return [text(document, f"document {index}") for index, document in enumerate(documents)]
 
 
+def checked_length(max_length: int | None, manifest: "Manifest") -> int:
+    """The number of tokens that pairs are truncated to; None: the artifact's. Raises `UsageError` beyond its limits."""
+    most = manifest.max_length_tokens
+    if max_length is None:
+        return most
+    if not isinstance(max_length, int) or not 3 <= max_length <= most:
+        raise UsageError(f"max_length is {max_length}, expected 3 to {most} tokens (what the artifact was made for)")
+    return max_length
+
+
 def _kind(value: Any) -> str:
     return f"{type(value).__name__} {value!r}"[:80]
 

@@ -14,7 +14,15 @@ from ettin.artifacts.arithmetic import Arithmetic
 from ettin.artifacts.errors import UsageError
 from ettin.artifacts.opened import OpenArtifact
 from ettin.runtimes import processes
-from ettin.runtimes.arguments import Activation, Pair, documents_from_input, pairs_from_inputs, resolved, text
+from ettin.runtimes.arguments import (
+    Activation,
+    Pair,
+    checked_length,
+    documents_from_input,
+    pairs_from_inputs,
+    resolved,
+    text,
+)
 from ettin.runtimes.batch import Batch, BatchLimits
 from ettin.runtimes.long_documents import LongDocuments
 from ettin.runtimes.request import Request, Scored
@@ -77,7 +85,7 @@ class Runtime(ABC):
         self.folder, self.manifest = artifact.path, artifact.manifest
         self.settings, self.limits = settings, limits
         self.tokenizer = artifact_tokenizer(artifact)
-        self.max_length = self._checked_length(settings.max_length)
+        self.max_length = checked_length(settings.max_length, self.manifest)
         self.scheduler = Scheduler(self.tokenizer, self.score, limits, self.manifest.tokenizer.pad_token_id)
         self._is_released = self._has_warned = False
         self.evaluations = Evaluations()
@@ -231,7 +239,7 @@ class Runtime(ABC):
         if batch_size is not None and batch_size <= 0:
             raise UsageError(f"batch_size is {batch_size}, expected a positive number")
         activation = resolved(activation_fn, self.manifest)
-        length = self.max_length if max_length is None else self._checked_length(max_length)
+        length = self.max_length if max_length is None else checked_length(max_length, self.manifest)
         request = Request(pairs, length, batch_pairs=batch_size, long_documents=LongDocuments.of(long_documents))
         scored = self.scheduler.scored(request, bool(progress))
         if max_length is None and scored.truncated.any() and not self._has_warned:
@@ -272,13 +280,3 @@ class Runtime(ABC):
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.manifest.full_name}: {self.description}>"
-
-    def _checked_length(self, max_length: int | None) -> int:
-        most = self.manifest.max_length_tokens
-        if max_length is None:
-            return most
-        if not isinstance(max_length, int) or not 3 <= max_length <= most:
-            raise UsageError(
-                f"max_length is {max_length}, expected 3 to {most} tokens (what the artifact was made for)"
-            )
-        return max_length

@@ -34,6 +34,8 @@ def fitted(logits: NDArray[np.float32], labels: NDArray[np.bool_]) -> ScoreCalib
         raise InputError(
             f"{relevant} relevant and {len(labels) - relevant} other pairs, expected at least {_LEAST_OF_EACH} of each"
         )
+    if infinite := int((~np.isfinite(logits)).sum()):
+        raise InputError(f"{infinite} of {len(logits)} logits are not finite. Verify the artifact here: ettin-verify")
     values = logits.astype(np.float64)
     slope, offset = _platt(values, labels)
     if slope <= 0:

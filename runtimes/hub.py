@@ -19,7 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ettin.artifacts.errors import DamagedArtifact, DownloadError, ManifestError, MissingDependency, OutputError
+from ettin.artifacts.errors import (
+    DamagedArtifact,
+    DownloadError,
+    EttinError,
+    ManifestError,
+    MissingDependency,
+    OutputError,
+)
 from ettin.artifacts.files import file_sha256
 from ettin.artifacts.manifest import CARD_NAME, MANIFEST_NAME, MAX_MANIFEST_BYTES, FileEntry, Manifest
 from ettin.artifacts.signatures import MAX_SIGNATURE_BYTES, SIGNATURE_NAME
@@ -59,6 +66,8 @@ def reached(what: str, otherwise: str) -> Iterator[None]:
     client.setLevel(logging.ERROR)
     try:
         yield
+    except EttinError:
+        raise
     except tuple(refusals) as error:
         reason = next(text for kind, text in refusals.items() if isinstance(error, kind))
         raise DownloadError(f"{what}: {reason}") from None
@@ -71,6 +80,9 @@ def reached(what: str, otherwise: str) -> Iterator[None]:
         problem = "refuses" if isinstance(error, errors.HfHubHTTPError) else "can't be reached"
         reason = next(filter(None, str(error).splitlines()), type(error).__name__)
         raise DownloadError(f"{what}: the hub {problem} ({reason}). {otherwise}") from None
+    except (ValueError, TypeError, LookupError, AttributeError) as error:  # its client reads JSON of any form
+        reason = f"{type(error).__name__}: {error}"[:200]
+        raise DownloadError(f"{what}: the answer is not one of the model hub ({reason}). {otherwise}") from None
     finally:
         client.setLevel(level)
 

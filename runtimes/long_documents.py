@@ -47,12 +47,12 @@ class LongDocuments:
 
     def updated(self, values: Mapping[str, Any]) -> Self:
         """A copy with those of `values` that are fields and not None; numbers may be text."""
-        given: dict[str, Any] = {}
-        for name in (field.name for field in fields(self) if values.get(field.name) is not None):
+        given = taken(dict(values))
+        for name in given.keys() - {"long_documents"}:
             try:
-                given[name] = values[name] if name == "long_documents" else int(values[name])
+                given[name] = int(str(given[name]))
             except ValueError:
-                raise UsageError(f"{name} is {values[name]!r}, expected a whole number") from None
+                raise UsageError(f"{name} is {given[name]!r}, expected a whole number") from None
         return replace(self, **given)
 
     @property
@@ -70,6 +70,12 @@ class LongDocuments:
         if not self.has_chunks or tokens <= size or size == 0:
             return [0]
         return [*range(0, tokens - size, size - min(self.chunk_overlap, size // 2)), tokens - size]
+
+
+def taken(options: dict[str, Any]) -> dict[str, Any]:
+    """Removes the options that are fields of `LongDocuments`, and returns those of them that are not None."""
+    values = {field.name: options.pop(field.name, None) for field in fields(LongDocuments)}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def combined(logits: NDArray[np.float32], owners: NDArray[np.int64], top: int) -> NDArray[np.float32]:

@@ -140,11 +140,14 @@ class Request:
 
     def check(self, encoded: Sequence[Encoded], part: range) -> None:
         """Raises `InputError` if a pair of `part` is truncated and must not be."""
+        most = self.long_documents.max_tokens_per_doc
         for (_, is_truncated), index in zip(encoded, part, strict=True):
             if self._refuse_truncated and is_truncated:
+                limits = f"has, with its query, more than {self.max_length} tokens"
+                if most is not None:
+                    limits = f"has more than {most} tokens, or with its query more than {self.max_length}"
                 raise InputError(
-                    f"document {index} has, with its query, more than {self.max_length} tokens, and truncation was "
-                    "refused. Shorten it, or allow truncation"
+                    f"document {index} {limits}, and truncation was refused. Shorten it, or allow truncation"
                 )
 
     def add(self, encoded: Sequence[Encoded], part: range, cache: ScoreCache) -> None:

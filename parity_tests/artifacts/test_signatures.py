@@ -1,11 +1,13 @@
 """Signatures: what a key vouches for, and that the package of the OpenSSF agrees."""
 
+import importlib
 import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -283,3 +285,23 @@ def test_model_signing_accepts_ours_and_ours_accepts_its(artifact: Path, key: Pa
     rewrite(artifact, lambda content: content.update(max_length_tokens=99))
     with pytest.raises(SignatureError):
         checked_manifest(artifact, trusted(key))
+
+
+def test_native_model_of_triton_checks_the_signature(
+    artifact: Path, key: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tritonclient.grpc.model_config_pb2", reason='needs pip install "ettin-export[triton]"')
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", ModuleType("triton_python_backend_utils"))
+    module = importlib.import_module("ettin.runtimes.triton.model")
+    monkeypatch.delitem(sys.modules, "ettin.runtimes.triton.model")
+    sign(artifact, key)
+    public = key.with_suffix(".pub")
+    publish(artifact, tmp_path / "models", "m", TritonOptions(native=True, trusted_key=public))
+    folder, parameters = (
+        tmp_path / "models" / "m" / "1" / "artifact",
+        {"engine": "m-engine", "trusted_key": str(public)},
+    )
+    module.NativeModel()._load(folder, "1", parameters)
+    (folder / SIGNATURE_NAME).unlink()
+    with pytest.raises(SignatureError):
+        module.NativeModel()._load(folder, "1", parameters)

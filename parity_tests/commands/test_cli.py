@@ -185,3 +185,21 @@ def test_doctor_and_list(tmp_path: Path) -> None:
     assert doctor.returncode == 0 and "target openvino" in doctor.stdout and "usable" in doctor.stdout
     listed = run("ettin-export", "--list", cwd=tmp_path)
     assert "9e4aa35321a6" in listed.stdout and "transformers" in listed.stdout
+
+
+def test_hostile_lines(demo_artifacts: dict[tuple[str, str], Path], tmp_path: Path) -> None:
+    rerank = ("ettin-rerank", demo_artifacts["onnx", "fp32"], "--query", "q")
+    deep = "[" * 100_000
+    table = run(*rerank, cwd=tmp_path, stdin=f"{deep}\n\x1b]0;title\x07red\n")
+    assert table.returncode == 0 and "\x1b" not in table.stdout and "\\x1b]0;title" in table.stdout, table.stderr
+    rows = '{"line": "a", "title": "\\ud800"}\n{"line": "b", "score": "mine"}\n'
+    done = run(*rerank, "--field", "line", "--json", cwd=tmp_path, stdin=rows)
+    assert done.returncode == 0, done.stderr
+    assert {json.loads(line)["rank"] for line in done.stdout.splitlines()} == {1, 2}
+    assert {json.loads(line).get("title") for line in done.stdout.splitlines()} == {None, "\ud800"}
+
+
+def test_all_refuses_a_precision_that_no_target_has(export_here: Export) -> None:
+    assert_one_line(
+        export_here("--size", "demo", "--all", "--precision", "int8,int9"), "no target has a precision 'int9'"
+    )

@@ -1,5 +1,6 @@
 """Cards: what the hub reads of them, what a person runs from them, and that text of a checkpoint stays text."""
 
+import os
 import re
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 from huggingface_hub import metadata_load
 
 from ettin.artifacts.manifest import FileEntry, Manifest
-from ettin.export.card import card, code, collection_card
+from ettin.export.card import _metadata, card, code, collection_card
 from ettin.export.source.sizes import DEMO_FOLDER
 
 Artifacts = dict[tuple[str, str], Path]
@@ -78,3 +79,9 @@ def test_python_of_a_card_runs(demo_artifacts: Artifacts, monkeypatch: pytest.Mo
     names: dict[str, object] = {}
     exec(block, names)  # noqa: S102 (a code block of ours)
     assert len(names["hits"]) == 1  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no FIFOs")
+def test_metadata_comes_from_a_plain_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "README.md")  # who reads it waits for ever
+    assert _metadata(tmp_path / "README.md") == {}

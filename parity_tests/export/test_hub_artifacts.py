@@ -357,3 +357,9 @@ def test_a_missing_package_is_said_before_any_download(
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
     assert f"needs {module.replace('_', '-')}, which is not installed. Run: pip install" in done.stderr
     assert f'"ettin-export[{extra}]"' in done.stderr and hub.requests == []
+
+
+@pytest.mark.parametrize("answer", [b"<html>", b"[]", b'{"siblings": 1}', b"null", b"[" * 100_000])
+def test_answers_that_are_not_the_hubs(hub: Hub, pushed: str, answer: bytes) -> None:
+    hub.raw_info = answer
+    assert f"{pushed}: " in refused(pushed, DownloadError)

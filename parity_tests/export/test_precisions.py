@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from ettin.artifacts.errors import DamagedArtifact, ManifestError, ParityError, UnverifiedArtifact, UsageError
 from ettin.artifacts.manifest import Manifest
@@ -18,8 +19,10 @@ from ettin.artifacts.precisions import in_precision, precisions
 from ettin.export import pipeline
 from ettin.export.options import Job, Options
 from ettin.export.pipeline import Export
+from ettin.export.push import push
 from ettin.export.source.checkpoint import Checkpoint
 from ettin.runtimes import load
+from ettin.runtimes.commands import calibrate, pack
 from ettin.runtimes.loading import checked_manifest
 from ettin.runtimes.triton.repository import TritonOptions, publish
 from ettin.runtimes.verify import verify
@@ -206,3 +209,34 @@ def test_command_line(export_here: Callable[..., subprocess.CompletedProcess[str
         [*rerank, "--query", "red planet", "--precision", "fp16"], capture_output=True, text=True, check=True
     )
     assert "Mars" in ranked.stdout.splitlines()[1]
+
+
+def test_calibration_keeps_all_precisions(several: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fit is stored beside all precisions, which stay as they were."""
+    before, labels = Manifest.read(several), [number % 2 for number in range(60)]
+    (tmp_path / "pairs.jsonl").write_text(
+        "\n".join(json.dumps({"query": "q", "document": f"d {label}", "label": label}) for label in labels)
+    )
+    drawn = np.random.default_rng(0).normal(labels).astype(np.float32)
+    monkeypatch.setattr("ettin.runtimes.base.Runtime.predict", lambda *_, **__: drawn)
+    done = CliRunner().invoke(calibrate.command, [str(several), str(tmp_path / "pairs.jsonl")])
+    assert done.exit_code == 0, (done.output, done.exception)
+    after = Manifest.read(several)
+    assert after.score_calibration and after.model_copy(update={"score_calibration": None}) == before
+    assert "fp32, int8" in done.output
+    for precision in PRECISIONS:
+        assert in_precision(after, precision).score_calibration == after.score_calibration
+
+
+def test_all_precisions_must_be_proven_to_be_handed_on(several: Path, tmp_path: Path) -> None:
+    manifest = Manifest.read(several)
+    rewrite(several, variants=(
+        manifest.variants[0],
+        manifest.variants[1].model_copy(update={"parity": manifest.parity.model_copy(update={"status": "unverified"})}),
+    ))  # fmt: skip
+    with load(several):
+        pass  # the first is proven
+    with pytest.raises(UnverifiedArtifact):
+        push({"several": several}, "org/name", several)
+    done = CliRunner().invoke(pack.command, [str(several), "--output", str(tmp_path / "a.tar.gz")])
+    assert isinstance(done.exception, UnverifiedArtifact) and not (tmp_path / "a.tar.gz").exists()

@@ -58,6 +58,8 @@ def test_fits_that_make_no_sense() -> None:
         fitted(logits, ~labels)
     with pytest.raises(InputError, match="logits do not rise with relevance"):
         fitted(np.full(100, 3, np.float32), np.arange(100) % 2 == 0)
+    with pytest.raises(InputError, match="1 of 1000 logits are not finite"):
+        fitted(np.where(np.arange(1000) == 7, np.nan, logits).astype(np.float32), labels)
     with pytest.raises(InputError, match="19 relevant and 81 other pairs, expected at least 20 of each"):
         fitted(logits[:100], np.arange(100) < 19)
 
@@ -113,7 +115,9 @@ def test_calibration_is_stored_and_used(artifact: Path, calibrate: Callable[...,
         assert hit["score"] == pytest.approx(float(scores[0]))
 
 
-@pytest.mark.parametrize("change", [{"slope": -1.0}, {"slope": 0.0}, {"offset": "high"}, {"path": "/etc/passwd"}])
+@pytest.mark.parametrize(
+    "change", [{"slope": -1.0}, {"slope": 0.0}, {"slope": 1e300}, {"offset": "high"}, {"path": "/etc/passwd"}]
+)
 def test_hostile_calibration_is_refused(
     artifact: Path, calibrate: Callable[..., Result], tmp_path: Path, change: dict[str, object]
 ) -> None:

@@ -4,6 +4,8 @@ import importlib.util
 import multiprocessing
 import os
 import pickle
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -217,3 +219,41 @@ def test_command_says_what_it_needs(artifact: str, tmp_path: Path) -> None:
 def test_errors_of_the_family_only(artifact: str) -> None:
     with pytest.raises(EttinError, match="this is not an artifact"):
         TableScorer(os.path.dirname(artifact))(table())  # noqa: PTH120
+
+
+def test_another_artifact_in_a_worker_is_an_error(job: ParquetJob, tmp_path: Path) -> None:
+    """It was replaced after the run began, or a worker found another one under the same hub id."""
+    part = job.parts()[0][0]
+    job.digest = "0" * 64
+    outcome = job.score(part)
+    assert outcome.error and "another artifact" in outcome.error and not list((tmp_path / "scored").rglob("*.*"))
+
+
+def test_a_file_that_fails_leaves_no_part(job: ParquetJob, tmp_path: Path) -> None:
+    wrong = pa.table({"query": pa.array([b"\xff"]).cast(pa.string(), safe=False), "document": ["a"]})
+    pq.write_table(wrong, tmp_path / "pairs" / "a.parquet")
+    assert job.score(job.parts()[0][0]).error
+    assert not list((tmp_path / "scored").rglob("*.*"))
+
+
+def test_a_worker_in_another_folder_finds_the_artifact(artifact: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = Path(artifact)
+    monkeypatch.chdir(path.parent)
+    scorer = TableScorer(path.name)
+    monkeypatch.chdir("/")
+    assert scorer.artifact == artifact
+    assert TableScorer("org/name@main").artifact == "org/name@main"
+
+
+def test_threads_of_a_process_load_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = []
+
+    def slow(artifact: str) -> object:
+        loaded.append(artifact)
+        time.sleep(0.1)
+        return object()
+
+    monkeypatch.setattr("ettin.runtimes.clusters.workers.load", slow)
+    with ThreadPoolExecutor(4) as pool:
+        runtimes = set(pool.map(process_runtime, ["of threads"] * 4))
+    assert loaded == ["of threads"] and len(runtimes) == 1

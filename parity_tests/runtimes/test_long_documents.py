@@ -176,6 +176,10 @@ def test_page_has_the_figures_of_the_result() -> None:
         ({"chunk_overlap": -1}, "chunk_overlap is -1, expected 0 or more"),
         ({"top_chunks": "0"}, "top_chunks is 0, expected 1 or more"),
         ({"max_tokens_per_doc": "ten"}, "max_tokens_per_doc is 'ten', expected a whole number"),
+        ({"top_chunks": 2.5}, "top_chunks is 2.5, expected a whole number"),
+        ({"top_chunks": True}, "top_chunks is True, expected a whole number"),
+        ({"top_chunks": float("inf")}, "top_chunks is inf, expected a whole number"),
+        ({"top_chunks": [1]}, "top_chunks is [1], expected a whole number"),
     ],
 )
 def test_bad_values_are_said(values: dict[str, object], message: str) -> None:
@@ -206,6 +210,15 @@ def test_truncation_that_is_refused(runtime: Runtime) -> None:
     assert scheduler.scored(Request([(QUERY, LONG)], LENGTH, refuse_truncated=True, long_documents=whole)).logits.size
     with pytest.raises(InputError, match="document 0 has, with its query, more than 64 tokens"):
         scheduler.scored(Request([(QUERY, LONG)], LENGTH, refuse_truncated=True))
+    with pytest.raises(InputError, match="document 0 has more than 2 tokens"):
+        scheduler.scored(
+            Request(
+                [(QUERY, "Mars is red")],
+                LENGTH,
+                refuse_truncated=True,
+                long_documents=LongDocuments(max_tokens_per_doc=2),
+            )
+        )
 
 
 # Scores that are kept.

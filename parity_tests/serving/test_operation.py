@@ -206,7 +206,7 @@ def test_calibrated_scores(service: Service, expected: dict[str, np.ndarray]) ->
 def test_commands_that_make_no_sense(demo_artifacts: Artifacts) -> None:
     artifact = str(demo_artifacts["onnx", "fp32"])
     done = CliRunner().invoke(command, [artifact, artifact, "--port", "0"])
-    assert isinstance(done.exception, UsageError) and "two models of one name, of: " in str(done.exception)
+    assert isinstance(done.exception, UsageError) and "two models have the same name: " in str(done.exception)
     done = CliRunner().invoke(command, [artifact, "--port", "0", "--activation", "calibrated"])
     assert str(done.exception) == f"--activation: no calibration in {FIRST}. Run first: ettin-calibrate"
     done = CliRunner().invoke(command, [artifact, "--port", "0", "--traces", "localhost:4318"])

@@ -1,5 +1,6 @@
 """`ettin-serve`: the routes, their clients, limits, faults and its end, over real connections."""
 
+import asyncio
 import gc
 import importlib.util
 import json
@@ -10,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -21,6 +23,7 @@ from ettin.artifacts.errors import Busy, Closed, ServerError
 from ettin.runtimes import Runtime, load
 from ettin.runtimes.arguments import sigmoid
 from ettin.runtimes.commands.serve import command
+from ettin.runtimes.serving.backends import TritonBackend
 from ettin.runtimes.triton.repository import TritonOptions, publish
 from ettin.runtimes.triton.server import TritonServer
 
@@ -290,13 +293,20 @@ def test_port_in_use_is_one_line(demo_artifacts: Artifacts) -> None:
         (["somewhere", "--triton", "localhost:1"], "expected an ARTIFACT or --triton HOST:PORT, one of them"),
         (["somewhere", "--port", "0"], "somewhere: no such folder"),
         (["somewhere", "--port", "0", "--api-key-file", "{empty}"], "is empty"),
+        (["somewhere", "--port", "0", "--api-key-file", "{binary}"], "is not text"),
+        (["somewhere", "--port", "0", "--api-key-file", "."], "is a directory"),
+        (["somewhere", "--model", "m"], "--model is for --triton"),
+        (["--triton", "h:1", "--threads", "2", "--key", "k"], "--key, --threads: for an ARTIFACT, not for --triton"),
+        (["--triton", "h:1", "--cached-scores", "9"], "--cached-scores: for an ARTIFACT, not for --triton"),
         (["--triton", "127.0.0.1:1", "--port", "0"], "Triton at 127.0.0.1:1 does not answer"),
     ],
 )
 def test_command_says_what_is_wrong(arguments: list[str], message: str, tmp_path: Path) -> None:
     (tmp_path / "empty").write_text("\n")
-    done = CliRunner().invoke(command, [argument.format(empty=tmp_path / "empty") for argument in arguments])
-    assert message in str(done.exception)
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    names = {name: tmp_path / name for name in ("empty", "binary")}
+    done = CliRunner().invoke(command, [argument.format(**names) for argument in arguments])
+    assert message in f"{done.exception} {done.output}"
 
 
 @pytest.mark.triton
@@ -318,3 +328,79 @@ def test_gateway_to_triton(demo_artifacts: Artifacts, tmp_path: Path, expected: 
             assert service.http.get("/health").status_code == 503
             answer = service.http.post("/rerank", json={"query": QUERY, "texts": TEXTS})
             assert answer.status_code == 429 and "Triton" in answer.json()["error"]
+
+
+# A gateway, with a stand-in of Triton's client.
+
+
+class TritonStandIn:
+    """A module like `tritonclient.grpc.aio` whose server has one model, which truncates every document."""
+
+    def __init__(self) -> None:
+        self.parameters: list[dict[str, str]] = []
+        self.is_cached = False
+
+    def InferenceServerClient(self, _: str) -> "TritonStandIn":  # noqa: N802
+        return self
+
+    class InferInput:
+        def __init__(self, *_: object) -> None: ...
+
+        def set_data_from_numpy(self, _: object) -> None: ...
+
+    async def infer(self, _: str, __: object, parameters: dict[str, str]) -> "TritonStandIn":
+        self.parameters.append(parameters)
+        return self
+
+    def as_numpy(self, name: str) -> np.ndarray:
+        return np.ones((1, 1), {"scores": np.float32, "tokens": np.int32, "truncated": np.bool_}[name])
+
+    async def is_model_ready(self, _: str, client_timeout: float | None = None) -> bool:
+        await asyncio.sleep(3600 if client_timeout is None else 0)  # the real one raises then
+        raise TimeoutError
+
+    async def get_model_config(self, *_: object, **__: object) -> dict[str, Any]:
+        return {"config": {"response_cache": {"enable": self.is_cached}}}
+
+    async def close(self) -> None: ...
+
+
+@pytest.fixture
+def triton(monkeypatch: pytest.MonkeyPatch) -> tuple[TritonStandIn, TritonBackend]:
+    stand_in = TritonStandIn()
+    monkeypatch.setattr("ettin.runtimes.serving.backends._triton_client", lambda: (stand_in, TimeoutError))
+    return stand_in, TritonBackend("host:1", "model")
+
+
+def test_gateway_passes_what_a_client_says(triton: tuple[TritonStandIn, TritonBackend]) -> None:
+    """Even if it is the default: the model may have been published with others."""
+    stand_in, backend = triton
+    for fields in ({}, {"long_documents": "truncate", "top_chunks": 1}):
+        ask_app(backend, lambda client, fields=fields: client.post("/rerank", json={**REQUEST, **fields}))
+    assert stand_in.parameters == [{}, {"long_documents": "truncate", "top_chunks": "1"}]
+
+
+def test_gateway_refuses_parameters_that_a_cache_ignores(triton: tuple[TritonStandIn, TritonBackend]) -> None:
+    triton[0].is_cached = True
+    answer = ask_app(triton[1], lambda client: client.post("/rerank", json={**REQUEST, "top_chunks": 2}))
+    assert answer.status_code == 422 and "Leave out top_chunks, or publish" in answer.json()["error"]
+    assert ask_app(triton[1], lambda client: client.post("/rerank", json=REQUEST)).status_code == 200
+
+
+def test_gateway_refuses_a_truncated_answer_from_a_cache(triton: tuple[TritonStandIn, TritonBackend]) -> None:
+    """Triton's response cache does not look at parameters."""
+    answer = ask_app(triton[1], lambda client: client.post("/rerank", json={**REQUEST, "truncate": False}))
+    assert answer.status_code == 413 and "truncat" in answer.json()["error"]
+
+
+def test_gateway_does_not_wait_for_a_triton_that_hangs(triton: tuple[TritonStandIn, TritonBackend]) -> None:
+    assert not asyncio.run(asyncio.wait_for(triton[1].is_ready(), 20))
+
+
+def test_gateway_has_no_calibration(triton: tuple[TritonStandIn, TritonBackend]) -> None:
+    answer = ask_app(triton[1], lambda client: client.post("/rerank", json={**REQUEST, "activation": "calibrated"}))
+    assert answer.status_code == 422 and "behind Triton" in answer.json()["error"]
+    done = CliRunner().invoke(
+        command, ["--triton", "host:1", "--model", "m", "--activation", "calibrated", "--port", "0"]
+    )
+    assert "--activation calibrated" in str(done.exception) and "--triton" in str(done.exception)

@@ -35,6 +35,7 @@ class Hub:
         requests: method and path of every request.
         rejects_uploads: it answers 403 to the content of a large file.
         named_commit: what it says is the newest commit; None: the right one.
+        raw_info: what it answers when it is asked about a repository; None: what a hub would.
     """
 
     url: str = ""
@@ -44,6 +45,7 @@ class Hub:
     tamper: Callable[[str, bytes], bytes | None] = lambda _, content: content
     requests: list[str] = field(default_factory=list)
     named_commit: str | None = None
+    raw_info: bytes | None = None
     rejects_uploads: bool = False
 
     def commit(self, repository: str, files: Files) -> str:
@@ -117,6 +119,8 @@ def application(hub: Hub) -> FastAPI:  # noqa: PLR0915 (one route after the othe
         there = found(f"{organisation}/{name}", revision)
         if isinstance(there, Response):
             return there
+        if hub.raw_info is not None:
+            return Response(hub.raw_info, media_type="application/json")
         siblings = [{"rfilename": path} for path in there[1]]
         return {
             "id": f"{organisation}/{name}",

@@ -194,7 +194,7 @@ def test_long_documents(demo_artifacts: Artifacts, tmp_path: Path) -> None:
     published = {"long_documents": "chunks", "chunk_overlap": "8", "top_chunks": "2"}
     publish(artifact, tmp_path, "chunks", TritonOptions(runtime={"max_length": "64", **published}))
 
-    async def ask_backend(model: str, long_documents: LongDocuments) -> Scored:
+    async def ask_backend(model: str, long_documents: dict[str, Any]) -> Scored:
         backend = TritonBackend(f"127.0.0.1:{server.grpc_port}", model)
         try:
             return await backend.score(QUERY, [document, "Venus"], long_documents)
@@ -202,10 +202,10 @@ def test_long_documents(demo_artifacts: Artifacts, tmp_path: Path) -> None:
             await backend.close()
 
     with TritonServer(tmp_path) as server:
-        scored = asyncio.run(ask_backend("short", LongDocuments()))
+        scored = asyncio.run(ask_backend("short", {}))
         np.testing.assert_allclose(scored.logits, plain, atol=1e-4)
         assert scored.truncated.tolist() == [True, False]
-        for model, long_documents in (("short", policy), ("chunks", LongDocuments())):
+        for model, long_documents in (("short", published), ("chunks", {})):
             scored = asyncio.run(ask_backend(model, long_documents))
             np.testing.assert_allclose(scored.logits, chunks, atol=1e-4)
             assert scored.truncated.tolist() == [False, False]

@@ -65,6 +65,16 @@ def test_next_version_leaves_the_one_before(demo_artifacts: Artifacts, tmp_path:
     assert publish(first, tmp_path / "models", "reranker", TritonOptions()) == 3
 
 
+def test_warm_up_files_of_another_kind_are_added(demo_artifacts: Artifacts, tmp_path: Path) -> None:
+    """A native front has none: Triton would not load the next version, whose configuration names some."""
+    artifact = demo_artifacts["onnx", "fp32"]
+    publish(artifact, tmp_path, "reranker", TritonOptions(native=True))
+    publish(artifact, tmp_path, "reranker", TritonOptions())
+    model = tmp_path / "reranker"
+    (sample,) = config(model).model_warmup
+    assert all((model / "warmup" / tensor.input_data_file).is_file() for tensor in sample.inputs.values())
+
+
 def test_nothing_half_written_stays(demo_artifacts: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     artifact = demo_artifacts["onnx", "fp32"]
     repository = tmp_path / "models"
@@ -162,6 +172,9 @@ def test_command(demo_artifacts: Artifacts, tmp_path: Path) -> None:
         ([], "nothing to do: name an ARTIFACT, or --serve"),
         (["{artifact}", "{artifact}", "--name", "one"], "--name is for one artifact, 2 are named"),
         (["{artifact}", "--instances", "2"], "--instances is for --native"),
+        (["{artifact}", "--native", "--threads", "2"], "--threads and --streams are for our runtime"),
+        (["{artifact}", "--max-length", "99999"], "max_length is 99999, expected 3 to 7999 tokens"),
+        (["{artifact}", "--native", "--max-length", "99999"], "max_length is 99999, expected 3 to 7999 tokens"),
         (["{artifact}", "--name", "../up"], "model name '../up': expected letters"),
         (["nowhere"], "nowhere: no such folder"),
         (["{artifact}", "--device", "tpu"], "'onnx' does not run on device 'tpu', expected one of: cpu, cuda"),

@@ -11,7 +11,7 @@ from ettin.runtimes.loading import load
 
 @component
 class EttinRanker:
-    """Ranks documents for a query, best first; their scores become logits.
+    """Ranks documents for a query, best first; their scores become those of `rank`.
 
     Haystack saves pipelines as text, so this component has the path of an artifact, and loads it at the first use.
 

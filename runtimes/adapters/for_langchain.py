@@ -18,6 +18,6 @@ class EttinCrossEncoder(BaseCrossEncoder):  # type: ignore[misc]
         self.runtime = runtime
 
     def score(self, text_pairs: Sequence[tuple[str, str]]) -> list[float]:
-        """Logits of (query, document) pairs."""
+        """Scores of (query, document) pairs, see `predict`."""
         scores: list[float] = self.runtime.predict(list(text_pairs)).tolist()
         return scores

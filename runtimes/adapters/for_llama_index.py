@@ -11,7 +11,7 @@ from ettin.runtimes.base import Runtime
 
 
 class EttinRerank(BaseNodePostprocessor):  # type: ignore[misc]
-    """Keeps the nodes that are most relevant to the query, best first; their scores become logits.
+    """Keeps the nodes that are most relevant to the query, best first; their scores become those of `rank`.
 
     A node's text is what LlamaIndex embeds: its content, and the metadata that is not excluded from embedding.
 

@@ -38,7 +38,7 @@ class EttinCrossEncoder:
         show_progress_bar: bool = False,
         **_: Any,
     ) -> Any:
-        """Logits, float32 [pairs].
+        """Scores, float32 [pairs], see `Runtime.predict`.
 
         Args:
             inputs1: batches whose "text" holds queries.

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,9 +17,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType, LocalFileSystem
 
-from ettin.artifacts.errors import EttinError, InputError, OutputError
+from ettin.artifacts.errors import ArtifactError, EttinError, InputError, OutputError
 from ettin.artifacts.writing import replace
 from ettin.runtimes.clusters.tables import TableScorer
+from ettin.runtimes.clusters.workers import process_runtime
 
 _MARK = b"ettin.scored"  # a key of the metadata of a file of scores
 _ROWS = 4096  # scored together, and a row group of the output
@@ -108,10 +108,28 @@ class ParquetJob:
         return Outcome(part.source, part.pairs, len(null_rows), next(iter(null_rows), None))
 
     def _write(self, part: Part) -> list[int]:
-        (files, _), (target_files, _) = _opened(self.source), _opened(self.target)
+        scorer = self.scorer
+        if process_runtime(scorer.artifact, **scorer.settings).manifest.digest != self.digest:
+            raise ArtifactError(f"{scorer.artifact}: another artifact than the one that this run began with")
+        target_files, _ = _opened(self.target)
         folder, _, name = part.target.rpartition("/")
         unfinished = f"{folder}/.{name}.partial-{secrets.token_hex(4)}"
         target_files.create_dir(folder, recursive=True)
+        try:
+            null_rows = self._write_to(target_files, unfinished, part)
+            if isinstance(target_files, LocalFileSystem):
+                replace(Path(unfinished), Path(part.target))
+            else:
+                target_files.move(unfinished, part.target)
+        except Exception:
+            with suppress(OSError):
+                target_files.delete_file(unfinished)
+            raise
+        return null_rows
+
+    def _write_to(self, target_files: FileSystem, unfinished: str, part: Part) -> list[int]:
+        """Scores a file into another; returns the rows without a score."""
+        files, _ = _opened(self.source)
         null_rows: list[int] = []
         with files.open_input_file(part.source) as source, target_files.open_output_stream(unfinished) as target:
             file = pq.ParquetFile(source)
@@ -119,20 +137,13 @@ class ParquetJob:
             schema = schema.with_metadata({**(schema.metadata or {}), _MARK: self._mark(part)})
             with pq.ParquetWriter(target, schema) as writer:
                 row = 0
-                for table in self._scored(file):
+                for batch in file.iter_batches(_ROWS):
+                    table = self.scorer(pa.Table.from_batches([batch]))
                     scores = table.column(self.scorer.score)
                     null_rows += [row + index for index, score in enumerate(scores.is_null().to_pylist()) if score]
                     writer.write_table(table.cast(schema))
                     row += len(table)
-        if isinstance(target_files, LocalFileSystem):
-            replace(Path(unfinished), Path(part.target))
-        else:
-            target_files.move(unfinished, part.target)
         return null_rows
-
-    def _scored(self, file: pq.ParquetFile) -> Iterator[pa.Table]:
-        for batch in file.iter_batches(_ROWS):
-            yield self.scorer(pa.Table.from_batches([batch]))
 
     def _pairs(self, files: FileSystem, path: str) -> int:
         try:

@@ -1,5 +1,7 @@
 """Scores of the pairs in Arrow tables."""
 
+import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,14 +20,16 @@ class TableScorer:
         artifact: see `load`.
         query: name of the column of queries.
         document: name of the column of documents.
-        score: name of the new column: logits, float32; null where the query or the document is null.
+        score: name of the new column: what `predict` returns, float32; null where the query or the document is null.
         settings: other arguments of `load`.
     """
 
     def __init__(
         self, artifact: str, query: str = "query", document: str = "document", score: str = "score", **settings: Any
     ) -> None:
-        self.artifact, self.settings = artifact, settings
+        # A worker may run in another folder, where a relative path would be taken for a hub id.
+        self.artifact = str(Path(artifact).absolute()) if os.path.lexists(artifact) else artifact
+        self.settings = settings
         self.query, self.document, self.score = query, document, score
 
     def with_settings(self, **settings: Any) -> "TableScorer":

@@ -2,10 +2,13 @@
 
 import functools
 import os
+import threading
 from typing import Any
 
 from ettin.runtimes.base import Runtime
 from ettin.runtimes.loading import load
+
+_LOCKS: dict[int, threading.Lock] = {}  # by process
 
 
 def process_runtime(artifact: str, **settings: Any) -> Runtime:
@@ -20,7 +23,9 @@ def process_runtime(artifact: str, **settings: Any) -> Runtime:
     Raises:
         EttinError: see `load`.
     """
-    return _loaded(os.getpid(), artifact, tuple(sorted(settings.items())))
+    process = os.getpid()
+    with _LOCKS.setdefault(process, threading.Lock()):  # threads load once; a forked process has a lock of its own
+        return _loaded(process, artifact, tuple(sorted(settings.items())))
 
 
 @functools.cache

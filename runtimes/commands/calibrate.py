@@ -10,7 +10,8 @@ import numpy as np
 
 from ettin.artifacts.errors import ArtifactError, InputError, UsageError
 from ettin.artifacts.opened import OpenArtifact
-from ettin.artifacts.signatures import SIGNATURE_NAME, read_private_key
+from ettin.artifacts.precisions import precisions
+from ettin.artifacts.signatures import read_private_key
 from ettin.runtimes.calibration import fitted
 from ettin.runtimes.commands import console
 from ettin.runtimes.loading import load
@@ -46,12 +47,12 @@ def command(artifact: Path, pairs: Path, trusted_key: Path | None, sign: Path | 
     with OpenArtifact(artifact, trusted_key=trusted_key) as opened:
         if opened.manifest.digest != digest:
             raise ArtifactError(f"{artifact}: was replaced meanwhile. Run again: ettin-calibrate {artifact} PAIRS")
-        opened.replace_manifest(opened.manifest.model_copy(update={"score_calibration": fit}))
-    if sign is not None:
-        with OpenArtifact(artifact) as opened:
-            opened.sign(sign)
-        click.echo(f"signed: {SIGNATURE_NAME}")
+        held = precisions(opened.whole_manifest)
+        opened.replace_manifest(opened.whole_manifest.model_copy(update={"score_calibration": fit}))
+    console.sign(artifact, sign)
     click.echo(f"probability of relevance = sigmoid({fit.slope:.4g} · logit + {fit.offset:.4g}); in manifest.json")
+    if len(held) > 1:
+        click.echo(f"fitted to the logits of {held[0]}, used for {', '.join(held)}")
     figures = [("sigmoid(logit)", fit.before), ("calibrated (cross-validated)", fit.after)]
     cells = [[name, f"{each.brier:.4f}", f"{each.expected_calibration_error:.4f}"] for name, each in figures]
     console.table(cells, [f"{fit.pairs} pairs, {fit.relevant} relevant", "Brier", "expected calibration error"])
@@ -61,7 +62,7 @@ def _row(line: bytes, where: str) -> tuple[str, str, bool]:
     try:
         row = json.loads(line)
         query, document, label = row["query"], row["document"], row["label"]
-    except (ValueError, TypeError, LookupError):
+    except (ValueError, TypeError, LookupError, RecursionError):
         query = document = label = None
     if not isinstance(query, str) or not isinstance(document, str) or label not in (0, 1):
         raise InputError(f'{where}: expected {{"query": "…", "document": "…", "label": 0 or 1}}')

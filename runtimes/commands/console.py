@@ -12,7 +12,9 @@ from typing import Any, NoReturn
 import click
 from tabulate import tabulate
 
-from ettin.artifacts.errors import EttinError
+from ettin.artifacts.errors import EttinError, shown
+from ettin.artifacts.opened import OpenArtifact
+from ettin.artifacts.signatures import SIGNATURE_NAME
 from ettin.runtimes.long_documents import POLICIES
 
 # Options that several commands have. Those of `load` have the names of its arguments.
@@ -44,6 +46,14 @@ def long_documents(command: Callable[..., None]) -> Callable[..., None]:
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def sign(artifact: Path, private_key: Path | None) -> None:
+    """Signs an artifact, if there is a key, and says so."""
+    if private_key is not None:
+        with OpenArtifact(artifact) as opened:
+            opened.sign(private_key)
+        click.echo(f"signed: {SIGNATURE_NAME}")
 
 
 class _Terminated(KeyboardInterrupt):
@@ -83,8 +93,8 @@ def _terminate(number: int, _: FrameType | None) -> NoReturn:
 
 
 def note(text: str, **style: Any) -> None:
-    """Prints a line on stderr, styled (see `click.style`) where that is a terminal."""
-    click.secho(text, err=True, **style)
+    """Prints a line on stderr, safe for a terminal (see `shown`), styled (see `click.style`) where that is one."""
+    click.secho(shown(text), err=True, **style)
 
 
 @contextmanager

@@ -13,8 +13,9 @@ import click
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from ettin.artifacts.errors import MissingDependency, OutputError
+from ettin.artifacts.errors import MissingDependency, OutputError, UnverifiedArtifact
 from ettin.artifacts.opened import OpenArtifact
+from ettin.artifacts.precisions import precisions, unproven
 from ettin.artifacts.publishing import NEW, workspace
 from ettin.artifacts.targets import target_named
 from ettin.artifacts.writing import replace
@@ -88,7 +89,7 @@ def pack(artifact: OpenArtifact, archive: Path, *, with_wheels: bool, force: boo
     is_ours = runtime.distribution == _PROJECT
     lines = requirements({"serve", runtime.extra} if is_ours else {"serve"}, [] if is_ours else [runtime.requirement])
     readme = _README.format(
-        name=f"{manifest.name}, {manifest.target} {manifest.precision}",
+        name=f"{manifest.name}, {manifest.target} {', '.join(precisions(artifact.whole_manifest))}",
         system=sys.platform,
         python=f"{sys.version_info.major}.{sys.version_info.minor}",
         missing="" if with_wheels else _MISSING,
@@ -154,6 +155,10 @@ def command(artifact: Path, output: Path | None, wheels: bool, force: bool) -> N
     """
     with OpenArtifact(located(artifact)) as opened:
         check_usable(opened)
+        if names := unproven(opened.whole_manifest):
+            raise UnverifiedArtifact(
+                f"{artifact}: scores in {', '.join(names)} are not proven. Run here: ettin-verify {artifact}"
+            )
         archive = output or Path(f"{opened.manifest.full_name}.tar.gz")
         with console.step(f"pack {archive.name}"):
             pack(opened, archive, with_wheels=wheels, force=force)

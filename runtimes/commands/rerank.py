@@ -3,16 +3,15 @@
 import json
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 
-from ettin.artifacts.errors import InputError
+from ettin.artifacts.errors import InputError, shown
 from ettin.runtimes.commands import console
 from ettin.runtimes.loading import load
-from ettin.runtimes.long_documents import LongDocuments
+from ettin.runtimes.long_documents import LongDocuments, taken
 
 
 @click.command(
@@ -42,23 +41,22 @@ def command(
     output. Blank lines are skipped.
     """
     rows = list(_read(file, field))
-    policy = LongDocuments().updated(settings)
-    for name in asdict(policy):
-        del settings[name]
+    policy = LongDocuments().updated(taken(settings))
     with load(artifact, **settings) as runtime:
-        texts = [row[field] for row in rows]
+        texts = [row[field] for _, row in rows]
         hits = runtime.rank(query, texts, top_k=top_k, show_progress_bar=len(rows) > 500, long_documents=policy)
-    ranked = [(rank, hit, rows[hit.pop("corpus_id")]) for rank, hit in enumerate(hits, 1)]
+    ranked = [(rank, hit, *rows[hit.pop("corpus_id")]) for rank, hit in enumerate(hits, 1)]
     if as_json:
-        for rank, hit, row in ranked:
-            click.echo(json.dumps({**row, "rank": rank, **hit, "line": row["line"]}, ensure_ascii=False))
+        for rank, hit, line, row in ranked:
+            text = json.dumps({**row, "rank": rank, **hit, "line": line}, ensure_ascii=False)
+            click.echo(text.encode("utf-8", "backslashreplace"))  # half of a surrogate pair is JSON, but no UTF-8
     else:
-        cells = [[str(rank), f"{hit['score']:.3f}", str(row["line"]), row[field]] for rank, hit, row in ranked]
+        cells = [[str(rank), f"{hit['score']:.3f}", str(line), shown(row[field])] for rank, hit, line, row in ranked]
         console.table(cells, ["rank", "score", "line", "text"])
 
 
-def _read(file: Path, field: str) -> Iterator[dict[str, Any]]:
-    """The documents of a file, each with the number of its line."""
+def _read(file: Path, field: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The numbers of the lines of a file, each with its document."""
     name = "standard input" if str(file) == "-" else str(file)
     try:
         with click.open_file(str(file), encoding="utf-8") as lines:
@@ -71,7 +69,7 @@ def _read(file: Path, field: str) -> Iterator[dict[str, Any]]:
         raise InputError(f"{name}: not UTF-8 text (byte {error.start}). Convert it: iconv -t UTF-8 …") from None
 
 
-def _rows(lines: Iterable[str], name: str, field: str) -> Iterator[dict[str, Any]]:
+def _rows(lines: Iterable[str], name: str, field: str) -> Iterator[tuple[int, dict[str, Any]]]:
     is_json: bool | None = None
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -83,13 +81,13 @@ def _rows(lines: Iterable[str], name: str, field: str) -> Iterator[dict[str, Any
             row = {field: line.rstrip("\r\n")}
         if row is None or not isinstance(row.get(field), str):
             raise InputError(f"{name}, line {number}: expected a JSON object with a string '{field}'")
-        yield {**row, "line": number}
+        yield number, row
 
 
 def _json_object(line: str) -> dict[str, Any] | None:
     try:
         value = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 

@@ -1,12 +1,13 @@
 """`ettin-score`: scores Parquet files with Ray Data."""
 
 import logging
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
-from ettin.artifacts.errors import MissingDependency, shown
+from ettin.artifacts.errors import MissingDependency
 from ettin.runtimes.commands import console
 
 
@@ -24,6 +25,7 @@ from ettin.runtimes.commands import console
 @click.option("--score", default="score", show_default=True, help="Column that the scores are written to.")
 @click.option("--actors", type=click.IntRange(1), help="Number of processes.  [default: all cores of the cluster]")
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Number of cores of a process.")
+@console.PRECISION
 @console.MAX_LENGTH
 @console.KEY
 def command(artifact: Path, source: str, target: str, actors: int | None, **options: Any) -> None:
@@ -43,10 +45,8 @@ def command(artifact: Path, source: str, target: str, actors: int | None, **opti
     outcomes = score_parquet(scorer, source, target, actors=actors, show_progress_bar=True)
     for outcome in outcomes:
         if outcome.null_rows:
-            console.note(shown(str(outcome)))
+            console.note(str(outcome))
     console.note(f"{sum(outcome.pairs for outcome in outcomes)} pairs in {len(outcomes)} files, now in {target}")
 
 
-def main() -> NoReturn:
-    """Entry point."""
-    console.run(command)
+main = partial(console.run, command)

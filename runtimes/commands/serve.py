@@ -5,8 +5,8 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, fields
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ import click
 from ettin.artifacts.errors import MissingDependency, ServerError, UsageError
 from ettin.runtimes.commands import console
 from ettin.runtimes.loading import load
-from ettin.runtimes.long_documents import LongDocuments
+from ettin.runtimes.long_documents import taken
 from ettin.runtimes.serving.limits import Limits
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def _limit_options(command: Callable[..., None]) -> Callable[..., None]:
 @_limit_options
 @click.option(
     "--api-key-file",
-    type=click.Path(path_type=Path, exists=True),
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help=f"File with the API key that clients must send; {_KEY_VARIABLE} may have the key itself.  [default: no key]",
 )
 @click.option(
@@ -99,13 +99,15 @@ def command(
     if bool(artifacts) == (triton is not None):
         raise UsageError("expected an ARTIFACT or --triton HOST:PORT, one of them")
     limits = Limits(**{limit.name: options.pop(limit.name) for limit in fields(Limits)})
-    policy = LongDocuments().updated(options)
-    for name in asdict(policy):
-        del options[name]
-    if triton is not None and (options["trusted_key"] or limits.request_timeout_s or limits.cached_scores):
+    policy = taken(options)
+    if triton is not None and activation == "calibrated":
         raise UsageError(
-            "--key, --request-timeout-s and --cached-scores are for an ARTIFACT: the Triton server has its own"
+            "--activation calibrated is for an ARTIFACT: with --triton, there are logits and no calibration"
         )
+    if model is not None and triton is None:
+        raise UsageError("--model is for --triton. Another name for an artifact is --name")
+    if triton is not None:
+        _refuse_local({**options, "request_timeout_s": limits.request_timeout_s, "cached_scores": limits.cached_scores})
     try:
         from ettin.runtimes.serving.app import create_app
         from ettin.runtimes.serving.backends import Backend, LocalBackend, TritonBackend
@@ -141,12 +143,20 @@ def command(
         asyncio.run(run(listening, local))
 
 
+def _refuse_local(options: Mapping[str, Any]) -> None:
+    """Raises `UsageError` if options are given that say how an artifact is run in this process."""
+    given = [f"--{name.replace('trusted_', '').replace('_', '-')}" for name, value in options.items() if value]
+    if given:
+        listed = ", ".join(sorted(given))
+        raise UsageError(f"{listed}: for an ARTIFACT, not for --triton. The Triton server has settings of its own")
+
+
 def _by_name(backends: "list[Backend]", names: tuple[str, ...]) -> "dict[str, Backend]":
     """The backends by all names that clients may use, the first one first."""
     pairs = [*((each.name, each) for each in backends), *((name, backends[0]) for name in names)]
     by_name = dict(pairs)
     if len(by_name) < len(pairs):
-        raise UsageError(f"two models of one name, of: {', '.join(name for name, _ in pairs)}. Serve one of them")
+        raise UsageError(f"two models have the same name: {', '.join(name for name, _ in pairs)}. Serve one of them")
     return by_name
 
 
@@ -160,7 +170,10 @@ def _listening(host: str, port: int) -> socket.socket:
 
 def _api_key(file: Path | None) -> str | None:
     """The key from the file or the environment; an empty one is refused, which nobody or everybody would have."""
-    key = file.read_text(encoding="utf-8") if file is not None else os.environ.get(_KEY_VARIABLE)
+    try:
+        key = file.read_text(encoding="utf-8") if file is not None else os.environ.get(_KEY_VARIABLE)
+    except UnicodeDecodeError:
+        raise UsageError(f"the API key in {file} is not text in UTF-8") from None
     if key is not None and not key.strip():
         raise UsageError(f"the API key ({file or _KEY_VARIABLE}) is empty")
     return key.strip() if key is not None else None

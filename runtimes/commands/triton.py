@@ -60,6 +60,8 @@ def command(
         raise UsageError(f"--name is for one artifact, {len(artifacts)} are named")
     if instances > 1 and not native:
         raise UsageError("--instances is for --native: our runtime has --streams")
+    if native and (settings["threads"] or settings["streams"]):
+        raise UsageError("--threads and --streams are for our runtime: with --native there are --instances")
     runtime = {key: str(value) for key, value in settings.items() if value is not None}
     folders = [located(artifact) for artifact in artifacts]
     checked = [(folder, checked_manifest(folder, trusted_key, settings["precision"])) for folder in folders]

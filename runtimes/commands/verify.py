@@ -11,7 +11,7 @@ from ettin.artifacts.errors import OutputError, ParityError
 from ettin.artifacts.manifest import Manifest
 from ettin.artifacts.opened import OpenArtifact
 from ettin.artifacts.precisions import in_precision, precisions
-from ettin.artifacts.signatures import SIGNATURE_NAME, read_private_key
+from ettin.artifacts.signatures import read_private_key
 from ettin.runtimes.commands import console
 from ettin.runtimes.hub import located
 from ettin.runtimes.verify import Verification, adopt_engine, record_verified, verify
@@ -51,10 +51,7 @@ def command(
     for one in precisions(Manifest.read(artifact)) if precision is None else (precision,):
         recorded = _verify_precision(artifact, keeps_signature, trusted_key=trusted_key, precision=one, **settings)
         trusted_key = None if recorded else trusted_key  # the signed artifact is proven; it is another artifact now
-    if sign is not None:
-        with OpenArtifact(artifact) as opened:
-            opened.sign(sign)
-        click.echo(f"signed: {SIGNATURE_NAME}")
+    console.sign(artifact, sign)
 
 
 def _verify_precision(artifact: Path, keeps_signature: bool, **settings: Any) -> bool:

@@ -6,9 +6,8 @@ import logging
 import math
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from ettin.runtimes.serving.limits import Limits
 
 _LOG = logging.getLogger("ettin.serve")
 REFUSE_TRUNCATED = "refuse_truncated"  # a parameter of requests to Triton
+_ANSWER_S = 5.0  # time limit for what Triton answers about its models
 DRAIN_S = 30.0  # that pending requests are given when a server stops
 # Scored once before a server is ready: a short pair and a long one.
 WARMUP_QUERY = "what is warmed up"
@@ -37,12 +37,19 @@ class Backend(ABC):
     description: str  # the engine or server, in a few words
     max_length: int | None  # tokens that pairs are truncated to; None: not known here
     calibration: ScoreCalibration | None = None
+    without_calibration = "has no calibration; it is made with ettin-calibrate"
 
     @abstractmethod
     async def score(
-        self, query: str, documents: Sequence[str], long_documents: LongDocuments, refuse_truncated: bool = False
+        self, query: str, documents: Sequence[str], long_documents: Mapping[str, Any], refuse_truncated: bool = False
     ) -> Scored:
         """Raw logits and tokens of each document.
+
+        Args:
+            query: the query.
+            documents: the documents.
+            long_documents: fields of `LongDocuments`; the backend has its own values for those that are not there.
+            refuse_truncated: fail if a pair would be truncated.
 
         Raises:
             Busy: there is no room now.
@@ -91,14 +98,14 @@ class LocalBackend(Backend):
         self._probe_batch = Batch.of(probe, runtime.manifest.tokenizer.pad_token_id)
 
     async def score(
-        self, query: str, documents: Sequence[str], long_documents: LongDocuments, refuse_truncated: bool = False
+        self, query: str, documents: Sequence[str], long_documents: Mapping[str, Any], refuse_truncated: bool = False
     ) -> Scored:
         request = Request(
             [(query, document) for document in documents],
             self._runtime.max_length,
             timeout_s=self._limits.request_timeout_s,
             refuse_truncated=refuse_truncated,
-            long_documents=long_documents,
+            long_documents=LongDocuments().updated(long_documents),
         )
         future = self._runtime.scheduler.submit(request, max_waiting_pairs=self._limits.max_waiting_pairs)
         return await asyncio.wrap_future(future)
@@ -144,6 +151,8 @@ class TritonBackend(Backend):
         model: its name there.
     """
 
+    without_calibration = "has no calibration here, because it is behind Triton, which gives logits only"
+
     def __init__(self, address: str, model: str) -> None:
         self._module, self._error = _triton_client()
         self._client = self._module.InferenceServerClient(address)
@@ -161,10 +170,10 @@ class TritonBackend(Backend):
         rerankers = []
         try:
             async with module.InferenceServerClient(address) as client:
-                index = await client.get_model_repository_index(as_json=True)
+                index = await client.get_model_repository_index(as_json=True, client_timeout=_ANSWER_S)
                 names = [model["name"] for model in index.get("models", []) if model.get("state") == "READY"]
                 for name in dict.fromkeys(names):
-                    metadata = await client.get_model_metadata(name, as_json=True)
+                    metadata = await client.get_model_metadata(name, as_json=True, client_timeout=_ANSWER_S)
                     if {tensor["name"] for tensor in metadata["inputs"]} == {"query", "documents"}:
                         rerankers.append(str(name))
         except client_error as error:
@@ -175,22 +184,34 @@ class TritonBackend(Backend):
         return rerankers[0]
 
     async def score(
-        self, query: str, documents: Sequence[str], long_documents: LongDocuments, refuse_truncated: bool = False
+        self, query: str, documents: Sequence[str], long_documents: Mapping[str, Any], refuse_truncated: bool = False
     ) -> Scored:
         tensors = [self._tensor("query", [query]), self._tensor("documents", documents)]
-        # What is not said here, the model decides, as it was published.
-        usual = asdict(LongDocuments())
-        parameters = {key: str(value) for key, value in asdict(long_documents).items() if value != usual[key]}
+        parameters = {name: str(value) for name, value in long_documents.items()}
         if refuse_truncated:
             parameters[REFUSE_TRUNCATED] = "true"
         try:
+            if long_documents and await self._is_cached():
+                raise InputError(
+                    "Triton answers this model's requests from a cache that ignores parameters. Leave out "
+                    f"{', '.join(long_documents)}, or publish the model without --response-cache"
+                )
             result = await self._client.infer(self.name, tensors, parameters=parameters)
         except self._error as error:
             raise _translated(error) from None
         arrays = [result.as_numpy(name) for name in ("scores", "tokens", "truncated")]
         if arrays[-1] is None:
             raise ServerError(f"Triton: an earlier ettin-triton published '{self.name}'. Publish the artifact again")
+        truncated = np.flatnonzero(arrays[-1][0])
+        if refuse_truncated and truncated.size:  # an answer of Triton's response cache, which ignores parameters
+            raise InputError(
+                f"document {truncated[0]} is truncated, and truncation was refused. Shorten it, or allow it"
+            )
         return Scored(*(array[0] for array in arrays))
+
+    async def _is_cached(self) -> bool:
+        config = await self._client.get_model_config(self.name, as_json=True, client_timeout=_ANSWER_S)
+        return bool(config["config"].get("response_cache", {}).get("enable"))
 
     def _tensor(self, name: str, texts: Sequence[str]) -> Any:
         tensor = self._module.InferInput(name, [1, len(texts)], "BYTES")
@@ -204,7 +225,7 @@ class TritonBackend(Backend):
 
     async def is_ready(self) -> bool:
         try:
-            return bool(await self._client.is_model_ready(self.name))
+            return bool(await self._client.is_model_ready(self.name, client_timeout=_ANSWER_S))
         except self._error:
             return False
 

@@ -13,7 +13,7 @@ from fastapi import Request, Response
 
 from ettin.artifacts.errors import InputError
 from ettin.runtimes.arguments import Activation, calibrated, identity, sigmoid
-from ettin.runtimes.long_documents import LongDocuments
+from ettin.runtimes.long_documents import taken
 from ettin.runtimes.request import Scored
 from ettin.runtimes.serving.backends import Backend
 from ettin.runtimes.serving.bodies import parsed
@@ -47,11 +47,11 @@ class Defaults:
     """What applies to requests that do not say otherwise.
 
     Args:
-        long_documents: what happens to documents that do not fit.
+        long_documents: fields of `LongDocuments`.
         activation: "sigmoid" or "calibrated".
     """
 
-    long_documents: LongDocuments = field(default_factory=LongDocuments)
+    long_documents: Mapping[str, Any] = field(default_factory=dict)
     activation: str = "sigmoid"
 
 
@@ -105,7 +105,7 @@ class Rerank:
         return self._backends[name]
 
     async def _scored(self, request: Request, body: RerankRequest, backend: Backend) -> Scored:
-        policy, refuses = self._defaults.long_documents.updated(dict(body)), body.truncate is False
+        policy, refuses = {**self._defaults.long_documents, **taken(dict(body))}, body.truncate is False
         try:
             scored = await _unless_left(request, backend.score(body.query, body.passages, policy, refuses))
         except InputError as error:
@@ -128,7 +128,7 @@ def _activation(body: RerankRequest, backend: Backend, defaults: Defaults) -> Ac
         return identity if name == "identity" else sigmoid
     calibration = backend.calibration
     if calibration is None:
-        text = f"activation: '{backend.name}' has no calibration; it is made with ettin-calibrate"
+        text = f"activation: '{backend.name}' {backend.without_calibration}"
         raise Refused(HTTPStatus.UNPROCESSABLE_ENTITY, text)
     return partial(calibrated, calibration)
 

@@ -129,7 +129,8 @@ class NativeModel(_Model):
     """Tokenising and batches here, the engine in one of Triton's own backends."""
 
     def _load(self, artifact: Path, version: str, parameters: dict[str, str]) -> None:
-        with OpenArtifact(artifact) as opened:  # only the files that are read here are compared
+        key = Path(parameters["trusted_key"]) if "trusted_key" in parameters else None
+        with OpenArtifact(artifact, trusted_key=key) as opened:  # only the files that are read here are compared
             manifest, tokenizer = opened.manifest, artifact_tokenizer(opened)
         self._engine, self._version = parameters["engine"], int(version)
         self._is_packed = manifest.engine is not None

@@ -19,6 +19,7 @@ from ettin.artifacts.opened import TOKENIZER_NAME, OpenArtifact
 from ettin.artifacts.publishing import NEW, workspace
 from ettin.artifacts.targets import target_named
 from ettin.artifacts.writing import sync, sync_tree
+from ettin.runtimes.arguments import checked_length
 from ettin.runtimes.loading import checked_device
 from ettin.runtimes.serving.backends import WARMUP_DOCUMENTS, WARMUP_QUERY
 from ettin.runtimes.triton import ARTIFACT
@@ -109,6 +110,7 @@ def publish(artifact: Path, repository: Path, name: str, options: TritonOptions)
 
 def _check(manifest: Manifest, options: TritonOptions) -> None:
     target, precision = target_named(manifest.target), manifest.precision
+    checked_length(int(options.runtime.get("max_length", manifest.max_length_tokens)), manifest)
     if not target.triton_backends:
         raise UsageError(
             f"target '{target.name}' needs torch, which has no place in a server. Serve another: onnx, openvino, trt"
@@ -160,7 +162,11 @@ def _move_into_place(stage: Path, model: Path, version: int) -> None:
         stage.rename(model)
         sync(model.parent)
         return
-    # The warm-up files of the earlier version stay: they suit every version.
+    # The warm-up files of the earlier version stay, because they suit every version. A native front has none.
+    for path in (stage / "warmup").glob("*"):
+        if not (model / "warmup" / path.name).exists():
+            (model / "warmup").mkdir(exist_ok=True)
+            path.rename(model / "warmup" / path.name)
     (stage / str(version)).rename(model / str(version))
     try:
         (stage / "config.pbtxt").replace(model / "config.pbtxt")
