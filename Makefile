@@ -37,7 +37,8 @@ check: $(INSTALLED)  ## lint, format, types, and the links of all pages
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 	$(BIN)/python -m pytest -q --noconftest parity_tests/docs/test_links.py
 
-# One wheel for Linux on x86-64 with the attention kernel, for every Python; one without it for any other platform.
+# One wheel for Linux on this kind of processor (published: x86-64) with the attention kernel, for every Python; one
+# without it for any other platform.
 wheel: $(INSTALLED)  ## both wheels, in dist/
 	rm -rf build dist
 	$(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w dist/built .

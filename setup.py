@@ -9,6 +9,8 @@ from pathlib import Path
 from setuptools import Extension, setup
 
 _KERNELS = Path("runtimes/engines/kernels")
+# Instruction sets by processor. A file whose name ends with one is compiled for processors of that kind alone.
+_INSTRUCTIONS = {"x86_64": ("avx2", "avx512", "amx"), "aarch64": ("neon",)}
 # GCC 12 warns of its own intrinsics.
 _WARNINGS = ("-Wall", "-Wextra", "-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-ignored-attributes")
 
@@ -20,13 +22,15 @@ def extensions() -> list[Extension]:
     outlives a release. ETTIN_PURE_WHEEL leaves it out, for a wheel that any platform takes.
     """
     spec = importlib.util.find_spec("openvino")
-    is_known = sys.platform == "linux" and platform.machine() == "x86_64" and not os.environ.get("ETTIN_PURE_WHEEL")
+    machine = platform.machine()
+    is_known = sys.platform == "linux" and machine in _INSTRUCTIONS and not os.environ.get("ETTIN_PURE_WHEEL")
     if not is_known or spec is None or spec.origin is None:
         return []
+    of_others = {name for other, names in _INSTRUCTIONS.items() if other != machine for name in names}
     return [
         Extension(
             "ettin.runtimes.engines.openvino_kernels_library",
-            sources=sorted(map(str, _KERNELS.glob("*.cpp"))),
+            sources=[str(path) for path in sorted(_KERNELS.glob("*.cpp")) if path.stem.split("_")[-1] not in of_others],
             depends=sorted(map(str, _KERNELS.glob("*.hpp"))),
             include_dirs=[str(Path(spec.origin).parent / "include")],
             define_macros=[("OV_THREAD", "OV_THREAD_TBB_ADAPTIVE")],

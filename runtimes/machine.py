@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import math
 import os
+import platform
 import shutil
 import subprocess
 import urllib.parse
@@ -79,13 +80,21 @@ def _cpu_info(key: str) -> str:
 
 @functools.cache
 def flags() -> frozenset[str]:
-    """Feature flags of the first processor, as Linux names them; empty where there is no /proc/cpuinfo."""
-    return frozenset(_cpu_info("flags").split())
+    """Feature flags of the first processor, as Linux names them; empty where there is no /proc/cpuinfo, and on ARM.
+
+    An emulated ARM processor has the /proc/cpuinfo of the one that emulates it.
+    """
+    return frozenset() if is_arm() else frozenset(_cpu_info("flags").split())
 
 
 def model_name() -> str:
     """The name of the processor."""
     return _cpu_info("model name") or "unknown processor"
+
+
+def is_arm() -> bool:
+    """Whether this is a 64-bit ARM processor."""
+    return platform.machine().lower() in {"aarch64", "arm64"}
 
 
 def isa_limit() -> str | None:
@@ -111,9 +120,9 @@ def lacks_vnni() -> bool:
 
 
 def is_allowed(isa: str) -> bool:
-    """Whether `ONEDNN_MAX_CPU_ISA` allows an instruction set, by oneDNN's name for it."""
+    """Whether `ONEDNN_MAX_CPU_ISA` allows an instruction set, by oneDNN's name for it; of others it limits none."""
     limit = isa_limit()
-    return limit not in _ISA_ORDER or _ISA_ORDER.index(limit) >= _ISA_ORDER.index(isa)
+    return limit not in _ISA_ORDER or isa not in _ISA_ORDER or _ISA_ORDER.index(limit) >= _ISA_ORDER.index(isa)
 
 
 def available_cpus(system: Path = Path("/sys"), *, performance_only: bool = False) -> int:

@@ -1,9 +1,11 @@
 """How CPU threads are counted and divided, the model cache, and OpenVINO's two forms of a graph."""
 
 import os
+import platform
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -282,3 +284,45 @@ def test_an_artifact_that_is_gone_still_scores_long_inputs(
     with load(tmp_path / "artifact") as runtime, load(demo_artifacts["openvino", "fp32"]) as other:
         shutil.rmtree(tmp_path / "artifact")
         np.testing.assert_allclose(runtime.predict(long), other.predict(long), atol=1e-6)
+
+
+@pytest.mark.parametrize("switch", ["", "off"])
+def test_int8_products_on_arm_have_four_dimensions(
+    demo_artifacts: dict[tuple[str, str], Path], monkeypatch: pytest.MonkeyPatch, switch: str
+) -> None:
+    """All that have int8 weights, and no score changes."""
+    monkeypatch.setenv(SWITCH, switch)
+    monkeypatch.setattr(on_openvino, "has_bf16", lambda: False)
+    scores, dimensions = [], []
+    for is_arm in (False, True):
+        monkeypatch.setattr(on_openvino, "is_arm", lambda is_arm=is_arm: is_arm)
+        with load(demo_artifacts["openvino", "int8"]) as runtime:
+            assert isinstance(runtime, OpenVinoRuntime)
+            scores.append(runtime.predict(PAIRS[:4], activation_fn="identity"))
+            products = [node for node in runtime.model_for(64).get_ops() if node.get_type_name() == "MatMul"]
+            weights = [node.input_value(1).get_node().inputs()[0].get_source_output() for node in products]
+            int8 = [node for node, whole in zip(products, weights, strict=True) if reads_int8(whole)]
+            dimensions.append({node.get_output_partial_shape(0).rank.get_length() for node in int8})
+    assert dimensions == [{3}, {4}]
+    assert np.array_equal(*scores)
+
+
+def reads_int8(output: Any) -> bool:
+    node = output.get_node()
+    return node.get_type_name() == "Convert" and node.input_value(0).get_element_type().get_type_name() == "i8"
+
+
+def test_arm_has_no_flags_of_x86(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Although an emulated one has the /proc/cpuinfo of the processor that emulates it."""
+    monkeypatch.setattr(machine, "_cpu_info", lambda key: "avx2 avx512_bf16")
+    monkeypatch.setattr(machine, "flags", machine.flags.__wrapped__)
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    assert machine.has_bf16() and machine.lacks_vnni()
+    for name in ("aarch64", "arm64", "ARM64"):
+        monkeypatch.setattr(platform, "machine", lambda name=name: name)
+        assert not machine.has_bf16() and not machine.lacks_vnni()
+
+
+def test_the_limit_of_onednn_is_for_its_own_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert machine.is_allowed("AVX2") and not machine.is_allowed("AVX2_VNNI") and machine.is_allowed("NEON")

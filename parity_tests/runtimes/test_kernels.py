@@ -1,34 +1,58 @@
-"""Our attention kernel in every variant that this processor can run, against the formula in float64."""
+"""Our attention kernel in every variant that this processor or an emulated one can run, against the formula."""
 
+import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import kernel_cases
+import kernel_emulated
 import numpy as np
 import pytest
-from kernel_cases import HEADS, VARIANTS, Case, Kernel, from_bf16, inputs, to_bf16
+from kernel_cases import HEADS, NEON_VARIANTS, VARIANTS, Case, Kernel, from_bf16, inputs, to_bf16
+from kernel_emulated import EmulatedKernel
 
 from ettin.runtimes import engines
 from ettin.runtimes.engines.openvino_kernels import compiled
 
 SOURCES = Path(engines.__file__).parent / "kernels"
-
-
-@pytest.fixture(scope="module")
-def kernel() -> Kernel:
-    library = compiled()
-    if library is None:
-        pytest.skip("the attention kernel was not compiled")
-    return Kernel(library)
+IS_ARM = platform.machine() == "aarch64"
 
 
 @pytest.fixture(params=VARIANTS)
-def variant(request: pytest.FixtureRequest, kernel: Kernel) -> str:
-    if not kernel.can_run(request.param):
-        pytest.skip(f"this processor can't run {request.param}")
+def variant(request: pytest.FixtureRequest) -> str:
     return str(request.param)
+
+
+@pytest.fixture
+def kernel(variant: str, request: pytest.FixtureRequest) -> Kernel:
+    """What can run the variant: the library, or a program for an emulated processor."""
+    if variant in NEON_VARIANTS and not IS_ARM:
+        emulated: EmulatedKernel = request.getfixturevalue("emulated")
+        return emulated
+    library = compiled()
+    if library is None:
+        pytest.skip("the attention kernel was not compiled")
+    kernel = Kernel(library)
+    if not kernel.can_run(variant):
+        pytest.skip(f"this processor can't run {variant}")
+    return kernel
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The kernel for an emulated processor."""
+    if kernel_emulated.missing():
+        pytest.skip(f"no processor can be emulated, not installed: {kernel_emulated.missing()}")
+    return kernel_emulated.build(SOURCES, tmp_path_factory.mktemp("emulated"))
+
+
+@pytest.fixture(scope="module")
+def emulated(program: Path) -> Iterator[EmulatedKernel]:
+    with EmulatedKernel(program) as kernel:
+        yield kernel
 
 
 def arrays(variant: str, *values: np.ndarray) -> list[np.ndarray]:
@@ -41,7 +65,7 @@ def test_equals_the_formula(kernel: Kernel, variant: str) -> None:
 
 def test_long_sequences(kernel: Kernel, variant: str) -> None:
     """The rounding of positions shows, and a row's largest score may come after thousands of keys."""
-    case = Case(64, -1, lengths=(3000,))
+    case = Case(64, -1, lengths=(1000 if variant in NEON_VARIANTS else 3000,))  # emulation is slow
     mean, _ = kernel_cases.errors(kernel, variant, case, 0.5, as_bf16=variant.startswith("bf16"))
     assert mean <= 2 * kernel_cases.TOLERANCES[variant.partition("_")[0]][0]
 
@@ -110,7 +134,8 @@ def test_results_are_rounded_to_int8(kernel: Kernel, variant: str) -> None:
 
 def test_norms_are_rounded_to_int8(kernel: Kernel, variant: str) -> None:
     elements = [as_bf16 for as_bf16 in (False, True) if kernel_cases.check_norm(kernel, variant, as_bf16)]
-    assert elements == {"int8_avx2": [False], "int8_avx512": [False, True]}.get(variant, [])
+    neither, floats, both = [], [False], [False, True]
+    assert elements == {"int8_avx2": floats, "int8_avx512": both, "int8_neon": floats}.get(variant, neither)
 
 
 def test_a_norm_of_odd_size_is_refused(kernel: Kernel, variant: str) -> None:
@@ -137,13 +162,32 @@ def test_bf16_is_rounded_to_nearest() -> None:
     ]
 
 
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64", "riscv64"])
+def test_a_processor_gets_its_own_files(machine: str) -> None:
+    """The installation compiles what is for all processors and for this kind."""
+    checkout = Path(__file__).parents[2]
+    code = f"""if True:
+        import platform, runpy, setuptools
+        platform.machine = lambda: {machine!r}
+        setuptools.setup = lambda ext_modules, options: print(*(ext_modules[0].sources if ext_modules else []))
+        runpy.run_path("setup.py")
+    """
+    printed = subprocess.check_output([sys.executable, "-c", code], text=True, cwd=checkout)
+    names = {Path(path).stem for path in printed.split()}
+    everywhere, neon = {"openvino_extension", "ragged_attention"}, {"f32_neon", "int8_neon"}
+    x86 = {path.stem for path in SOURCES.glob("*.cpp")} - everywhere - neon
+    assert len(x86) == 6
+    assert names == {"x86_64": everywhere | x86, "aarch64": everywhere | neon}.get(machine, set())
+
+
 def test_under_sanitizers(tmp_path: Path) -> None:
     """Compiled so that a wrong address or an undefined operation ends the process."""
     compiler = shutil.which("g++")
     if compiler is None or sys.platform != "linux":
         pytest.skip("g++ is not there")
     flags = ["-std=c++17", "-O0", "-w", "-fPIC", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    sources = [path for path in sorted(SOURCES.glob("*.cpp")) if path.name != "openvino_extension.cpp"]
+    not_here = ("openvino_extension.cpp", *(() if IS_ARM else ("f32_neon.cpp", "int8_neon.cpp")))
+    sources = [path for path in sorted(SOURCES.glob("*.cpp")) if path.name not in not_here]
     running = [  # about 10 s
         subprocess.Popen([compiler, *flags, "-DETTIN_EVEX", "-c", source, "-o", tmp_path / f"{source.stem}.o"])
         for source in sources
@@ -158,3 +202,17 @@ def test_under_sanitizers(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("\n") == len(VARIANTS)
+
+
+def test_an_emulated_processor_without_dot_products(program: Path) -> None:
+    """What the system says about the processor decides, when it runs."""
+    with EmulatedKernel(program, "cortex-a53") as kernel:
+        assert [kernel.can_run(name) for name in NEON_VARIANTS] == [True, False]
+        assert kernel_cases.check(kernel, "f32_neon", kernel_cases.FEW_LENGTHS) >= 16
+
+
+def test_emulated_under_sanitizers(program: Path, tmp_path: Path) -> None:
+    with EmulatedKernel(kernel_emulated.build(SOURCES, tmp_path, kernel_emulated.SANITIZED)) as kernel:
+        for variant in NEON_VARIANTS:
+            assert kernel_cases.check(kernel, variant, kernel_cases.FEW_LENGTHS) >= 16
+        assert kernel_cases.check_norm(kernel, "int8_neon", as_bf16=False)

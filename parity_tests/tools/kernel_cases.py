@@ -20,7 +20,8 @@ Floats = NDArray[np.float64]
 HEADS, THETA = 2, 160000.0
 LENGTHS = (1, 3, 17, 31, 32, 33, 64, 65, 130, 193, 257, 300, 700)
 FEW_LENGTHS = (1, 3, 33, 65, 200)
-VARIANTS = ("f32_avx2", "f32_avx512", "int8_avx2", "int8_avx512", "bf16_avx512", "bf16_amx")
+NEON_VARIANTS = ("f32_neon", "int8_neon")
+VARIANTS = ("f32_avx2", "f32_avx512", "int8_avx2", "int8_avx512", "bf16_avx512", "bf16_amx", *NEON_VARIANTS)
 # Mean and largest error that may be left when the rounding of queries, keys and values is in the formula, too: float32
 # sums in another order, or weights of 8 bits. The largest is where the softmax is sharp and a rounding falls otherwise.
 TOLERANCES = {"f32": (5e-6, 1e-3), "bf16": (2e-3, 0.2), "int8": (2e-3, 0.3)}

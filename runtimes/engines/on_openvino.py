@@ -27,7 +27,7 @@ from ettin.runtimes.engines.openvino_kernels import (
     norm_variant,
     variant,
 )
-from ettin.runtimes.machine import CpuPlan, has_bf16, is_hybrid
+from ettin.runtimes.machine import CpuPlan, has_bf16, is_arm, is_hybrid
 
 # OpenVINO compiles kernels for each shape, so fewer lengths mean more reuse. Measured with the 17m shape in int8 on two
 # cores, SQuAD pairs: 663 pairs/s with 16 and 1024, 567 with 1 and 2048, 607 with 8 and 2048.
@@ -116,6 +116,8 @@ class OpenVinoRuntime(Runtime):
         if self._form(longest) == "short":
             names.append(SAME_WHEN_SHORT)
         model = _without(self._model, tuple(names))
+        if self.manifest.precision == "int8" and is_arm():
+            widen_products(model)
         if self._kernel:
             set_attention(model, self._kernel, self.precision_hint)
         return model
@@ -183,6 +185,33 @@ def _without(model: ov.Model, names: tuple[str, ...]) -> ov.Model:
             node.output(0).replace(node.input_value(0))
     model.validate_nodes_and_infer_types()
     return model
+
+
+def widen_products(model: ov.Model) -> None:
+    """Gives the products with int8 weights a fourth dimension, which changes no result.
+
+    Without it, OpenVINO's plugin for ARM (seen with 2026.4.1) multiplies all columns by the scale of the first one: it
+    merges the scales with a product of two or three dimensions.
+    """
+    for node in model.get_ordered_ops():
+        if node.get_type_name() == "MatMul" and _is_int8(node.input_value(1).get_node()):
+            axis = op.constant(np.int64(0))
+            wide = op.matmul(op.unsqueeze(node.input_value(0), axis), node.input_value(1), **_transposed(node))
+            node.output(0).replace(op.squeeze(wide, axis).output(0))
+    model.validate_nodes_and_infer_types()
+
+
+def _is_int8(weights: ov.Node) -> bool:
+    """Whether these are constants of int8 times a scale."""
+    if weights.get_type_name() != "Multiply":
+        return False
+    whole = weights.input_value(0).get_node()
+    return bool(whole.get_type_name() == "Convert" and whole.input_value(0).get_element_type() == ov.Type.i8)
+
+
+def _transposed(product: ov.Node) -> dict[str, bool]:
+    attributes = product.get_attributes()
+    return {name: attributes[name] for name in ("transpose_a", "transpose_b")}
 
 
 # The precision of the attention kernel's products, the fastest arithmetic first; None: OpenVINO's own attention. With

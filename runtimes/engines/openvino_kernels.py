@@ -1,7 +1,8 @@
 """The project's own attention kernel for OpenVINO: `kernels/`, compiled when the package is installed.
 
-It runs on Linux on x86-64, in the best of the variants that the processor has. It uses the C++ interface of OpenVINO,
-which changes between releases: it is used with those that it was tested with and the one that it was compiled for.
+It runs on Linux on x86-64 and 64-bit ARM, in the best of the variants that the processor has. It uses the C++ interface
+of OpenVINO, which changes between releases: it is used with those that it was tested with and the one that it was
+compiled for.
 Anywhere else OpenVINO's own attention runs, from the same artifact.
 """
 
@@ -30,7 +31,7 @@ class Variant(NamedTuple):
     name: str  # in the library
     products: str  # precision of its products
     floats: tuple[str, ...]  # precisions of queries, keys, values and results
-    isa: str  # oneDNN's name of the instruction set
+    isa: str  # the instruction set; on x86-64 by oneDNN's name
     rounds: bool = True  # whether it can round its results to int8
 
 
@@ -40,8 +41,10 @@ _VARIANTS = (
     Variant("bf16_avx512", "bf16", ("bf16",), "AVX512_CORE_BF16"),
     Variant("int8_avx512", "int8", ("f32", "bf16"), "AVX512_CORE_VNNI"),
     Variant("int8_avx2", "int8", ("f32",), "AVX2_VNNI"),
+    Variant("int8_neon", "int8", ("f32",), "NEON_DOTPROD"),
     Variant("f32_avx512", "f32", ("f32",), "AVX512_CORE"),
     Variant("f32_avx2", "f32", ("f32",), "AVX2"),
+    Variant("f32_neon", "f32", ("f32",), "NEON"),
 )
 
 

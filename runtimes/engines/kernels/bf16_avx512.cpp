@@ -13,7 +13,7 @@ struct Bf16Products : FloatingProducts<Vector512> {
     static constexpr bool kIsExact = false;
     static constexpr int kGroup = 2;
 
-    static Sums step(Sums sums, Words left, Words right) {
+    template <bool kOfValues> static Sums step(Sums sums, Words left, Words right) {
         return _mm512_dpbf16_ps(sums, reinterpret_cast<__m512bh>(left), reinterpret_cast<__m512bh>(right));
     }
     template <int kDim, bool kIsKey> static float encode(const Floats* row, uint32_t* words) {

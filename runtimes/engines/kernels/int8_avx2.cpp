@@ -24,7 +24,7 @@ struct Dot256 : Vector256 {
 };
 }  // namespace
 void attend_int8_avx2(const RaggedAttention& task, int64_t begin, int64_t end, int64_t out_row, int head) {
-    attend<Dot256, Int8Products<Dot256>, float>(task, begin, end, out_row, head);
+    attend<MixedSigns<Dot256>, Int8Products<MixedSigns<Dot256>>, float>(task, begin, end, out_row, head);
 }
 
 void normalise_avx2(const RoundedNorm& norm, size_t from, size_t to) {

@@ -1,8 +1,12 @@
 #include "ragged_attention.hpp"
 
+#ifdef __aarch64__
+#include <sys/auxv.h>
+#else
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#endif
 
 #include <algorithm>
 #include <cmath>
@@ -25,6 +29,21 @@ RopeTable::RopeTable(float theta, int head_dim, int rows)
 }
 
 namespace {
+
+bool has_known_heads(const RaggedAttention& task) { return task.head_dim == 32 || task.head_dim == 64; }
+bool takes_f32(const RaggedAttention& task) { return has_known_heads(task) && !task.is_bf16; }
+
+#ifdef __aarch64__
+
+bool has_neon() { return true; }  // part of the architecture
+bool has_neon_dot() { return getauxval(AT_HWCAP) & HWCAP_ASIMDDP; }
+
+constexpr Variant kVariants[] = {
+    {"f32_neon", has_neon, takes_f32, attend_f32_neon, nullptr},
+    {"int8_neon", has_neon_dot, takes_f32, attend_int8_neon, normalise_neon},
+};
+
+#else
 
 // A bit of EAX or EDX of leaf 7 of CPUID: GCC 12 does not know all features by name.
 bool leaf7(unsigned part, int bit, bool of_edx) {
@@ -60,8 +79,6 @@ bool has_amx_bf16() {
     return has;
 }
 
-bool has_known_heads(const RaggedAttention& task) { return task.head_dim == 32 || task.head_dim == 64; }
-bool takes_f32(const RaggedAttention& task) { return has_known_heads(task) && !task.is_bf16; }
 bool takes_bf16(const RaggedAttention& task) { return has_known_heads(task) && task.is_bf16; }
 bool takes_bf16_of_64(const RaggedAttention& task) { return task.head_dim == 64 && task.is_bf16 && task.step == 0; }
 
@@ -73,6 +90,8 @@ constexpr Variant kVariants[] = {
     {"bf16_avx512", has_avx512_bf16, takes_bf16, attend_bf16_avx512, nullptr},
     {"bf16_amx", has_amx_bf16, takes_bf16_of_64, attend_bf16_amx, nullptr},
 };
+
+#endif
 
 }  // namespace
 
@@ -95,8 +114,10 @@ void attend_part(const Variant& variant, const RaggedAttention& task, const int6
 }
 
 bool can_normalise(const Variant& variant, bool is_bf16, int size) {
-    const bool takes = variant.normalise == normalise_avx512 || (variant.normalise && !is_bf16);
-    return takes && size % 32 == 0;
+    RaggedAttention task{};
+    task.is_bf16 = is_bf16;
+    task.head_dim = 64;
+    return variant.normalise && variant.takes(task) && size % 32 == 0;  // its norm takes the elements that it takes
 }
 
 }  // namespace ettin

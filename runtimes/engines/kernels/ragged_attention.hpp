@@ -66,7 +66,10 @@ void attend_int8_avx2(const RaggedAttention& task, int64_t begin, int64_t end, i
 void attend_int8_avx512(const RaggedAttention& task, int64_t begin, int64_t end, int64_t out_row, int head);
 void attend_bf16_avx512(const RaggedAttention& task, int64_t begin, int64_t end, int64_t out_row, int head);
 void attend_bf16_amx(const RaggedAttention& task, int64_t begin, int64_t end, int64_t out_row, int head);
+void attend_f32_neon(const RaggedAttention& task, int64_t begin, int64_t end, int64_t out_row, int head);
+void attend_int8_neon(const RaggedAttention& task, int64_t begin, int64_t end, int64_t out_row, int head);
 void normalise_avx2(const RoundedNorm& norm, size_t from, size_t to);
 void normalise_avx512(const RoundedNorm& norm, size_t from, size_t to);
+void normalise_neon(const RoundedNorm& norm, size_t from, size_t to);
 
 }  // namespace ettin

@@ -1,5 +1,5 @@
 // Attention over sequences laid end to end, for any vector width and any kind of products. Included after the pragma
-// that switches instructions on, and after `vector256.hpp` or `vector512.hpp` and `products.hpp`.
+// that switches instructions on, and after the vectors and `products.hpp`.
 //
 // A block of queries meets its keys a chunk at a time. Scores of a chunk become weights relative to the chunk's largest
 // score, and what the chunk adds up to is scaled when it joins the block's result. So weights of 8 bits have the full
@@ -18,6 +18,12 @@
 #include <vector>
 
 #include "ragged_attention.hpp"
+
+#ifdef __aarch64__
+#define ETTIN_REGISTER "+w"
+#else
+#define ETTIN_REGISTER "+v"
+#endif
 
 namespace ettin {
 namespace {
@@ -189,12 +195,12 @@ template <class Vector, class Products, class Element, int kDim> class Attention
                     for (int at = 0; at < std::min(kLanes, kRowWords); ++at)
                         Vector::store_words(words + size_t(word + at) * kKeys + key, tile[at]);
                 }
-            if constexpr (!Products::kIsFloating)
+            if constexpr (Products::kQueryOffset != 0)
                 for (int key = 0; key < kKeys; key += kLanes) {
                     Words sum = Vector::all_words(0);
                     for (int word = 0; word < kRowWords; ++word)
-                        sum = Products::step(sum, Vector::all_words(0x80808080),
-                                             Vector::load_words(words + size_t(word) * kKeys + key));
+                        sum = Products::template step<false>(sum, Vector::all_words(0x80808080),
+                                                             Vector::load_words(words + size_t(word) * kKeys + key));
                     Vector::store_words(key_sums_ + first + key, Products::negative(sum));
                 }
         }
@@ -213,7 +219,11 @@ template <class Vector, class Products, class Element, int kDim> class Attention
                 centres[at] = Vector::load(block_->value_centres + at * kLanes);
                 // Never infinite: of equal values nothing is left that a share could multiply.
                 shares[at] = Vector::divide(Vector::all(127.0f), Vector::larger(Vector::all(1e-30f), half));
-                Vector::store(block_->value_scales + at * kLanes, Vector::multiply(half, Vector::all(1.0f / 127.0f)));
+                const Floats scale = Vector::multiply(half, Vector::all(1.0f / 127.0f));
+                Vector::store(block_->value_scales + at * kLanes, scale);
+                if constexpr (Products::kValueOffset != 0)
+                    Vector::store(block_->value_centres + at * kLanes,
+                                  Vector::subtract_product(centres[at], Vector::all(Products::kValueOffset), scale));
             }
         }
         for (int key = 0; key < padded_; key += kGroup) {
@@ -248,7 +258,7 @@ template <class Vector, class Products, class Element, int kDim> class Attention
     }
 
     // kRows × kVectors of a product, of `groups` groups: `rows` and `columns` are its factors.
-    template <int kRows, int kVectors> struct Tile {
+    template <int kRows, int kVectors, bool kOfValues> struct Tile {
         Sums sums[kRows * kVectors];
 
         [[gnu::always_inline]] void multiply(const uint32_t* rows, size_t row_words, const uint32_t* columns,
@@ -264,8 +274,8 @@ template <class Vector, class Products, class Element, int kDim> class Attention
                     const Words left = Vector::all_words(rows[row * row_words + group]);
                     repeat<kVectors>([&](auto n) __attribute__((always_inline)) {
                         Sums& sum = local[row * kVectors + n];
-                        sum = Products::step(sum, left, right[n]);
-                        asm("" : "+v"(sum));  // without it, GCC 12 copies every sum, and keeps most of them in memory
+                        sum = Products::template step<kOfValues>(sum, left, right[n]);
+                        asm("" : ETTIN_REGISTER(sum));  // without it, GCC 12 copies every sum, and keeps most of them in memory
                     });
                 });
             }
@@ -278,7 +288,7 @@ template <class Vector, class Products, class Element, int kDim> class Attention
             const int index = from + key;
             const uint32_t* columns = keys_ + size_t(index / kKeys) * kKeys * kRowWords + index % kKeys;
             for (int row = 0; row < rows; row += kScoreRows) {
-                Tile<kScoreRows, kScoreVectors> tile;
+                Tile<kScoreRows, kScoreVectors, false> tile;
                 repeat<kScoreRows * kScoreVectors>([&](auto n) __attribute__((always_inline)) {
                     tile.sums[n] = Products::start(key_sums_ + index + n % kScoreVectors * kLanes);
                 });
@@ -336,7 +346,7 @@ template <class Vector, class Products, class Element, int kDim> class Attention
     void mix(int from, int count, int rows) {
         for (int row = 0; row < rows; row += kMixRows)
             for (int part = 0; part < kRowVectors; part += kMixVectors) {
-                Tile<kMixRows, kMixVectors> tile;
+                Tile<kMixRows, kMixVectors, true> tile;
                 repeat<kMixRows * kMixVectors>([&](auto n) __attribute__((always_inline)) {
                     tile.sums[n] = Products::zero();
                 });

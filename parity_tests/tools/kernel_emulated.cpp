@@ -1,0 +1,42 @@
+// The kernel as a program that answers the requests of `kernel_emulated.py`, one after the other.
+#include <cstdint>
+#include <cstdio>
+#include <vector>
+
+extern "C" bool ettin_can_run(const char* name);
+extern "C" bool ettin_attend(const char* name, bool is_bf16, const void* q, const void* k, const void* v, void* out,
+                             const int64_t* bounds, int64_t pairs, int heads, int head_dim, int window, float theta,
+                             bool first_only, float step);
+extern "C" bool ettin_normalise(const char* name, bool is_bf16, const void* x, void* out, int64_t rows, int size,
+                                float eps, float step);
+
+struct Request {
+    char name[16], function[16];
+    int64_t is_bf16, rows, size, head_dim, window, first_only;  // rows: of a norm, or pairs; size: of a norm, or heads
+    int64_t bytes[5];  // of q (or x), k, v, where pairs begin, and the result
+    float theta, step;  // theta: or eps
+};
+
+int main() {
+    Request r;
+    while (std::fread(&r, sizeof r, 1, stdin) == 1) {
+        std::vector<uint8_t> memory[5];  // each of its own, so that the sanitizers see what is between
+        for (int at = 0; at < 5; ++at) memory[at].resize(r.bytes[at] ? r.bytes[at] : 1);
+        for (int at = 0; at < 4; ++at)
+            if (std::fread(memory[at].data(), 1, r.bytes[at], stdin) != size_t(r.bytes[at])) return 1;
+        const auto& [q, k, v, bounds, _] = memory;
+        auto* out = memory[4].data();
+        bool done = false;
+        if (r.function[0] == 'c')
+            done = ettin_can_run(r.name);
+        else if (r.function[0] == 'n')
+            done = ettin_normalise(r.name, r.is_bf16, q.data(), out, r.rows, int(r.size), r.theta, r.step);
+        else
+            done = ettin_attend(r.name, r.is_bf16, q.data(), k.data(), v.data(), out,
+                                reinterpret_cast<const int64_t*>(bounds.data()), r.rows, int(r.size), int(r.head_dim),
+                                int(r.window), r.theta, r.first_only, r.step);
+        std::fputc(done, stdout);
+        std::fwrite(out, 1, r.bytes[4], stdout);
+        std::fflush(stdout);
+    }
+}

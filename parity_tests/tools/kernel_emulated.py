@@ -1,0 +1,96 @@
+"""The attention kernel for 64-bit ARM on another processor: cross-compiled, and run by QEMU's emulation of one.
+
+It shows that the results are right, and says nothing about the speed. Debian has both programs:
+`apt-get install g++-aarch64-linux-gnu qemu-user`.
+"""
+
+import shutil
+import struct
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from kernel_cases import HEADS, THETA, Case, Kernel, from_bf16
+from numpy.typing import NDArray
+
+COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
+LIBRARIES = "/usr/aarch64-linux-gnu"  # of Debian's cross compiler, for what is not linked into the program
+SOURCES = ("f32_neon.cpp", "int8_neon.cpp", "ragged_attention.cpp")
+SANITIZED = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-static-libasan", "-static-libubsan")
+_REQUEST = struct.Struct("16s16s11q2f")  # see kernel_emulated.cpp
+
+
+def missing() -> str | None:
+    """What is not installed, of what this needs."""
+    return ", ".join(name for name in (COMPILER, EMULATOR) if shutil.which(name) is None) or None
+
+
+def build(sources: Path, folder: Path, flags: Sequence[str] = ("-O3", "-static")) -> Path:
+    """Compiles the kernel in `sources`; returns the program."""
+    program = folder / "kernel_emulated"
+    files = [*(sources / name for name in SOURCES), Path(__file__).with_suffix(".cpp")]
+    objects = [folder / f"{path.stem}.o" for path in files]
+    running = [
+        subprocess.Popen([COMPILER, "-std=c++17", "-Wall", "-Wextra", "-Werror", *flags, "-c", path, "-o", compiled])
+        for path, compiled in zip(files, objects, strict=True)
+    ]
+    assert [process.wait() for process in running] == [0] * len(files)
+    subprocess.run([COMPILER, *flags, *objects, "-o", program], check=True)
+    return program
+
+
+class EmulatedKernel(Kernel):
+    """The functions of the program, on the named processor of QEMU."""
+
+    def __init__(self, program: Path, cpu: str = "max") -> None:
+        self._process = subprocess.Popen(
+            [EMULATOR, "-cpu", cpu, "-L", LIBRARIES, program], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            env={"ASAN_OPTIONS": "detect_leaks=0"},
+        )  # fmt: skip
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate()
+
+    def can_run(self, variant: str) -> bool:
+        return self._answer(variant, "can_run", np.zeros(0, np.int8))
+
+    def attend(
+        self, variant: str, case: Case, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], step: float = 0
+    ) -> NDArray[Any]:
+        out = np.full_like(q, 9, dtype=np.int8 if step else q.dtype)
+        sizes = (len(case.lengths), HEADS, case.head_dim, case.window, case.first_only)
+        done = self._answer(variant, "attend", out, q, k, v, case.bounds, sizes=sizes, floats=(THETA, step))
+        assert done, f"{variant} does not take {case}"
+        return from_bf16(out) if out.dtype == np.uint16 else out
+
+    def normalise(self, variant: str, x: NDArray[Any], eps: float, step: float) -> NDArray[np.int8] | None:
+        out = np.full(x.shape, 9, np.int8)
+        done = self._answer(variant, "normalise", out, x, sizes=(*x.shape, 0, 0, 0), floats=(eps, step))
+        return out if done else None
+
+    def _answer(
+        self,
+        variant: str,
+        function: str,
+        out: NDArray[Any],
+        *arrays: NDArray[Any],
+        sizes: Sequence[int] = (0,) * 5,
+        floats: tuple[float, float] = (0, 0),
+    ) -> bool:
+        """Whether the function took what it was given; `out` has what it gives."""
+        given = [array.tobytes() for array in arrays]
+        counts = [*map(len, given), *[0] * (4 - len(given)), out.nbytes]
+        is_bf16 = bool(arrays) and arrays[0].dtype == np.uint16
+        request = _REQUEST.pack(variant.encode(), function.encode(), is_bf16, *sizes, *counts, *floats)
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.write(b"".join([request, *given]))
+        self._process.stdin.flush()
+        done, answer = self._process.stdout.read(1), self._process.stdout.read(out.nbytes)
+        assert len(done) == 1, f"the program ended: {self._process.wait()}"
+        out[...] = np.frombuffer(answer, out.dtype).reshape(out.shape)
+        return done == b"\1"
