@@ -121,10 +121,8 @@ def _largest_activation(model: CrossEncoder) -> Iterator[list[float]]:
 
     def watch(module: Any, inputs: tuple[Any, ...], output: Any) -> None:
         for value in (*inputs, *(output if isinstance(output, tuple) else (output,))):
-            if isinstance(value, Tensor) and value.is_floating_point():
-                # −inf and the dtype's minimum are masks, not activations
-                finite = value[value > torch.finfo(value.dtype).min]
-                largest[0] = max(largest[0], float(finite.abs().max()) if finite.numel() else 0.0)
+            if isinstance(value, Tensor) and value.is_floating_point() and value.numel():
+                largest[0] = max(largest[0], _largest(value))
 
     handles = [module.register_forward_hook(watch) for module in model[0].modules() if not list(module.children())]
     try:
@@ -132,3 +130,12 @@ def _largest_activation(model: CrossEncoder) -> Iterator[list[float]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _largest(value: Tensor) -> float:
+    """Largest |x|, without −inf and the dtype's minimum, which are masks, and without NaN."""
+    least, most = (float(end) for end in value.aminmax())
+    if least > torch.finfo(value.dtype).min:  # so there is neither: no copy of the values
+        return max(-least, most)
+    rest = value[value > torch.finfo(value.dtype).min]
+    return float(rest.abs().max()) if rest.numel() else 0.0

@@ -473,23 +473,33 @@ def test_a_file_is_the_old_one_or_the_new_one(tmp_path: Path, monkeypatch: pytes
     write_file(Path(os.devnull), b"anything")
 
 
-def ettin_export(folder: Path) -> "subprocess.Popen[str]":
+EXPORT = [
+    str(COMMANDS / "ettin-export"),
+    *("--size", "demo", "--target", "onnx", "--precision", "fp32", "--max-length", "64"),
+]
+# The same from the moment where an artifact is written, without what takes seconds to import.
+PUBLISH_VERIFIED = """
+import shutil, sys
+from pathlib import Path
+import click
+from ettin.artifacts.publishing import staged
+from ettin.runtimes.commands import console
+from ettin.runtimes.verify import verify_in_child
+@click.command()
+@click.argument("artifact")
+def command(artifact):
+    with staged(Path("ettin-reranker-demo", "onnx-fp32"), force=False) as stage:
+        shutil.copytree(artifact, stage, dirs_exist_ok=True)
+        verify_in_child(stage)
+console.run(command, publishes=True)
+"""
+
+
+def started(command: list[str], folder: Path) -> "subprocess.Popen[str]":
     # A shell lets the jobs that it runs in the background ignore SIGINT, and with them all their children.
-    command = [
-        "env",
-        "--default-signal=INT",
-        str(COMMANDS / "ettin-export"),
-        "--size",
-        "demo",
-        "--target",
-        "onnx",
-        "--precision",
-        "fp32",
-        "--max-length",
-        "256",
-    ]
+    words = ["env", "--default-signal=INT", *command]
     return subprocess.Popen(
-        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        words, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
 
 
@@ -501,9 +511,12 @@ def ettin_export(folder: Path) -> "subprocess.Popen[str]":
         (signal.SIGKILL, -9, None),
     ],
 )
-def test_an_export_that_is_ended_while_it_verifies(tmp_path: Path, number: int, code: int, line: str | None) -> None:
+def test_an_export_that_is_ended_while_it_verifies(
+    demo_artifacts: dict[tuple[str, str], Path], tmp_path: Path, number: int, code: int, line: str | None
+) -> None:
     """It cleans up and says so, if it can; the verifying process ends with it in any case."""
-    with ettin_export(tmp_path) as process:
+    stand_in = [sys.executable, "-c", PUBLISH_VERIFIED, str(demo_artifacts["onnx", "fp32"])]
+    with started(EXPORT if number == signal.SIGTERM else stand_in, tmp_path) as process:
         wait_until(lambda: verifying(process.pid) != [])
         (verifier,) = verifying(process.pid)
         assert list(tmp_path.glob("*/.onnx-fp32.partial-*/new/manifest.json")) != []

@@ -84,7 +84,7 @@ def test_equal_scores_keep_the_order_of_the_first_stage() -> None:
 
 def test_metrics_are_the_evaluators(demo_artifacts: Artifacts, shared: Callable[[str], Path]) -> None:
     data = read_beir(shared("retrieval/cranfield"))
-    candidates = bm25_candidates(data, 20, 15)
+    candidates = bm25_candidates(data, 15, 10)
     # The evaluator knows relevant or not, and only what is among the candidates.
     judged = {
         query: {key: 1 for key in keys if data.qrels[query].get(key, 0) > 0} for query, keys in candidates.items()
@@ -108,17 +108,17 @@ def test_metrics_are_the_evaluators(demo_artifacts: Artifacts, shared: Callable[
         assert means[key] == pytest.approx(expected[f"c_{name}"], abs=1e-9), key
 
 
-@pytest.mark.parametrize("queries", [2, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("queries", "documents"), [(2, 25), pytest.param(300, 100, marks=pytest.mark.slow)])
 def test_scifact_ndcg_is_the_references(
-    queries: int, shared: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    queries: int, documents: int, shared: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The main job on real input: an artifact reranks SciFact as PyTorch does."""
     monkeypatch.setattr(pipeline, "proof_pairs", lambda extra, ranking: natural_pairs()[:64])  # SciFact is the proof
     checkpoint = read_checkpoint(shared("checkpoints/17m-lexical"))
     assert Export(checkpoint, Options(max_length=512)).run(Job("openvino", "fp32", tmp_path / "artifact"))
     data = read_beir(shared("retrieval/scifact"))
-    candidates = bm25_candidates(data, 100, queries)
-    assert len(candidates) == queries and all(len(keys) == 100 for keys in candidates.values())
+    candidates = bm25_candidates(data, documents, queries)
+    assert len(candidates) == queries and all(len(keys) == documents for keys in candidates.values())
     task = Task(data, candidates, 0.0)
     with load(tmp_path / "artifact") as runtime:
         ours = task.rerank(runtime.predict)

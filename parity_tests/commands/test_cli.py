@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 from support import run
 
+from ettin.export import pipeline
+from ettin.export.proof_pairs import natural_pairs
+
 PLANETS = Path(__file__).parents[2] / "examples" / "planets.txt"
 
 
@@ -22,8 +25,9 @@ def assert_one_line(done: subprocess.CompletedProcess[str], message: str) -> Non
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.usefixtures("verified_here")
 def test_export_rerank_verify(tmp_path: Path, export_here: Export) -> None:
-    exported = run("ettin-export", "--size", "demo", "--target", "openvino", "--max-length", "128", cwd=tmp_path)
+    exported = export_here("--size", "demo", "--target", "openvino", "--max-length", "128")
     assert exported.returncode == 0, exported.stderr
     assert exported.stdout == "ettin-reranker-demo/openvino-int8\n"
     for step in (
@@ -148,8 +152,10 @@ def test_dry_run_writes_nothing(tmp_path: Path, export_here: Export) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_random_weights_are_said_loudly(tmp_path: Path, export_here: Export) -> None:
-    done = export_here("--size", "17m", "--random-weights", "--max-length", "64", "--target", "onnx")
+@pytest.mark.usefixtures("verified_here")
+def test_random_weights_are_said_loudly(tmp_path: Path, export_here: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "proof_pairs", lambda extra, ranking: natural_pairs()[:64])  # scores mean nothing
+    done = export_here("--size", "17m", "--random-weights", "--max-length", "24", "--target", "onnx")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "ettin-reranker-17m-v1-random/onnx-fp32"
     assert "RANDOM WEIGHTS" in done.stderr

@@ -211,6 +211,7 @@ def ruined(schemes: set[str]) -> Any:
     return make
 
 
+@pytest.mark.usefixtures("verified_here")
 def test_ladder_is_climbed_and_recorded(proven_export: Export, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(Quantiser, "quantised", ruined({LADDER[0].name}))
     assert proven_export.run(Job("openvino", "int8", tmp_path / "artifact"))
@@ -219,6 +220,7 @@ def test_ladder_is_climbed_and_recorded(proven_export: Export, monkeypatch: pyte
     assert manifest["calibration"]["float_linears"]
 
 
+@pytest.mark.usefixtures("verified_here")
 def test_nothing_is_published_below_the_limit(
     proven_export: Export, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -228,6 +230,7 @@ def test_nothing_is_published_below_the_limit(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("verified_here")
 def test_random_weights_have_no_gate(tiny: Checkpoint, tmp_path: Path) -> None:
     export = Export(tiny, Options(max_length=64))
     verification = export.run(Job("openvino", "int8", tmp_path / "artifact"))

@@ -28,6 +28,7 @@ from ettin.runtimes.triton.repository import TritonOptions, publish
 from ettin.runtimes.verify import verify
 
 PRECISIONS = ("fp16", "fp32", "int8")
+OPTIONS = Options(max_length=600)
 PAIRS = [("red planet", "Mars is red"), ("red planet", "bread " * 90), ("", "")]
 Artifacts = dict[tuple[str, str], Path]
 
@@ -40,7 +41,7 @@ def jobs(folder: Path) -> list[Job]:
 def made(tiny: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random weights: the whole way in seconds."""
     folder = tmp_path_factory.mktemp("several") / "onnx"
-    verifications = Export(tiny, Options()).run_together(jobs(folder))
+    verifications = Export(tiny, OPTIONS).run_together(jobs(folder))
     assert [verification.runtime.rpartition(" ")[2] for verification in verifications] == list(PRECISIONS)
     return folder
 
@@ -72,8 +73,10 @@ def test_holds_one_of_each(several: Path) -> None:
     assert all(f"### {precision}: `onnx/model" in card for precision in PRECISIONS)
 
 
+@pytest.mark.usefixtures("verified_here")
 def test_each_is_the_one_that_is_exported_alone(several: Path, tiny: Checkpoint, tmp_path: Path) -> None:
-    export = Export(tiny, Options())
+    export = Export(tiny, OPTIONS)
+    export.prepare(jobs(tmp_path))
     for precision in PRECISIONS:
         export.run(Job("onnx", precision, tmp_path / precision))
         with load(several, precision=precision) as ours, load(tmp_path / precision) as alone:
@@ -134,8 +137,6 @@ def test_a_variant_is_judged_like_an_artifact(several: Path) -> None:
 
 def test_verify_verifies_all_and_records_each(several: Path) -> None:
     command = [Path(sys.executable).with_name("ettin-verify"), several]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.count("ok (") == 3
     one = subprocess.run([*command, "--precision", "int8"], capture_output=True, text=True, check=True)
     assert one.stdout.count("ok (") == 1 and ", int8:" in one.stdout
     before = Manifest.read(several)
@@ -143,7 +144,7 @@ def test_verify_verifies_all_and_records_each(several: Path) -> None:
     unproven = int8.parity.model_copy(update={"status": "unverified"})
     rewrite(several, variants=(first, int8.model_copy(update={"parity": unproven})))
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.count("marked as verified") == 1
+    assert done.stdout.count("ok (") == 3 and done.stdout.count("marked as verified") == 1
     after = Manifest.read(several)
     assert after.variants[1].parity.status == "verified"
     assert after == before
@@ -162,16 +163,14 @@ def test_wrong_scores_in_one_precision_fail(several: Path) -> None:
 
 
 def test_one_that_fails_publishes_nothing(tiny: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = pipeline.verify_in_child
-
-    def refuses_fp16(folder: Path, *arguments: object) -> object:
+    def refuses_fp16(folder: Path) -> object:
         if Manifest.read(folder).precision == "fp16":
             raise ParityError("no")
-        return real(folder, *arguments)
+        return verify(folder)
 
     monkeypatch.setattr(pipeline, "verify_in_child", refuses_fp16)
     with pytest.raises(ParityError, match="no"):
-        Export(tiny, Options()).run_together(jobs(tmp_path / "onnx"))
+        Export(tiny, OPTIONS).run_together(jobs(tmp_path / "onnx"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -189,6 +188,7 @@ def test_triton_serves_the_named_one(several: Path, tmp_path: Path) -> None:
         artifact.check_contents()
 
 
+@pytest.mark.usefixtures("verified_here")
 def test_command_line(export_here: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
     refused = export_here("--size", "demo", "--target", "openvino", "--precision", "int8,fp32")
     assert refused.stderr.endswith("target 'openvino' has one precision, expected one of: int8,fp32\n")

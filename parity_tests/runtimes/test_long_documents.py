@@ -190,17 +190,17 @@ def test_bad_values_are_said(values: dict[str, object], message: str) -> None:
 
 
 def test_many_chunks_share_the_scheduler(runtime: Runtime) -> None:
-    """More chunks than may wait; every chunk is counted while it waits, and none is left."""
+    """Chunks for many batches; every chunk is counted while it waits, and none is left."""
     policy = LongDocuments("chunks", chunk_overlap=0)
-    document = "red planet " * 40_000
+    document = "red planet " * 12_000
     future = runtime.scheduler.submit(Request([(QUERY, document)] * 2, LENGTH, long_documents=policy))
     seen = 0
     while not future.done():
         seen = max(seen, runtime.scheduler.waiting_pairs)
     scored = future.result()
     chunks = len(TOKENIZER.encoded([(QUERY, document)], LENGTH, policy)[0].chunks)
-    assert chunks > 1000 and seen > chunks and runtime.scheduler.waiting_pairs == 0
-    assert scored.logits[0] == pytest.approx(scored.logits[1], abs=1e-5) and scored.tokens[0] > 80_000
+    assert chunks > 300 and seen > chunks and runtime.scheduler.waiting_pairs == 0
+    assert scored.logits[0] == pytest.approx(scored.logits[1], abs=1e-5) and scored.tokens[0] > 24_000
     assert not scored.truncated.any() and scored.queue_s < scored.engine_s
 
 

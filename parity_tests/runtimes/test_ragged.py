@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -190,11 +192,19 @@ def test_only_where_it_was_proven(usable: Path, demo_artifacts: Artifacts, tmp_p
 
 
 @needs_bf16
-def test_exported_elsewhere_proven_here(usable: Path, tmp_path: Path) -> None:
+def test_exported_elsewhere_proven_here(
+    usable: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    export_here: Callable[..., "subprocess.CompletedProcess[str]"],
+) -> None:
     """As exported on a machine without bf16 arithmetic: used in bf16 after `ettin-verify` passed with it."""
     folder = tmp_path / "openvino-bf16"
     options = ("--size", "demo", "--target", "openvino", "--precision", "bf16", "--output", folder)
-    said("ettin-export", *options, cwd=tmp_path, ONEDNN_MAX_CPU_ISA="AVX2_VNNI")
+    with monkeypatch.context() as patch:
+        patch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2_VNNI")
+        exported = export_here(*options)
+    assert exported.returncode == 0, exported.stderr
     before = Manifest.read(folder)
     assert before.graph.ragged and before.parity.arithmetic == ("f32-own-attention", "f32")
     with load(folder) as runtime:

@@ -394,7 +394,9 @@ class TritonPythonModel:
     def initialize(self, args):
         config = json.loads(args["model_config"])
         folder = f"{args['model_repository']}/{args['model_version']}/{config['default_model_filename']}"
-        self.session = onnxruntime.InferenceSession(folder)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1  # those of several instances would wait for each other, at full speed
+        self.session = onnxruntime.InferenceSession(folder, options)
         self.names = [tensor["name"] for tensor in config["input"]]
     def execute(self, requests):
         responses = []
