@@ -81,7 +81,7 @@ def test_conversion_that_fails_is_a_reason(environments: Path, demo_artifacts: A
 
 
 def test_every_peer_is_a_kind_of_contestant() -> None:
-    assert {peer.kind for peer in peers.PEERS.values()} | {"artifact"} == KINDS.keys()
+    assert {peer.kind for peer in peers.PEERS.values()} | {"artifact", "imported"} == KINDS.keys()
 
 
 def test_direct_route_to_openvino(demo_artifacts: Artifacts) -> None:

@@ -168,7 +168,7 @@ def test_bundle_that_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(bundle, "fetch_packages", lambda folder, python: None)
     monkeypatch.setattr(bundle, "_LIMIT_MIB", 1)
     with pytest.raises(OutputError, match="MiB, expected at most 1: name a smaller --checkpoint"):
-        bundle.write_bundle(tmp_path / "folder", DEMO_FOLDER, PAIRS)
+        bundle.write_bundle(tmp_path / "folder", DEMO_FOLDER, PAIRS, DEMO_FOLDER)
     assert list(tmp_path.iterdir()) == []
 
 
