@@ -171,23 +171,28 @@ class ContestantProcess:
         variables = {**os.environ, "TOKENIZERS_PARALLELISM": "true"}
         self._process = subprocess.Popen(command, **pipes, text=True, env=variables)
         self._orders, self._answers = cast(IO[str], self._process.stdin), cast(IO[str], self._process.stdout)
-        self._timer = threading.Timer(0, self._process.kill)
+        self._is_late = False  # it was killed because its time was over
+        self._timer = threading.Timer(0, self._kill)
         self._end_at(load_until, self._kill_if_silent)
 
     def end_at(self, until: float) -> None:
         """Lets the process live until then (`time.monotonic()`), and no longer."""
-        self._end_at(until, self._process.kill)
+        self._end_at(until, self._kill)
 
     def _end_at(self, until: float, kill: Callable[[], None]) -> None:
         self._timer.cancel()
-        self._until, left_s = until, max(0.0, until - time.monotonic())
+        left_s = max(0.0, until - time.monotonic())
         self._timer = threading.Timer(min(left_s, threading.TIMEOUT_MAX), kill)
         self._timer.daemon = True
         self._timer.start()
 
     def _kill_if_silent(self) -> None:
         if not select.select([self._answers], [], [], 0)[0]:  # else its answer waits while another's is awaited
-            self._process.kill()
+            self._kill()
+
+    def _kill(self) -> None:
+        self._is_late = True
+        self._process.kill()
 
     def tell(self, order: Mapping[str, Any]) -> None:
         """Sends an order that has no answer. To a process that died nothing is sent: its next answer says why."""
@@ -209,7 +214,7 @@ class ContestantProcess:
                     raise EttinError(answer["problem"])
                 return answer
         code = self._process.wait()
-        if time.monotonic() >= self._until:
+        if self._is_late:
             raise EttinError("out of time")
         self._errors.seek(0)
         lines = self._errors.read().strip().splitlines() or ["no message"]

@@ -29,32 +29,46 @@ _MINUTES = 9.0
         "ettin-gpu --device cpu --size tiny --minutes 60 --json rehearsal.json",
     )
 )
-@click.option("--part", "parts", multiple=True, type=click.Choice(list(PARTS)), help="Do it alone. Repeatable.")
-@click.option("--size", "sizes", multiple=True, type=click.Choice([*SIZES, "tiny"]), default=list(SIZES))
-@click.option("--setting", "settings", multiple=True, help="Time it alone. Repeatable.  [default: all]")
-@click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True, help="cpu: rehearse.")
+@click.option(
+    "--part", "parts", multiple=True, type=click.Choice(list(PARTS)), help="Part to run; repeatable.  [default: all]"
+)
+@click.option(
+    "--size",
+    "sizes",
+    multiple=True,
+    type=click.Choice([*SIZES, "tiny"]),
+    default=list(SIZES),
+    help="Size to measure; repeatable.  [default: all released ones]",
+)
+@click.option("--setting", "settings", multiple=True, help="Setting to time; repeatable.  [default: all]")
+@click.option(
+    "--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True, help="cpu: a rehearsal."
+)
 @click.option(
     "--minutes",
     type=click.FloatRange(0, min_open=True),
     default=_MINUTES,
     show_default=True,
-    help="Limit of the whole visit.",
+    help="Time limit in minutes of all parts together.",
 )
-@click.option("--checkpoint", type=_PATH, default=DEMO_FOLDER, help="Trained one, for parity.  [default: demo]")
-@click.option("--data", type=_PATH, help="BEIR folder, JSON lines, or nq (hub).  [default: texts of ours]")
+@click.option("--checkpoint", type=_PATH, default=DEMO_FOLDER, help="Trained checkpoint for parity.  [default: demo]")
+@click.option("--data", type=_PATH, help="BEIR folder, JSON lines, or nq (hub).  [default: built-in texts]")
 @click.option("--artifacts", type=_PATH, help="Folder of artifacts to verify on the device.")
 @click.option("--golden", type=_PATH, help="File for the scores of FlashAttention-2.")
-@click.option("--bundle", type=_PATH, help="Write a folder that measures where only torch and transformers are.")
-@click.option("--json", "json_path", type=_PATH, help="File for the result, written after each piece of it.")
+@click.option(
+    "--bundle", type=_PATH, help="Write a folder that measures on a machine with only torch and transformers."
+)
+@click.option("--json", "json_path", type=_PATH, help="File for the result, rewritten as results arrive.")
 def command(
     parts: tuple[str, ...], minutes: float, data: Path | None, golden: Path | None, bundle: Path | None,
     json_path: Path | None, **options: Any,
 ) -> None:  # fmt: skip
-    """Measure on a GPU, in one visit of less than nine minutes: parity, speed, and where the time goes.
+    """Measure parity, speed and the time of each kernel on a GPU, in less than nine minutes.
 
-    The parts run in order of worth: errors against fp32, of PyTorch's FlashAttention-2 and of ours; pairs per second of
-    every size; time by kernel; the attention kernel alone; artifacts; compiled settings. Each has a limit of time. One
-    that fails or takes too long says so in the result, and the next one follows. No card has run any of it yet.
+    The most important parts run first: errors of PyTorch's FlashAttention-2 and of this project's graphs against fp32;
+    pairs per second of every size; time of each kernel; the attention kernel alone; artifacts; compiled settings. Each
+    part has a time limit. A part that fails or takes too long says so in the result, and the next one follows.
+    Experimental: not yet run on a GPU.
     """
     task = Task(data=data, **options)
     if bundle:

@@ -173,10 +173,10 @@ def test_truncation_is_refused_before_anything_is_scored(server: TritonServer) -
     async def ask_backend() -> None:
         backend = TritonBackend(f"127.0.0.1:{server.grpc_port}", "onnx-fp32")
         try:
-            scored = await backend.score(QUERY, DOCUMENTS, LongDocuments(), refuse_truncated=True)
+            scored = await backend.score(QUERY, DOCUMENTS, {}, refuse_truncated=True)
             assert len(scored.logits) == len(DOCUMENTS)
             with pytest.raises(InputError, match="document 1 has, with its query, more than 7999 tokens"):
-                await backend.score(QUERY, ["short", "word " * 9000], LongDocuments(), refuse_truncated=True)
+                await backend.score(QUERY, ["short", "word " * 9000], {}, refuse_truncated=True)
         finally:
             await backend.close()
 
