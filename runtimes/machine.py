@@ -134,12 +134,24 @@ def available_cpus(system: Path = Path("/sys"), *, performance_only: bool = Fals
         system: where the kernel describes the machine.
         performance_only: on a hybrid processor, leave out the efficiency cores.
     """
+    cores = _cores(system, performance_only)
+    return max(1, min(cores, _quota(system) or cores))
+
+
+def uses_all_cpus(threads: int, system: Path = Path("/sys"), *, performance_only: bool = False) -> bool:
+    """Whether so many threads take every core that this process may run on, so that no other process needs one.
+
+    A container's CPU limit does not count: it says for how long its processes run, not on which cores.
+    """
+    return threads >= _cores(system, performance_only)
+
+
+def _cores(system: Path, performance_only: bool) -> int:
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
     if performance_only:
         allowed = allowed & _cpu_list(system / "devices/cpu_core/cpus") or allowed
     siblings = (_cpu_list(system / f"devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") for cpu in allowed)
-    cores = {min(shared, default=cpu) for cpu, shared in zip(allowed, siblings, strict=True)}
-    return max(1, min(len(cores), _quota(system) or len(cores)))
+    return len({min(shared, default=cpu) for cpu, shared in zip(allowed, siblings, strict=True)})
 
 
 def default_threads(system: Path = Path("/sys"), *, performance_only: bool = False) -> int:

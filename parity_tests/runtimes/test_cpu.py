@@ -18,7 +18,7 @@ from ettin.runtimes.batch import Batch
 from ettin.runtimes.engines import on_openvino
 from ettin.runtimes.engines.on_openvino import OpenVinoRuntime
 from ettin.runtimes.engines.openvino_kernels import SWITCH, Variant
-from ettin.runtimes.machine import CpuPlan, available_cpus, default_threads, is_hybrid
+from ettin.runtimes.machine import CpuPlan, available_cpus, default_threads, is_hybrid, uses_all_cpus
 
 PAIRS = [("which planet is red", "Mars is the red planet."), ("what do bees make", "Bees make honey and wax.")] * 20
 SHORT = [[1], [8, 3], [66, 65, 64, 63], [130, 129, 128], [193, 192], [257, 256, 255], [512, 100]]
@@ -45,6 +45,8 @@ def test_cores_are_counted_once(hybrid: Path) -> None:
     assert is_hybrid(hybrid)
     assert available_cpus(hybrid) == 8
     assert available_cpus(hybrid, performance_only=True) == 4
+    assert uses_all_cpus(8, hybrid) and not uses_all_cpus(7, hybrid)
+    assert uses_all_cpus(4, hybrid, performance_only=True)
 
 
 def test_affinity_is_respected(hybrid: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,3 +328,17 @@ def test_arm_has_no_flags_of_x86(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_limit_of_onednn_is_for_its_own_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
     assert machine.is_allowed("AVX2") and not machine.is_allowed("AVX2_VNNI") and machine.is_allowed("NEON")
+
+
+def test_processes_that_share_a_machine_do_not_share_its_first_core(
+    demo_artifacts: dict[tuple[str, str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenVINO pins threads to the first cores. Two processes of one thread each had half the speed on two cores."""
+    for cores, is_pinned in ((1, True), (2, False)):
+        monkeypatch.setattr(machine, "_cores", lambda *_, cores=cores: cores)
+        with load(demo_artifacts["openvino", "fp32"], threads=1) as runtime:
+            form = runtime._form(3)
+            runtime.predict(("a", "b"))
+            request = runtime._forms[form].get()
+            assert request.get_compiled_model().get_property("ENABLE_CPU_PINNING") is is_pinned
+            runtime._forms[form].put(request)

@@ -27,7 +27,7 @@ from ettin.runtimes.engines.openvino_kernels import (
     norm_variant,
     variant,
 )
-from ettin.runtimes.machine import CpuPlan, has_bf16, is_arm, is_hybrid
+from ettin.runtimes.machine import CpuPlan, has_bf16, is_arm, is_hybrid, uses_all_cpus
 
 # OpenVINO compiles kernels for each shape, so fewer lengths mean more reuse. Measured with the 17m shape in int8 on two
 # cores, SQuAD pairs: 663 pairs/s with 16 and 1024, 567 with 1 and 2048, 607 with 8 and 2048.
@@ -66,6 +66,10 @@ class OpenVinoRuntime(Runtime):
             "INFERENCE_PRECISION_HINT": self.precision_hint,
             "NUM_STREAMS": plan.streams,
             "INFERENCE_NUM_THREADS": plan.streams * plan.threads_per_stream,
+            # OpenVINO pins threads to the first cores, so processes that share a machine would share these cores.
+            "ENABLE_CPU_PINNING": uses_all_cpus(
+                plan.streams * plan.threads_per_stream, performance_only=plan.streams == 1
+            ),
         }
         if is_hybrid() and settings.threads is None:
             cores = "PCORE_ONLY" if plan.streams == 1 else "ANY_CORE"
