@@ -78,17 +78,28 @@ def triton(artifact: Path, max_length: int) -> Iterator[ServedArtifact]:
 
 
 @contextmanager
-def ettin_serve(artifact: Path, max_length: int) -> Iterator[ServedArtifact]:
-    """The artifact in `ettin-serve`, asked over text-embeddings-inference's route."""
+def http_server(artifact: Path, *options: str) -> Iterator[tuple[int, int]]:
+    """An `ettin-serve` of the artifact on this machine; yields its process number and port.
+
+    Raises:
+        ServerError: it did not start.
+    """
     port = free_port()
     command = [sys.executable, str(Path(sys.executable).with_name("ettin-serve")), str(artifact), "--port", str(port)]
-    options = ["--max-length", str(max_length), "--log-level", "warning"]
-    process = subprocess.Popen([*command, *options], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([*command, *options, "--log-level", "warning"], stderr=subprocess.DEVNULL)
     with ExitStack() as stack:
         stack.callback(process.wait, 60)
         stack.callback(process.terminate)
+        _await_health(f"http://127.0.0.1:{port}/health", process, f"ettin-serve {artifact}")
+        yield process.pid, port
+
+
+@contextmanager
+def ettin_serve(artifact: Path, max_length: int) -> Iterator[ServedArtifact]:
+    """The artifact in `ettin-serve`, asked over text-embeddings-inference's route."""
+    with ExitStack() as stack:
+        pid, port = stack.enter_context(http_server(artifact, "--max-length", str(max_length)))
         url = f"http://127.0.0.1:{port}"
-        _await_health(f"{url}/health", process, f"ettin-serve {artifact}")
 
         def client() -> Client:
             connection = stack.enter_context(httpx.Client(base_url=url, timeout=_TIMEOUT_S))
@@ -102,7 +113,7 @@ def ettin_serve(artifact: Path, max_length: int) -> Iterator[ServedArtifact]:
 
             return ask
 
-        yield ServedArtifact(process.pid, port, client)
+        yield ServedArtifact(pid, port, client)
 
 
 def _await_health(url: str, process: subprocess.Popen[bytes], command: str) -> None:

@@ -21,11 +21,8 @@ import functools
 import json
 import re
 import shutil
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 import venv
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -34,6 +31,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ettin.bench.load import http_server
 from ettin.runtimes import load
 
 ROOT = Path(__file__).parent
@@ -134,21 +132,8 @@ def _run_precision(system: System, artifact: Path, precision: str, command: list
 @contextmanager
 def served(artifact: Path, precision: str) -> Iterator[str]:
     """The address of a server of the artifact."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    words = [artifact, "--precision", precision, "--name", "ettin", "--port", str(port), "--log-level", "warning"]
-    url = f"http://127.0.0.1:{port}"
-    with subprocess.Popen([Path(sys.executable).with_name("ettin-serve"), *words]) as server:
-        try:
-            for _ in range(_LIMIT_S):
-                try:
-                    urllib.request.urlopen(f"{url}/health/ready", timeout=5).close()
-                    break
-                except OSError:
-                    time.sleep(1)
-            yield url
-        finally:
-            server.terminate()
+    with http_server(artifact, "--precision", precision, "--name", "ettin") as (_, port):
+        yield f"http://127.0.0.1:{port}"
 
 
 def _reason(trace: str) -> str:
