@@ -10,13 +10,13 @@ out, the last layer computes no other.
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (its usual name)
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from ettin.artifacts.errors import HardwareError
+from ettin.gpu.engines.buckets import Bucket
 from ettin.graph.shape import ModelShape
 from ettin.runtimes.batch import Batch
 
@@ -83,12 +83,11 @@ def attend_with(model: Any, name: str, attention: Callable[..., Any], mask: Call
 
 
 def packed_inputs(batch: Batch, device: str | torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids and positions, int64 [tokens], and bounds, int32 [pairs + 1], on a device."""
-    lengths = np.diff(batch.cu_seqlens)
-    positions = np.arange(len(batch.ids)) - np.repeat(batch.cu_seqlens[:-1], lengths)
-    arrays = (batch.ids.astype(np.int64), positions, batch.cu_seqlens)
-    ids, places, bounds = (torch.from_numpy(array).to(device, non_blocking=True) for array in arrays)
-    return ids, places, bounds
+    """Ids and positions, int32 [tokens], and bounds, int32 [pairs + 1], on a device."""
+    bucket = Bucket.exact(batch)
+    buffer = torch.empty(bucket.size, dtype=torch.int32)
+    bucket.fill(batch, buffer.numpy())
+    return bucket.parts(buffer.to(device))
 
 
 def flash_logits(model: Any, batch: Batch, device: str | torch.device) -> Tensor:
