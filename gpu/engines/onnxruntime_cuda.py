@@ -18,7 +18,7 @@ class CudaOnnxRuntime(OnnxRuntime):
 
     provider = "CUDAExecutionProvider"
     memory = "cuda"
-    refused = ("cache_dir", "streams", "threads")
+    refused: tuple[str, ...] = ("cache_dir", "streams", "threads")
     fix = 'pip uninstall -y onnxruntime && pip install "ettin-export[onnx-gpu]"'
 
     def plan(self, settings: Settings) -> CpuPlan:

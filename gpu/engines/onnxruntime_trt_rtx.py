@@ -17,17 +17,17 @@ from numpy.typing import NDArray
 
 from ettin.artifacts.errors import EttinError, HardwareError, UsageError
 from ettin.artifacts.opened import OpenArtifact
+from ettin.gpu.engines.onnxruntime_cuda import CudaOnnxRuntime
 from ettin.gpu.engines.profiles import BATCH_PAIRS, BATCH_TOKENS, LONGEST_MULTIPLE, Profile, Profiles, profiles
 from ettin.runtimes.base import Settings
 from ettin.runtimes.batch import Batch, BatchLimits
-from ettin.runtimes.engines.on_onnxruntime import OnnxRuntime
 from ettin.runtimes.machine import CpuPlan, gpus
 
 _DRIVER = "an NVIDIA driver for CUDA 13 (580 or later)"
 
 
-class TrtRtxOnnxRuntime(OnnxRuntime):
-    """ONNX Runtime's TensorRT-RTX provider; see `OnnxRuntime`.
+class TrtRtxOnnxRuntime(CudaOnnxRuntime):
+    """ONNX Runtime's TensorRT-RTX provider; see `CudaOnnxRuntime`.
 
     Args:
         artifact: open; its graph is packed (precision "bf16").
@@ -62,16 +62,10 @@ class TrtRtxOnnxRuntime(OnnxRuntime):
                 "ettin-export --doctor"
             ) from error
 
-    def plan(self, settings: Settings) -> CpuPlan:
-        return CpuPlan(streams=1, threads_per_stream=1)
-
     def batch_limits(self, plan: CpuPlan) -> BatchLimits:
         return BatchLimits(
             concurrency=1, batch_tokens=BATCH_TOKENS, length_multiple=LONGEST_MULTIPLE, batch_pairs=BATCH_PAIRS
         )
-
-    def run_options(self) -> ort.RunOptions:
-        return ort.RunOptions()
 
     def providers(self, options: ort.SessionOptions, settings: Settings) -> None:
         """Gives the session the first GPU, and no CPU for what that can't run."""
