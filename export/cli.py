@@ -39,7 +39,7 @@ class _TargetOption(click.Option):
         names: dict[str, list[str]] = {}
         for target in registered_targets():
             names.setdefault(target.runtime.experimental, []).append(target.name)
-        listed = [f"{', '.join(names.pop('', []))}"]
+        listed = [", ".join(names.pop("", []))]
         listed += [f"{', '.join(marked)} (experimental: {reason})" for reason, marked in names.items()]
         self.help = f"What to write: {'; '.join(listed)}."
         return super().get_help_record(ctx)
