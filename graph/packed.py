@@ -232,7 +232,8 @@ class RaggedScorer(Scorer[T]):
     def _ragged_cls_layer(self, layer: int, x: T, cu_seqlens: T, starts: T) -> T:
         """The last layer for each sequence's first token alone: [1, pairs, H]."""
         ops = self.ops
-        normed = self._attention_input(layer, x)
-        q = ops.linear(ops.gather(normed, starts, 1), f"layers.{layer}.q")
+        cls = ops.gather(x, starts, 1)
+        normed = self._attention_input(layer, x)  # read by products alone, so that its rounding can move into the norm
+        q = ops.linear(self._attention_input(layer, cls), f"layers.{layer}.q")
         k, v = (ops.linear(normed, f"layers.{layer}.{name}") for name in "kv")
-        return self._cls_output(layer, ops.gather(x, starts, 1), self._mixed(layer, q, k, v, cu_seqlens, True))
+        return self._cls_output(layer, cls, self._mixed(layer, q, k, v, cu_seqlens, True))
