@@ -11,7 +11,7 @@ import kernel_cases
 import kernel_emulated
 import numpy as np
 import pytest
-from kernel_cases import HEADS, NEON_VARIANTS, VARIANTS, Case, Kernel, from_bf16, inputs, to_bf16
+from kernel_cases import HEADS, NEON_ROWS, NEON_VARIANTS, ROWS, VARIANTS, Case, Kernel, from_bf16, inputs, to_bf16
 from kernel_emulated import EmulatedKernel
 
 from ettin.runtimes import engines
@@ -132,14 +132,45 @@ def test_results_are_rounded_to_int8(kernel: Kernel, variant: str) -> None:
     assert (found == wanted).mean() > (0.6 if variant.startswith("bf16") else 0.99)
 
 
-def test_norms_are_rounded_to_int8(kernel: Kernel, variant: str) -> None:
-    elements = [as_bf16 for as_bf16 in (False, True) if kernel_cases.check_norm(kernel, variant, as_bf16)]
-    neither, floats, both = [], [False], [False, True]
-    assert elements == {"int8_avx2": floats, "int8_avx512": both, "int8_neon": floats}.get(variant, neither)
+@pytest.fixture(params=ROWS)
+def rows(request: pytest.FixtureRequest) -> tuple[Kernel, str]:
+    """What can run the kernels on rows, and their name."""
+    name: str = request.param
+    if name in NEON_ROWS and not IS_ARM:
+        return request.getfixturevalue("emulated"), name
+    library = compiled()
+    if library is None:
+        pytest.skip("the kernels were not compiled")
+    kernel = Kernel(library)
+    if not kernel.can_run_rows(name):
+        pytest.skip(f"this processor can't run {name}")
+    return kernel, name
 
 
-def test_a_norm_of_odd_size_is_refused(kernel: Kernel, variant: str) -> None:
-    assert kernel.normalise(variant, np.ones((1, 40), np.float32), 1e-5, 0.1) is None
+def test_rows_equal_the_formula(rows: tuple[Kernel, str]) -> None:
+    assert kernel_cases.check_rows(*rows) == 20
+
+
+def test_rows_of_odd_size_are_refused(rows: tuple[Kernel, str]) -> None:
+    kernel, name = rows
+    for size in (40, 16, 1):
+        x = np.ones((1, size), np.uint16 if name.startswith("bf16") else np.float32)
+        assert kernel.normalise(name, x, x, 1e-5, 0.1) is None
+        assert kernel.gate(name, np.repeat(x, 2, axis=1), 0.1) is None
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_nan_and_infinity_stay_in_rows(rows: tuple[Kernel, str], value: float) -> None:
+    kernel, name = rows
+    x = np.ones((3, 64), np.float32)
+    x[1, 5] = value
+    arrays = [to_bf16(each) if name.startswith("bf16") else each for each in (x, np.zeros_like(x))]
+    results = kernel.normalise(name, *arrays, 1e-5, 0)
+    gated = kernel.gate(name, arrays[0], 0)
+    assert results and gated is not None
+    for found in (*results, gated):
+        floats = from_bf16(found) if found.dtype == np.uint16 else found
+        assert np.isfinite(floats[[0, 2]]).all() and not np.isfinite(floats[1]).all()
 
 
 def test_empty_sequences_are_skipped(kernel: Kernel, variant: str) -> None:
@@ -174,9 +205,10 @@ def test_a_processor_gets_its_own_files(machine: str) -> None:
     """
     printed = subprocess.check_output([sys.executable, "-c", code], text=True, cwd=checkout)
     names = {Path(path).stem for path in printed.split()}
-    everywhere, neon = {"openvino_extension", "ragged_attention"}, {"f32_neon", "int8_neon"}
+    everywhere = {"openvino_extension", "ragged_attention", "rows"}
+    neon = {"f32_neon", "int8_neon", "rows_f32_neon"}
     x86 = {path.stem for path in SOURCES.glob("*.cpp")} - everywhere - neon
-    assert len(x86) == 6
+    assert len(x86) == 9
     assert names == {"x86_64": everywhere | x86, "aarch64": everywhere | neon}.get(machine, set())
 
 
@@ -186,7 +218,7 @@ def test_under_sanitizers(tmp_path: Path) -> None:
     if compiler is None or sys.platform != "linux":
         pytest.skip("g++ is not there")
     flags = ["-std=c++17", "-O0", "-w", "-fPIC", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    not_here = ("openvino_extension.cpp", *(() if IS_ARM else ("f32_neon.cpp", "int8_neon.cpp")))
+    not_here = ("openvino_extension.cpp", *(() if IS_ARM else ("f32_neon.cpp", "int8_neon.cpp", "rows_f32_neon.cpp")))
     sources = [path for path in sorted(SOURCES.glob("*.cpp")) if path.name not in not_here]
     running = [  # about 10 s
         subprocess.Popen([compiler, *flags, "-DETTIN_EVEX", "-c", source, "-o", tmp_path / f"{source.stem}.o"])
@@ -201,7 +233,7 @@ def test_under_sanitizers(tmp_path: Path) -> None:
         [sys.executable, kernel_cases.__file__, library], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("\n") == len(VARIANTS)
+    assert done.stdout.count("\n") == len(VARIANTS) + len(ROWS)
 
 
 def test_an_emulated_processor_without_dot_products(program: Path) -> None:
@@ -215,4 +247,4 @@ def test_emulated_under_sanitizers(program: Path, tmp_path: Path) -> None:
     with EmulatedKernel(kernel_emulated.build(SOURCES, tmp_path, kernel_emulated.SANITIZED)) as kernel:
         for variant in NEON_VARIANTS:
             assert kernel_cases.check(kernel, variant, kernel_cases.FEW_LENGTHS) >= 16
-        assert kernel_cases.check_norm(kernel, "int8_neon", as_bf16=False)
+        assert kernel_cases.check_rows(kernel, *NEON_ROWS) == 20

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import openvino as ov
 import pytest
 from kernel_cases import Case, Kernel, inputs, to_bf16
-from kernel_in_openvino import compiled_graph
+from kernel_in_openvino import compare_rows, compiled_graph
 from openvino import opset15 as op
 from support import rewrite, run
 
@@ -21,6 +22,7 @@ from ettin.artifacts.files import list_files
 from ettin.artifacts.manifest import Manifest
 from ettin.export.proof_pairs import natural_pairs
 from ettin.export.targets.to_openvino import share_weights
+from ettin.graph import ModelShape
 from ettin.runtimes import load
 from ettin.runtimes.batch import Batch
 from ettin.runtimes.engines import openvino_kernels
@@ -33,6 +35,7 @@ from ettin.runtimes.engines.openvino_kernels import (
     Variant,
     compiled,
     problem,
+    row_kernels,
     runnable,
     variant,
 )
@@ -99,6 +102,35 @@ def test_rounding_moves_into_the_kernel(way: tuple[Variant, str], demo_artifacts
             assert all(step > 0 for step in steps) if rounds and kernel.rounds else not any(steps)
             scores.append(runtime.predict(pairs, activation_fn="identity"))
     assert abs(scores[0] - scores[1]).mean() <= 0.02
+
+
+@pytest.mark.parametrize("floats", ["f32", "bf16"])
+def test_rows_in_a_graph(floats: str, usable: Path) -> None:
+    if row_kernels(floats) is None:
+        pytest.skip(f"this processor has no kernels for rows of {floats}")
+    compare_rows(floats)
+
+
+@pytest.mark.parametrize("floats", ["f32", "bf16"])
+@pytest.mark.parametrize("precision", ["int8", "bf16", "fp32"])
+def test_rows_where_they_are_as_exact(
+    floats: str, precision: str, usable: Path, demo_artifacts: Artifacts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each residual, norm and gate that is rounded to int8, or all in bf16. OpenVINO's nodes are more exact in f32."""
+    if floats == "f32":
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_VNNI")
+    elif not has_bf16() or precision == "fp32":
+        pytest.skip("there is no arithmetic in bf16")
+    with load(demo_artifacts["openvino", precision], allow_unverified=True) as runtime:
+        assert isinstance(runtime, OpenVinoRuntime) and runtime.precision_hint == floats
+        counts = Counter(node.get_type_name() for node in runtime.model_for(64).get_ops())
+        layers = ModelShape.from_json(runtime.manifest.source.shape).num_layers
+        # The first layer has no norm before attention, and the final norm is not rounded.
+        norms = {"f32": {"int8": 2 * layers - 1}, "bf16": {"int8": 2 * layers, "bf16": 2 * layers}}[floats]
+        assert counts["AddedNorm"] == norms.get(precision, 0)
+        assert counts["GatedGelu"] == (layers if precision in norms else 0)
+        if precision == "int8":  # of what remains: the embedding, and the first tokens before the last layer
+            assert counts["FakeQuantize"] == 2
 
 
 def test_threads_share_a_batch(way: tuple[Variant, str]) -> None:

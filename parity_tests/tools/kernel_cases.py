@@ -8,6 +8,7 @@ sanitizers does so with a library that they are compiled into. Only NumPy is nee
 
 import ctypes
 import itertools
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
+Rows = tuple[NDArray[Any], NDArray[Any]]
 HEADS, THETA = 2, 160000.0
 LENGTHS = (1, 3, 17, 31, 32, 33, 64, 65, 130, 193, 257, 300, 700)
 FEW_LENGTHS = (1, 3, 33, 65, 200)
 NEON_VARIANTS = ("f32_neon", "int8_neon")
+NEON_ROWS = ("f32_neon",)
+ROWS = ("f32_avx2", "f32_avx512", "bf16_avx512", *NEON_ROWS)
 VARIANTS = ("f32_avx2", "f32_avx512", "int8_avx2", "int8_avx512", "bf16_avx512", "bf16_amx", *NEON_VARIANTS)
 # Mean and largest error that may be left when the rounding of queries, keys and values is in the formula, too: float32
 # sums in another order, or weights of 8 bits. The largest is where the softmax is sharp and a rounding falls otherwise.
@@ -47,7 +51,7 @@ class Kernel:
 
     def __init__(self, library: Path) -> None:
         self._library = ctypes.CDLL(str(library))
-        for name in ("ettin_can_run", "ettin_attend", "ettin_normalise"):
+        for name in ("ettin_can_run", "ettin_attend", "ettin_rows_can_run", "ettin_normalise", "ettin_gate"):
             getattr(self._library, name).restype = ctypes.c_bool
 
     def can_run(self, variant: str) -> bool:
@@ -69,14 +73,26 @@ class Kernel:
         assert done, f"{variant} does not take {case}"
         return from_bf16(out) if out.dtype == np.uint16 else out
 
-    def normalise(self, variant: str, x: NDArray[Any], eps: float, step: float) -> NDArray[np.int8] | None:
-        """x is float32, or bf16 as uint16 [rows, size]; None: the variant has no norm for it."""
-        out = np.full(x.shape, 9, np.int8)
-        pointers = [ctypes.c_void_p(array.ctypes.data) for array in (x, out)]
+    def can_run_rows(self, kernels: str) -> bool:
+        return bool(self._library.ettin_rows_can_run(kernels.encode()))
+
+    def normalise(self, kernels: str, x: NDArray[Any], added: NDArray[Any], eps: float, step: float) -> Rows | None:
+        """The norm and the sum of x and added, float32, or bf16 as uint16 [rows, size]; None: they don't take this."""
+        total, normed = np.full_like(x, 9), np.full_like(x, 9, dtype=np.int8 if step else x.dtype)
+        pointers = [ctypes.c_void_p(array.ctypes.data) for array in (x, added, total, normed)]
         done = self._library.ettin_normalise(
-            variant.encode(), ctypes.c_bool(x.dtype == np.uint16), *pointers, ctypes.c_int64(len(x)), x.shape[1],
-            ctypes.c_float(eps), ctypes.c_float(step),
-        )  # fmt: skip
+            kernels.encode(), *pointers, ctypes.c_int64(len(x)), x.shape[1], ctypes.c_float(eps), ctypes.c_float(step)
+        )
+        return (normed, total) if done else None
+
+    def gate(self, kernels: str, joint: NDArray[Any], step: float) -> NDArray[Any] | None:
+        """gelu(up) · gate, of up and gate side by side [rows, 2 · size]; None: they don't take this."""
+        size = joint.shape[1] // 2
+        out = np.full((len(joint), size), 9, np.int8 if step else joint.dtype)
+        pointers = [ctypes.c_void_p(array.ctypes.data) for array in (joint, out)]
+        done = self._library.ettin_gate(
+            kernels.encode(), *pointers, ctypes.c_int64(len(joint)), size, ctypes.c_float(step)
+        )
         return out if done else None
 
 
@@ -133,7 +149,8 @@ def _rounded(products: str, q: Floats, k: Floats, v: Floats) -> tuple[Floats, Fl
         turned = (from_bf16(to_bf16(x.astype(np.float32))).astype(np.float64) for x in (q * log2e, k))
         return next(turned) / log2e, next(turned), v
     if products == "int8":
-        k = k - (k.max(1, keepdims=True) + k.min(1, keepdims=True)) / 2
+        some = k[:, ::4]
+        k = k - (some.max(1, keepdims=True) + some.min(1, keepdims=True)) / 2
         centre, half = (v.max(1, keepdims=True) + v.min(1, keepdims=True)) / 2, np.ptp(v, axis=1, keepdims=True) / 2
         return _to_int8(q), _to_int8(k), centre + _to_int8(v - centre, half)
     return q, k, v
@@ -178,30 +195,58 @@ def check(kernel: Kernel, variant: str, lengths: tuple[int, ...] = LENGTHS) -> i
     return len(cases)
 
 
-def check_norm(kernel: Kernel, variant: str, as_bf16: bool) -> bool:
-    """Checks the norm of a variant; returns whether it has one."""
-    random, step = np.random.default_rng(0), 0.02  # so small that some results do not fit
-    sizes = np.array([[1], [1e-3], [100], [0], [1]], np.float32)
-    for width in (32, 256, 1792):
-        x = from_bf16(to_bf16(random.standard_normal((5, width), np.float32) * sizes + 3))
-        found = kernel.normalise(variant, to_bf16(x) if as_bf16 else x, 1e-5, step)
-        if found is None:
-            return False
-        wide = x.astype(np.float64)
-        exact = (wide - wide.mean(-1, keepdims=True)) / np.sqrt(wide.var(-1, keepdims=True) + 1e-5) / step
-        assert abs(found - np.clip(exact, -128, 127)).max() <= 0.51, f"{variant}, {width}"
-    return True
+def check_rows(kernel: Kernel, kernels: str) -> int:
+    """Checks the kernels on rows; returns the number of cases."""
+    random, cases = np.random.default_rng(0), itertools.product((32, 64, 256, 416, 1792), (0.0, 0.02))
+    is_bf16 = kernels.startswith("bf16")
+    count = 0
+    for size, step in cases:  # the step is so small that some results do not fit
+        sizes = np.array([[1], [1e-3], [100], [0], [1]] * 5, np.float32)
+        x = _stored(random.standard_normal((25, size), np.float32) * sizes + 3, is_bf16)
+        added = _stored(random.standard_normal((25, size), np.float32) * sizes, is_bf16)
+        found = kernel.normalise(kernels, x, added, 1e-5, step)
+        assert found, f"{kernels} do not take {size}"
+        normed, total = (_floats(each) for each in found)
+        exact = _floats(x) + _floats(added)
+        _assert_near(total, exact, 0, is_bf16)
+        mean, deviation = total.mean(-1, keepdims=True), np.sqrt(total.var(-1, keepdims=True) + 1e-5)
+        _assert_near(normed, (total - mean) / deviation, step, is_bf16, abs(mean) * 2.0**-23 / deviation)
+
+        joint = _stored(random.standard_normal((7, 2 * size), np.float32) * 4, is_bf16)
+        gated = kernel.gate(kernels, joint, step)
+        assert gated is not None, f"{kernels} do not take {size}"
+        up, gate = np.split(_floats(joint), 2, axis=1)
+        phi = np.vectorize(math.erf)(up / math.sqrt(2)) / 2 + 0.5
+        _assert_near(_floats(gated), up * phi * gate, step, is_bf16, 4.1e-5 * abs(gate))
+        count += 2
+    return count
 
 
-def checked(kernel: Kernel, variant: str) -> str:
-    """What was checked, in words."""
-    if not kernel.can_run(variant):
-        return "can not run here"
-    norms = [check_norm(kernel, variant, as_bf16) for as_bf16 in (False, True)]
-    return f"{check(kernel, variant, FEW_LENGTHS)} cases, norms for {sum(norms)} kinds of elements"
+def _stored(x: NDArray[np.float32], is_bf16: bool) -> NDArray[Any]:
+    return to_bf16(x) if is_bf16 else x
+
+
+def _floats(x: NDArray[Any]) -> Floats:
+    return (from_bf16(x) if x.dtype == np.uint16 else x).astype(np.float64)
+
+
+def _assert_near(found: Floats, exact: Floats, step: float, is_bf16: bool, error: Floats | float = 0.0) -> None:
+    """As near as float32 sums and the elements allow: whole multiples of a step, bf16 or float32."""
+    if step:
+        exact, room = np.clip(exact / step, -128, 127), 0.51 + error / step
+    else:
+        room = error + abs(exact) * (0.502 / 128 if is_bf16 else 2e-6) + 2e-6
+    assert (abs(found - exact) <= room).all(), f"{abs(found - exact).max()}"
+
+
+def main() -> None:
+    kernel = Kernel(Path(sys.argv[1]))
+    for name in VARIANTS:
+        count = check(kernel, name, FEW_LENGTHS) if kernel.can_run(name) else 0
+        sys.stdout.write(f"{name}: {count} cases\n")
+    for name in ROWS:
+        sys.stdout.write(f"rows, {name}: {check_rows(kernel, name) if kernel.can_run_rows(name) else 0} cases\n")
 
 
 if __name__ == "__main__":
-    loaded = Kernel(Path(sys.argv[1]))
-    for name in VARIANTS:
-        sys.stdout.write(f"{name}: {checked(loaded, name)}\n")
+    main()

@@ -7,13 +7,15 @@ extern "C" bool ettin_can_run(const char* name);
 extern "C" bool ettin_attend(const char* name, bool is_bf16, const void* q, const void* k, const void* v, void* out,
                              const int64_t* bounds, int64_t pairs, int heads, int head_dim, int window, float theta,
                              bool first_only, float step);
-extern "C" bool ettin_normalise(const char* name, bool is_bf16, const void* x, void* out, int64_t rows, int size,
-                                float eps, float step);
+extern "C" bool ettin_rows_can_run(const char* name);
+extern "C" bool ettin_normalise(const char* name, const void* x, const void* added, void* sum, void* normed,
+                                int64_t rows, int size, float eps, float step);
+extern "C" bool ettin_gate(const char* name, const void* joint, void* out, int64_t rows, int size, float step);
 
 struct Request {
     char name[16], function[16];
-    int64_t is_bf16, rows, size, head_dim, window, first_only;  // rows: of a norm, or pairs; size: of a norm, or heads
-    int64_t bytes[5];  // of q (or x), k, v, where pairs begin, and the result
+    int64_t is_bf16, rows, size, head_dim, window, first_only;  // rows: or pairs; size: of a row, or heads
+    int64_t bytes[5];  // of q (or x, or up and gate), k (or what is added), v, where pairs begin, and the result
     float theta, step;  // theta: or eps
 };
 
@@ -29,8 +31,13 @@ int main() {
         bool done = false;
         if (r.function[0] == 'c')
             done = ettin_can_run(r.name);
-        else if (r.function[0] == 'n')
-            done = ettin_normalise(r.name, r.is_bf16, q.data(), out, r.rows, int(r.size), r.theta, r.step);
+        else if (r.function[0] == 'r')
+            done = ettin_rows_can_run(r.name);
+        else if (r.function[0] == 'n')  // the norm, then the sum
+            done = ettin_normalise(r.name, q.data(), k.data(), out + r.bytes[4] - r.bytes[0], out, r.rows, int(r.size),
+                                   r.theta, r.step);
+        else if (r.function[0] == 'g')
+            done = ettin_gate(r.name, q.data(), out, r.rows, int(r.size), r.step);
         else
             done = ettin_attend(r.name, r.is_bf16, q.data(), k.data(), v.data(), out,
                                 reinterpret_cast<const int64_t*>(bounds.data()), r.rows, int(r.size), int(r.head_dim),

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-from kernel_cases import HEADS, THETA, Case, Kernel, from_bf16
+from kernel_cases import HEADS, THETA, Case, Kernel, Rows, from_bf16
 from numpy.typing import NDArray
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 LIBRARIES = "/usr/aarch64-linux-gnu"  # of Debian's cross compiler, for what is not linked into the program
-SOURCES = ("f32_neon.cpp", "int8_neon.cpp", "ragged_attention.cpp")
+SOURCES = ("f32_neon.cpp", "int8_neon.cpp", "ragged_attention.cpp", "rows.cpp", "rows_f32_neon.cpp")
 SANITIZED = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-static-libasan", "-static-libubsan")
 _REQUEST = struct.Struct("16s16s11q2f")  # see kernel_emulated.cpp
 
@@ -68,10 +68,22 @@ class EmulatedKernel(Kernel):
         assert done, f"{variant} does not take {case}"
         return from_bf16(out) if out.dtype == np.uint16 else out
 
-    def normalise(self, variant: str, x: NDArray[Any], eps: float, step: float) -> NDArray[np.int8] | None:
-        out = np.full(x.shape, 9, np.int8)
-        done = self._answer(variant, "normalise", out, x, sizes=(*x.shape, 0, 0, 0), floats=(eps, step))
-        return out if done else None
+    def can_run_rows(self, kernels: str) -> bool:
+        return self._answer(kernels, "rows_can_run", np.zeros(0, np.int8))
+
+    def normalise(self, kernels: str, x: NDArray[Any], added: NDArray[Any], eps: float, step: float) -> Rows | None:
+        normed, total = np.empty_like(x, dtype=np.int8 if step else x.dtype), np.empty_like(x)
+        out = np.full(normed.nbytes + total.nbytes, 9, np.uint8)
+        if not self._answer(kernels, "normalise", out, x, added, sizes=(*x.shape, 0, 0, 0), floats=(eps, step)):
+            return None
+        for array, part in zip((normed, total), np.split(out, [normed.nbytes]), strict=True):
+            array[...] = part.view(array.dtype).reshape(x.shape)
+        return normed, total
+
+    def gate(self, kernels: str, joint: NDArray[Any], step: float) -> NDArray[Any] | None:
+        rows, size = len(joint), joint.shape[1] // 2
+        out = np.full((rows, size), 9, np.int8 if step else joint.dtype)
+        return out if self._answer(kernels, "gate", out, joint, sizes=(rows, size, 0, 0, 0), floats=(0, step)) else None
 
     def _answer(
         self,

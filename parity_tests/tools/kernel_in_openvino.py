@@ -15,8 +15,8 @@ from kernel_cases import HEADS, THETA, Case, Kernel, inputs, to_bf16
 from openvino import opset15 as op
 
 from ettin.export.targets.openvino_ops import OpenVinoOps, save
-from ettin.runtimes.engines.on_openvino import set_attention
-from ettin.runtimes.engines.openvino_kernels import Variant, compiled, problem, runnable
+from ettin.runtimes.engines.openvino_fusion import use_kernels
+from ettin.runtimes.engines.openvino_kernels import Variant, compiled, problem, row_kernels, runnable
 
 
 def compiled_graph(case: Case, variant: Variant, floats: str, threads: int = 1) -> ov.CompiledModel:
@@ -31,9 +31,46 @@ def compiled_graph(case: Case, variant: Variant, floats: str, threads: int = 1) 
     with TemporaryDirectory() as folder:
         save(ov.Model([mixed], [*tensors, bounds]), Path(folder) / "model.xml")
         model = core.read_model(Path(folder) / "model.xml")
-    set_attention(model, variant, floats)
+    use_kernels(model, variant, floats)
     options = {"INFERENCE_PRECISION_HINT": floats, "NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": threads}
     return core.compile_model(model, "CPU", options)
+
+
+def rows_graph(attention: Variant, floats: str, size: int = 64, fused: bool = True) -> ov.CompiledModel:
+    """A residual with its norm and a gate, both rounded to int8, as in a layer; it takes x [1, tokens, size].
+
+    Args:
+        attention: any variant.
+        floats: what is between the products.
+        size: of a row.
+        fused: whether our kernels compute it, or OpenVINO's nodes.
+    """
+    random = np.random.default_rng(0)
+    x = op.parameter([1, -1, size], ov.Type.f32)
+    ops = OpenVinoOps({name: random.standard_normal((size, size), np.float32) / 8 for name in "abcd"}, op.constant)
+
+    def rounded(values: ov.Node, largest: float) -> ov.Node:
+        low, high = op.constant(np.float32(-largest)), op.constant(np.float32(largest * 127 / 128))
+        return op.fake_quantize(values, low, high, low, high, 256)
+
+    residual = op.add(x, ops.linear(x, "a"))
+    normed = rounded(ops.normalise(residual, 1e-5), 4)
+    gated = op.multiply(ops.gelu(ops.linear(normed, "b")), ops.linear(normed, "c"))
+    model = ov.Model([op.add(residual, ops.linear(rounded(gated, 3), "d"))], [x])
+    if fused:
+        use_kernels(model, attention, floats)
+        assert sum(node.get_type_name() in ("AddedNorm", "GatedGelu") for node in model.get_ops()) == 2
+    core = ov.Core()
+    core.add_extension(str(compiled()))
+    return core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": floats})
+
+
+def compare_rows(floats: str) -> None:
+    """Our kernels against OpenVINO's nodes: what differs is a rounding to int8 that falls otherwise."""
+    attention = next(each for each in runnable() if floats in each.floats)
+    x = np.random.default_rng(1).standard_normal((1, 70, 64), np.float32)
+    ours, stock = (rows_graph(attention, floats, fused=fused)([x])[0] for fused in (True, False))
+    assert abs(ours - stock).mean() < (5e-4 if floats == "f32" else 1.5e-2)  # of values of 1.2
 
 
 def main() -> None:
@@ -48,6 +85,10 @@ def main() -> None:
             arrays = [to_bf16(x) for x in data] if floats == "bf16" else data
             found = compiled_graph(case, variant, floats, 2)([*(x[None] for x in data), case.bounds])[0][0]
             assert np.array_equal(found, Kernel(library).attend(variant.name, case, *arrays)), variant
+            graphs += 1
+    for floats in ("f32", "bf16"):
+        if row_kernels(floats):
+            compare_rows(floats)
             graphs += 1
     sys.stdout.write(f"{ov.__version__.partition('-')[0]} {graphs}\n")
 

@@ -8,8 +8,6 @@ from queue import SimpleQueue
 import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
-from openvino import opset15 as op
-from openvino.utils.node_factory import NodeFactory
 
 from ettin.artifacts.arithmetic import Arithmetic
 from ettin.artifacts.manifest import Manifest
@@ -18,21 +16,17 @@ from ettin.graph.ops import ONLY_IN_F32, SAME_WHEN_SHORT
 from ettin.runtimes.base import Runtime, Settings
 from ettin.runtimes.batch import Batch, BatchLimits, round_up
 from ettin.runtimes.engines.openvino_cache import cached_options
-from ettin.runtimes.engines.openvino_kernels import (
-    NORM_MULTIPLE,
-    OPERATION,
-    RAGGED_NAME,
-    Variant,
-    compiled,
-    norm_variant,
-    variant,
-)
+from ettin.runtimes.engines.openvino_fusion import use_kernels, widen_products, without
+from ettin.runtimes.engines.openvino_kernels import RAGGED_NAME, Variant, compiled, variant
 from ettin.runtimes.machine import CpuPlan, has_bf16, is_arm, is_hybrid, uses_all_cpus
 
 # OpenVINO compiles kernels for each shape, so fewer lengths mean more reuse. Measured with the 17m shape in int8 on two
-# cores, SQuAD pairs: 663 pairs/s with 16 and 1024, 567 with 1 and 2048, 607 with 8 and 2048.
+# cores with AMX, SQuAD pairs, padded graph: 663 pairs/s with 16 and 1024, 567 with 1 and 2048, 607 with 8 and 2048.
 _LENGTH_MULTIPLE = 16
 _TOKENS_PER_THREAD = 1024
+# Each call of the engine costs about 0.5 ms. Two cores with AVX-512, SQuAD pairs, ragged graph: 402 pairs/s with 1024,
+# 412 with 1536, 418 with 2048, which also makes others wait twice as long.
+_RAGGED_TOKENS_PER_THREAD = 1536
 
 _FIRST_INFERENCE = threading.Lock()
 
@@ -74,8 +68,9 @@ class OpenVinoRuntime(Runtime):
         if is_hybrid() and settings.threads is None:
             cores = "PCORE_ONLY" if plan.streams == 1 else "ANY_CORE"
             self._options |= {"SCHEDULING_CORE_TYPE": cores, "ENABLE_HYPER_THREADING": False}
-        tokens = _TOKENS_PER_THREAD * plan.threads_per_stream
-        super().__init__(artifact, settings, BatchLimits(plan.streams, tokens, 1 if self._kernel else _LENGTH_MULTIPLE))
+        tokens, multiple = (_RAGGED_TOKENS_PER_THREAD, 1) if self._kernel else (_TOKENS_PER_THREAD, _LENGTH_MULTIPLE)
+        limits = BatchLimits(plan.streams, tokens * plan.threads_per_stream, multiple)
+        super().__init__(artifact, settings, limits)
         self._model, key = self._read_model(artifact)
         self._cache_folder = settings.cache_dir and settings.cache_dir / f"{manifest.name}-{manifest.precision}-{key}"
         self._threshold_tokens = manifest.graph.block_threshold_tokens
@@ -119,11 +114,11 @@ class OpenVinoRuntime(Runtime):
         names = [] if self.precision_hint == "f32" else [ONLY_IN_F32]
         if self._form(longest) == "short":
             names.append(SAME_WHEN_SHORT)
-        model = _without(self._model, tuple(names))
+        model = without(self._model, tuple(names))
         if self.manifest.precision == "int8" and is_arm():
             widen_products(model)
         if self._kernel:
-            set_attention(model, self._kernel, self.precision_hint)
+            use_kernels(model, self._kernel, self.precision_hint)
         return model
 
     def core(self) -> ov.Core:
@@ -177,47 +172,6 @@ class OpenVinoRuntime(Runtime):
         del self._model
 
 
-def _without(model: ov.Model, names: tuple[str, ...]) -> ov.Model:
-    """A copy of the graph without the nodes whose names begin with one of `names`.
-
-    Measured with the 17m shape in int8 on two cores with AMX, without the nodes that change nothing in one block:
-    5 to 8 % more SQuAD pairs/s, 3 to 6 % more of SciFact.
-    """
-    model = model.clone()
-    for node in model.get_ordered_ops():
-        if node.get_friendly_name().startswith(names):
-            node.output(0).replace(node.input_value(0))
-    model.validate_nodes_and_infer_types()
-    return model
-
-
-def widen_products(model: ov.Model) -> None:
-    """Gives the products with int8 weights a fourth dimension, which changes no result.
-
-    Without it, OpenVINO's plugin for ARM (seen with 2026.4.1) multiplies all columns by the scale of the first one: it
-    merges the scales with a product of two or three dimensions.
-    """
-    for node in model.get_ordered_ops():
-        if node.get_type_name() == "MatMul" and _is_int8(node.input_value(1).get_node()):
-            axis = op.constant(np.int64(0))
-            wide = op.matmul(op.unsqueeze(node.input_value(0), axis), node.input_value(1), **_transposed(node))
-            node.output(0).replace(op.squeeze(wide, axis).output(0))
-    model.validate_nodes_and_infer_types()
-
-
-def _is_int8(weights: ov.Node) -> bool:
-    """Whether these are constants of int8 times a scale."""
-    if weights.get_type_name() != "Multiply":
-        return False
-    whole = weights.input_value(0).get_node()
-    return bool(whole.get_type_name() == "Convert" and whole.input_value(0).get_element_type() == ov.Type.i8)
-
-
-def _transposed(product: ov.Node) -> dict[str, bool]:
-    attributes = product.get_attributes()
-    return {name: attributes[name] for name in ("transpose_a", "transpose_b")}
-
-
 # The precision of the attention kernel's products, the fastest arithmetic first; None: OpenVINO's own attention. With
 # AMX, products of bf16 are as fast as those of int8.
 _PRODUCTS = {
@@ -254,59 +208,3 @@ def _chosen(manifest: Manifest, allow_unverified: bool) -> tuple[Variant | None,
     proven = best_first if allow_unverified else [kind for kind in best_first if kind in manifest.parity.arithmetic]
     chosen = proven[0] if proven else Arithmetic.F32
     return possible[chosen], chosen, None if best_first[0] is chosen else best_first[0]
-
-
-def set_attention(model: ov.Model, kernel: Variant, floats: str) -> None:
-    """Makes the graph's attention run in a variant of our kernel, with conversions to bf16 around it or without.
-
-    Where the result of attention or of a norm is rounded to int8, the kernel does that, too.
-    """
-    for node in model.get_ordered_ops():
-        if node.get_type_name() == OPERATION:
-            node.set_attribute("variant", kernel.name)
-            if floats == "f32":
-                for index in range(3):
-                    node.input(index).replace_source_output(node.input_value(index).get_node().input_value(0))
-            if kernel.rounds:
-                _round_attention(node)
-    norm = norm_variant(floats)
-    if norm is not None:
-        _round_norms(model, norm, floats)
-    model.validate_nodes_and_infer_types()
-
-
-def _round_attention(node: ov.Node) -> None:
-    (converted,) = (port.get_node() for port in node.output(0).get_target_inputs())
-    rounding, step = _rounding(converted)
-    if rounding is not None:
-        node.set_attribute("step", step)
-        node.validate_and_infer_types()
-        _dequantise(rounding, node, step)
-
-
-def _round_norms(model: ov.Model, norm: Variant, floats: str) -> None:
-    factory = NodeFactory()
-    factory.add_extension(str(compiled()))
-    for node in model.get_ordered_ops():
-        rounding, step = _rounding(node)
-        if node.get_type_name() != "MVN" or rounding is None:
-            continue
-        x = node.input_value(0)
-        if x.get_partial_shape()[-1].get_length() % NORM_MULTIPLE == 0:
-            inputs = [op.convert(x, "bf16").output(0) if floats == "bf16" else x]
-            attributes = {"eps": node.get_attributes()["eps"], "step": step, "variant": norm.name}
-            _dequantise(rounding, factory.create("RoundedNorm", inputs, attributes), step)
-
-
-def _rounding(node: ov.Node) -> tuple[ov.Node | None, float]:
-    """The only reader of a node and the step, if it rounds to int8: signed, symmetric, 256 levels."""
-    readers = [port.get_node() for output in node.outputs() for port in output.get_target_inputs()]
-    if [reader.get_type_name() for reader in readers] != ["FakeQuantize"]:
-        return None, 0.0
-    return readers[0], -float(readers[0].input_value(1).get_node().data.item()) / 128
-
-
-def _dequantise(rounding: ov.Node, whole: ov.Node, step: float) -> None:
-    """Replaces a rounding by what `whole` gives, int8, times the step: OpenVINO moves that behind the int8 products."""
-    floats = op.convert(whole.output(0), "f32")
-    rounding.output(0).replace(op.multiply(floats, op.constant(np.float32(step))).output(0))

@@ -20,7 +20,7 @@ LIBRARY = "ettin.runtimes.engines.openvino_kernels_library"
 RAGGED_NAME = "openvino_ragged.xml"  # the graph that uses the kernel, beside the one that does not
 OPERATION = "RaggedAttention"  # in that graph
 HEAD_DIMS = (32, 64)  # of the heads that the kernel knows; all released sizes have 64
-NORM_MULTIPLE = 32  # sizes of norms that the kernel knows are whole multiples of this
+ROW_MULTIPLE = 32  # sizes of rows that the kernels know are whole multiples of this
 SWITCH = "ETTIN_OPENVINO_KERNELS"  # "off": the kernel is not used; "f32", "bf16" or "int8": only with these products
 _TESTED_RELEASES = (202602, 202603, 202604)  # of OpenVINO, see test_releases.py
 
@@ -46,6 +46,11 @@ _VARIANTS = (
     Variant("f32_avx2", "f32", ("f32",), "AVX2"),
     Variant("f32_neon", "f32", ("f32",), "NEON"),
 )
+# By the floats that they take, the best first: the name in the library, and the instruction set.
+_ROW_KERNELS = {
+    "bf16": {"bf16_avx512": "AVX512_CORE_BF16"},
+    "f32": {"f32_avx512": "AVX512_CORE", "f32_avx2": "AVX2", "f32_neon": "NEON"},
+}
 
 
 class Problem(NamedTuple):
@@ -60,9 +65,15 @@ def variant(products: str, floats: str) -> Variant | None:
     return next((each for each in runnable() if each.products == products and floats in each.floats), None)
 
 
-def norm_variant(floats: str) -> Variant | None:
-    """The variant whose layer norm takes these floats, whatever products are allowed; None: there is none."""
-    return next((each for each in runnable("") if each.products == "int8" and floats in each.floats), None)
+def row_kernels(floats: str) -> str | None:
+    """The best kernels for what lies between products, with these floats, that can run here; None: there are none."""
+    library = compiled()
+    if library is None:
+        return None
+    can_run = ctypes.CDLL(str(library)).ettin_rows_can_run
+    can_run.restype = ctypes.c_bool
+    names = [name for name, isa in _ROW_KERNELS[floats].items() if is_allowed(isa) and can_run(name.encode())]
+    return names[0] if names else None
 
 
 def runnable(products: str | None = None) -> list[Variant]:

@@ -9,7 +9,6 @@
 #include "vector256.hpp"
 #include "products.hpp"
 #include "vector_attention.hpp"
-#include "vector_norm.hpp"
 
 namespace ettin {
 namespace {
@@ -25,9 +24,5 @@ struct Dot256 : Vector256 {
 }  // namespace
 void attend_int8_avx2(const RaggedAttention& task, int64_t begin, int64_t end, int64_t out_row, int head) {
     attend<MixedSigns<Dot256>, Int8Products<MixedSigns<Dot256>>, float>(task, begin, end, out_row, head);
-}
-
-void normalise_avx2(const RoundedNorm& norm, size_t from, size_t to) {
-    normalise<Vector256, float>(norm, from, to);
 }
 }  // namespace ettin

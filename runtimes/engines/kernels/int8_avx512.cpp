@@ -5,7 +5,6 @@
 #include "vector512.hpp"
 #include "products.hpp"
 #include "vector_attention.hpp"
-#include "vector_norm.hpp"
 
 namespace ettin {
 namespace {
@@ -16,10 +15,5 @@ struct Dot512 : Vector512 {
 void attend_int8_avx512(const RaggedAttention& task, int64_t begin, int64_t end, int64_t out_row, int head) {
     if (task.is_bf16) attend<MixedSigns<Dot512>, Int8Products<MixedSigns<Dot512>>, uint16_t>(task, begin, end, out_row, head);
     else attend<MixedSigns<Dot512>, Int8Products<MixedSigns<Dot512>>, float>(task, begin, end, out_row, head);
-}
-
-void normalise_avx512(const RoundedNorm& norm, size_t from, size_t to) {
-    if (norm.is_bf16) normalise<Vector512, uint16_t>(norm, from, to);
-    else normalise<Vector512, float>(norm, from, to);
 }
 }  // namespace ettin

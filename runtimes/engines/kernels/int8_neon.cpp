@@ -5,7 +5,6 @@
 #include "vector_neon.hpp"
 #include "products.hpp"
 #include "vector_attention.hpp"
-#include "vector_norm.hpp"
 
 namespace ettin {
 namespace {
@@ -24,9 +23,5 @@ struct DotNeon : VectorNeon {
 }  // namespace
 void attend_int8_neon(const RaggedAttention& task, int64_t begin, int64_t end, int64_t out_row, int head) {
     attend<DotNeon, Int8Products<DotNeon>, float>(task, begin, end, out_row, head);
-}
-
-void normalise_neon(const RoundedNorm& norm, size_t from, size_t to) {
-    normalise<VectorNeon, float>(norm, from, to);
 }
 }  // namespace ettin

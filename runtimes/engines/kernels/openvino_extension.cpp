@@ -1,4 +1,4 @@
-// `RaggedAttention` as an OpenVINO operation; see `ragged_attention.hpp`.
+// The kernels as OpenVINO operations; see `ragged_attention.hpp` and `rows.hpp`.
 #include <algorithm>
 #include <map>
 #include <memory>
@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "ragged_attention.hpp"
+#include "rows.hpp"
 
 namespace {
 
@@ -105,53 +106,113 @@ private:
     std::string m_variant = "bf16_amx";
 };
 
-// Input: float32 or bf16 [1, tokens, size]. Output: int8.
-class RoundedNorm : public ov::op::Op {
+// What the runtime chooses of both operations on rows: `kernels` names how it is computed, and with a `step` the result
+// is int8.
+class RowOperation : public ov::op::Op {
 public:
-    OPENVINO_OP("RoundedNorm", "ettin");
-
-    RoundedNorm() = default;
-    explicit RoundedNorm(const ov::OutputVector& inputs) : Op(inputs) {}
-
-    void validate_and_infer_types() override { set_output_type(0, ov::element::i8, get_input_partial_shape(0)); }
-
-    std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
-        auto clone = std::make_shared<RoundedNorm>(inputs);
-        clone->m_eps = m_eps;
-        clone->m_step = m_step;
-        clone->m_variant = m_variant;
-        clone->constructor_validate_and_infer_types();
-        return clone;
-    }
+    RowOperation() = default;
+    explicit RowOperation(const ov::OutputVector& inputs) : Op(inputs) {}
 
     bool visit_attributes(ov::AttributeVisitor& visitor) override {
         visitor.on_attribute("eps", m_eps);
         visitor.on_attribute("step", m_step);
-        visitor.on_attribute("variant", m_variant);
+        visitor.on_attribute("kernels", m_kernels);
         return true;
     }
 
     bool has_evaluate() const override { return true; }
 
-    bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
-        const ettin::Variant* variant = ettin::variant_named(m_variant.c_str());
-        const auto shape = inputs[0].get_shape();
-        const bool is_bf16 = inputs[0].get_element_type() == ov::element::bf16;
-        OPENVINO_ASSERT(variant && variant->can_run() && ettin::can_normalise(*variant, is_bf16, int(shape.back())),
-                        "RoundedNorm: '", m_variant, "' can't run here");
-        outputs[0].set_shape(shape);
-        const ettin::RoundedNorm norm{inputs[0].data(), outputs[0].data(), is_bf16, int(shape.back()), m_eps, m_step};
-        const size_t rows = inputs[0].get_size() / shape.back(), parts = (rows + kRows - 1) / kRows;
-        ov::parallel_for(parts, [&](size_t part) {
-            variant->normalise(norm, part * kRows, std::min(rows, (part + 1) * kRows));
-        });
-        return true;
+protected:
+    ov::element::Type result_type() const { return m_step == 0 ? get_input_element_type(0) : ov::element::i8; }
+
+    std::shared_ptr<ov::Node> as_this(std::shared_ptr<RowOperation> clone) const {
+        clone->m_eps = m_eps;
+        clone->m_step = m_step;
+        clone->m_kernels = m_kernels;
+        clone->constructor_validate_and_infer_types();
+        return clone;
     }
 
-private:
+    const ettin::RowKernels& kernels(const ov::TensorVector& inputs, size_t size) const {
+        const ettin::RowKernels* kernels = ettin::row_kernels_named(m_kernels.c_str());
+        const auto type = inputs[0].get_element_type();
+        OPENVINO_ASSERT(kernels && kernels->can_run() && (type == ov::element::bf16 || type == ov::element::f32) &&
+                            type == inputs[inputs.size() - 1].get_element_type() &&
+                            kernels->takes(type == ov::element::bf16, int(size)),
+                        get_type_name(), ": '", m_kernels, "' can't run here");
+        return *kernels;
+    }
+
+    template <class Task> static void run(void (*function)(const Task&, size_t, size_t), const Task& task, size_t rows) {
+        ov::parallel_for((rows + kRows - 1) / kRows, [&](size_t part) {
+            function(task, part * kRows, std::min(rows, (part + 1) * kRows));
+        });
+    }
+
     static constexpr size_t kRows = 64;  // that a thread takes at a time
-    float m_eps = 0, m_step = 1;
-    std::string m_variant = "int8_avx512";
+    float m_eps = 0, m_step = 0;
+    std::string m_kernels;
+};
+
+// Inputs: x and what is added to it, float32 or bf16 [1, tokens, size]. Outputs: the layer norm of their sum, and the
+// sum.
+class AddedNorm : public RowOperation {
+public:
+    OPENVINO_OP("AddedNorm", "ettin", RowOperation);
+    using RowOperation::RowOperation;
+
+    void validate_and_infer_types() override {
+        OPENVINO_ASSERT(get_input_size() == 2, "AddedNorm takes x and what is added to it");
+        set_output_type(0, result_type(), get_input_partial_shape(0));
+        set_output_type(1, get_input_element_type(0), get_input_partial_shape(0));
+    }
+
+    std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
+        return as_this(std::make_shared<AddedNorm>(inputs));
+    }
+
+    bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
+        const auto shape = inputs[0].get_shape();
+        OPENVINO_ASSERT(shape == inputs[1].get_shape(), "AddedNorm adds ", inputs[1].get_shape(), " to ", shape);
+        for (auto& output : outputs) output.set_shape(shape);
+        const size_t size = shape.back();
+        const ettin::AddedNorm norm{inputs[0].data(), inputs[1].data(), outputs[1].data(), outputs[0].data(),
+                                    int(size), m_eps, m_step};
+        run(kernels(inputs, size).normalise, norm, inputs[0].get_size() / size);
+        return true;
+    }
+};
+
+// Inputs: up and gate, float32 or bf16 [1, tokens, size], or one with both side by side [1, tokens, 2 · size]. Output:
+// gelu(up) · gate.
+class GatedGelu : public RowOperation {
+public:
+    OPENVINO_OP("GatedGelu", "ettin", RowOperation);
+    using RowOperation::RowOperation;
+
+    void validate_and_infer_types() override {
+        auto shape = get_input_partial_shape(0);
+        if (get_input_size() == 1) shape[shape.size() - 1] = shape[shape.size() - 1] / 2;
+        set_output_type(0, result_type(), shape);
+    }
+
+    std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
+        return as_this(std::make_shared<GatedGelu>(inputs));
+    }
+
+    bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
+        auto shape = inputs[0].get_shape();
+        const bool is_joint = inputs.size() == 1;
+        OPENVINO_ASSERT(is_joint || shape == inputs[1].get_shape(), "GatedGelu takes halves of one shape");
+        const size_t stride = shape.back(), size = is_joint ? stride / 2 : stride;
+        shape.back() = size;
+        outputs[0].set_shape(shape);
+        const auto* up = static_cast<const uint8_t*>(inputs[0].data());
+        const void* gate = is_joint ? up + size * inputs[0].get_element_type().size() : inputs[1].data();
+        const ettin::GatedGelu gelu{up, gate, outputs[0].data(), int(size), stride, m_step};
+        run(kernels(inputs, size).gate, gelu, outputs[0].get_size() / size);
+        return true;
+    }
 };
 
 }  // namespace
@@ -162,4 +223,5 @@ extern "C" __attribute__((visibility("default"))) int ettin_openvino_release() {
 }
 
 OPENVINO_CREATE_EXTENSIONS(std::vector<ov::Extension::Ptr>(
-    {std::make_shared<ov::OpExtension<RaggedAttention>>(), std::make_shared<ov::OpExtension<RoundedNorm>>()}));
+    {std::make_shared<ov::OpExtension<RaggedAttention>>(), std::make_shared<ov::OpExtension<AddedNorm>>(),
+     std::make_shared<ov::OpExtension<GatedGelu>>()}));

@@ -7,12 +7,6 @@
 namespace ettin {
 namespace {
 
-// Whole numbers −128 … 127, the nearest to x.
-template <class Vector> void store_int8(uint8_t* to, typename Vector::Floats x) {
-    const auto least = Vector::all(-128.0f), most = Vector::all(127.0f);
-    Vector::store_bytes(to, Vector::to_words(Vector::smaller(most, Vector::larger(least, x))));
-}
-
 // What products have in common whose sums are float32.
 template <class Vector> struct FloatingProducts {
     using Floats = typename Vector::Floats;
@@ -85,22 +79,21 @@ template <class Vector> struct Int8Products {
         return Vector::add_words(Vector::differing(x, Vector::all_words(~0u)), Vector::all_words(1));
     }
 
-    // Returns the scale: NaN if the row has NaN or infinity, and never so small that a hidden score would count.
+    // Returns the scale: never so small that a hidden score would count, and not finite if the row has NaN or infinity,
+    // whose bits without the sign are greater than those of any number.
     template <int kDim, bool kIsKey> static float encode(const Floats* row, uint32_t* words) {
         constexpr int kVectors = kDim / Vector::kLanes;
-        Floats largest = Vector::magnitude(row[0]), nothing = Vector::multiply(row[0], Vector::all(0.0f));
-        for (int at = 1; at < kVectors; ++at) {
-            largest = Vector::larger(largest, Vector::magnitude(row[at]));
-            nothing = Vector::multiply_add(row[at], Vector::all(0.0f), nothing);
-        }
-        const float size = Vector::largest(largest);
-        const Floats by = Vector::all(127.0f / (size > 1e-30f ? size : 1e-30f));
+        Words bits = Vector::as_words(Vector::magnitude(row[0]));
+        for (int at = 1; at < kVectors; ++at)
+            bits = Vector::larger_words(bits, Vector::as_words(Vector::magnitude(row[at])));
+        const float size = Vector::largest_magnitude(bits);
+        const Floats by = Vector::all(127.0f / (size < 1e-30f ? 1e-30f : size));
         const Words flip = Vector::all_words(kIsKey ? 0 : kQueryOffset);
         auto* bytes = reinterpret_cast<uint8_t*>(words);
         for (int at = 0; at < kVectors; ++at)
             Vector::store_bytes(bytes + at * Vector::kLanes,
                                 Vector::differing(Vector::to_words(Vector::multiply(row[at], by)), flip));
-        return (size > 1e-20f ? size : 1e-20f) * (1.0f / 127.0f) + Vector::sum(nothing);
+        return (size < 1e-20f ? 1e-20f : size) * (1.0f / 127.0f);
     }
     static Words joined(const Floats group[4]) {
         Words bytes[4];
@@ -111,7 +104,7 @@ template <class Vector> struct Int8Products {
         if constexpr (kValueOffset == 0) return all;
         return Vector::differing(all, Vector::all_words(kValueOffset * 0x01010101u));
     }
-    // Returns the weights as they were rounded, so that they are shares of their own sum.
+    // Returns the weights as they were rounded, so that they are shares of their own sum; NaN stays.
     static Floats store_weights(Floats x, uint8_t* to) {
         const Floats whole = Vector::rounded(x);
         Vector::store_bytes(to, Vector::to_words(whole));

@@ -27,16 +27,7 @@ struct RaggedAttention {
     bool first_only;  // q and out have one row for each sequence, its first token
 };
 
-// Layer norm without weights, (x − mean) / √(variance + eps), rounded to int8.
-struct RoundedNorm {
-    const void* x;  // [rows, size]
-    void* out;      // int8, shaped as x: whole multiples of `step`, −128 … 127
-    bool is_bf16;   // whether x is bf16; else float32
-    int size;       // a multiple of 32
-    float eps, step;
-};
-
-// One way to compute them.
+// One way to compute it.
 struct Variant {
     const char* name;   // the precision of its products and the instruction set
     bool (*can_run)();  // whether this processor has the instructions, and the system lets this process use them
@@ -44,8 +35,6 @@ struct Variant {
     // One head of the sequence of tokens begin … end − 1, at least one. `out_row`: its first row of q and out. Any
     // thread.
     void (*attend)(const RaggedAttention& task, int64_t begin, int64_t end, int64_t out_row, int head);
-    // Rows from … to − 1. Any thread. nullptr: this variant has none.
-    void (*normalise)(const RoundedNorm& norm, size_t from, size_t to);
 };
 
 // The variant of that name; nullptr: there is none.
@@ -57,9 +46,6 @@ int64_t longest_sequence(const int64_t* bounds, size_t pairs);
 // A part of the work of a batch, of pairs · heads parts: one head of one sequence, nothing for an empty one. Any thread.
 void attend_part(const Variant& variant, const RaggedAttention& task, const int64_t* bounds, size_t part);
 
-// Whether it has a norm for these elements and this size.
-bool can_normalise(const Variant& variant, bool is_bf16, int size);
-
 void attend_f32_avx2(const RaggedAttention& task, int64_t begin, int64_t end, int64_t out_row, int head);
 void attend_f32_avx512(const RaggedAttention& task, int64_t begin, int64_t end, int64_t out_row, int head);
 void attend_int8_avx2(const RaggedAttention& task, int64_t begin, int64_t end, int64_t out_row, int head);
@@ -68,8 +54,5 @@ void attend_bf16_avx512(const RaggedAttention& task, int64_t begin, int64_t end,
 void attend_bf16_amx(const RaggedAttention& task, int64_t begin, int64_t end, int64_t out_row, int head);
 void attend_f32_neon(const RaggedAttention& task, int64_t begin, int64_t end, int64_t out_row, int head);
 void attend_int8_neon(const RaggedAttention& task, int64_t begin, int64_t end, int64_t out_row, int head);
-void normalise_avx2(const RoundedNorm& norm, size_t from, size_t to);
-void normalise_avx512(const RoundedNorm& norm, size_t from, size_t to);
-void normalise_neon(const RoundedNorm& norm, size_t from, size_t to);
 
 }  // namespace ettin

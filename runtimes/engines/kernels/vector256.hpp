@@ -43,11 +43,6 @@ struct Vector256 {
         half = _mm_add_ps(half, _mm_movehl_ps(half, half));
         return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
     }
-    static int sum(Words x) {
-        __m128i half = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
-        half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4e));
-        return _mm_cvtsi128_si32(_mm_add_epi32(half, _mm_shuffle_epi32(half, 0xb1)));
-    }
     static float largest(Floats x) {
         __m128 half = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
         half = _mm_max_ps(half, _mm_movehl_ps(half, half));
@@ -59,6 +54,13 @@ struct Vector256 {
     static Words to_words(Floats x) { return _mm256_cvtps_epi32(x); }
     static Floats to_floats(Words x) { return _mm256_cvtepi32_ps(x); }
     static Words add_words(Words a, Words b) { return _mm256_add_epi32(a, b); }
+    static Words larger_words(Words a, Words b) { return _mm256_max_epi32(a, b); }
+    // As a float, of which these are the bits without a sign.
+    static float largest_magnitude(Words bits) {
+        __m128i half = _mm_max_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
+        half = _mm_max_epi32(half, _mm_shuffle_epi32(half, 0x4e));
+        return _mm_cvtss_f32(_mm_castsi128_ps(_mm_max_epi32(half, _mm_shuffle_epi32(half, 0xb1))));
+    }
     static Words both(Words a, Words b) { return _mm256_and_si256(a, b); }
     static Words either(Words a, Words b) { return _mm256_or_si256(a, b); }
     static Words differing(Words a, Words b) { return _mm256_xor_si256(a, b); }
@@ -87,6 +89,13 @@ struct Vector256 {
         const Words bytes = _mm256_shuffle_epi8(x, order);
         const __m128i joined = _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
         _mm_storel_epi64(static_cast<__m128i*>(to), joined);
+    }
+
+    // The nearest whole numbers, −128 … 127.
+    static void store_int8(void* to, Floats x) {
+        const Words whole = to_words(smaller(x, all(127.0f)));  // beyond 2³¹ it gives −2³¹
+        const __m128i half = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+        _mm_storel_epi64(static_cast<__m128i*>(to), _mm_packs_epi16(half, half));
     }
 
     // A matrix of 8 × 8 words.

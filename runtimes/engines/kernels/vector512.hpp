@@ -28,12 +28,17 @@ struct Vector512 {
     static void store_words(void* to, Words x) { _mm512_storeu_si512(to, x); }
     // Rounded to nearest, ties to even; NaN stays NaN.
     static void store(uint16_t* bf16, Floats x) {
+#ifdef ETTIN_AVX512_BF16  // from the file that switches these instructions on
+        const __m256i rounded = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x));
+#else
         const Words bits = as_words(x);
         const Words odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), all_words(1));
-        const Words rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, all_words(0x7fff)));
+        const Words nearest = _mm512_add_epi32(bits, _mm512_add_epi32(odd, all_words(0x7fff)));
         const __mmask16 is_nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-        const Words chosen = _mm512_mask_mov_epi32(rounded, is_nan, all_words(0x7fc00000));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(bf16), _mm512_cvtepi32_epi16(_mm512_srli_epi32(chosen, 16)));
+        const Words chosen = _mm512_mask_mov_epi32(nearest, is_nan, all_words(0x7fc00000));
+        const __m256i rounded = _mm512_cvtepi32_epi16(_mm512_srli_epi32(chosen, 16));
+#endif
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(bf16), rounded);
     }
 
     static Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
@@ -48,7 +53,6 @@ struct Vector512 {
     static Floats magnitude(Floats x) { return _mm512_abs_ps(x); }
     static Floats rounded(Floats x) { return _mm512_roundscale_ps(x, 8); }
     static float sum(Floats x) { return _mm512_reduce_add_ps(x); }
-    static int sum(Words x) { return _mm512_reduce_add_epi32(x); }
     static float largest(Floats x) { return _mm512_reduce_max_ps(x); }
 
     static Floats as_floats(Words x) { return _mm512_castsi512_ps(x); }
@@ -56,6 +60,11 @@ struct Vector512 {
     static Words to_words(Floats x) { return _mm512_cvtps_epi32(x); }
     static Floats to_floats(Words x) { return _mm512_cvtepi32_ps(x); }
     static Words add_words(Words a, Words b) { return _mm512_add_epi32(a, b); }
+    static Words larger_words(Words a, Words b) { return _mm512_max_epi32(a, b); }
+    // As a float, of which these are the bits without a sign.
+    static float largest_magnitude(Words bits) {
+        return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(_mm512_reduce_max_epi32(bits))));
+    }
     static Words both(Words a, Words b) { return _mm512_and_si512(a, b); }
     static Words either(Words a, Words b) { return _mm512_or_si512(a, b); }
     static Words differing(Words a, Words b) { return _mm512_xor_si512(a, b); }
@@ -78,6 +87,12 @@ struct Vector512 {
     // The low bytes of 16 integers.
     static void store_bytes(void* to, Words x) {
         _mm_storeu_si128(static_cast<__m128i*>(to), _mm512_cvtepi32_epi8(x));
+    }
+
+    // The nearest whole numbers, −128 … 127.
+    static void store_int8(void* to, Floats x) {
+        const Words whole = to_words(smaller(x, all(127.0f)));  // beyond 2³¹ it gives −2³¹
+        _mm_storeu_si128(static_cast<__m128i*>(to), _mm512_cvtsepi32_epi8(whole));
     }
 
     // A matrix of 16 × 16 words.

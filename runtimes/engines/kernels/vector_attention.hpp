@@ -71,7 +71,7 @@ template <class Vector, class Products, class Element, int kDim> class Attention
     static constexpr int kRowVectors = kDim / kLanes, kRowWords = kDim / kGroup;
     static constexpr int kQueries = 24;  // of a block: a multiple of both products' rows
     static constexpr int kPadded = (kQueries + kLanes - 1) / kLanes * kLanes;
-    static constexpr int kKeys = 32;     // keys are handled this many at a time
+    static constexpr int kKeys = 16;     // keys are handled this many at a time, or a multiple
     static constexpr int kChunk = 192;   // keys of a chunk, at most
     static constexpr int kScoreRows = Vector::kScoreRows, kScoreVectors = Vector::kScoreVectors;
     static constexpr int kMixRows = Vector::kMixRows;
@@ -98,7 +98,7 @@ template <class Vector, class Products, class Element, int kDim> class Attention
     size_t stride_, column_;
     int length_, visible_, padded_;
     Block* block_;
-    // Keys [keys / 32][words of a row][32 keys], values [keys / kGroup][kDim], and of each key its scale and the sum
+    // Keys [keys / 16][words of a row][16 keys], values [keys / kGroup][kDim], and of each key its scale and the sum
     // that its products begin with.
     uint32_t *keys_, *values_;
     float* key_scales_;
@@ -143,16 +143,16 @@ template <class Vector, class Products, class Element, int kDim> class Attention
         }
     }
 
-    // The middle between least and largest of each dimension, over `length` rows, and half of what lies between. A
-    // dimension with NaN has the scale NaN.
-    template <class Row> static void range_of(int length, Row row, float centres[kDim], float* halves) {
+    // The middle between least and largest of each dimension, over every `stride`-th of `length` rows, and half of what
+    // lies between. A dimension with NaN has the scale NaN.
+    template <class Row> static void range_of(int length, int stride, Row row, float centres[kDim], float* halves) {
         Floats low[kRowVectors], high[kRowVectors], nothing[kRowVectors];
         row(0, low);
         for (int at = 0; at < kRowVectors; ++at) {
             high[at] = low[at];
             nothing[at] = Vector::multiply(low[at], Vector::all(0.0f));
         }
-        for (int index = 1; index < length; ++index) {
+        for (int index = stride; index < length; index += stride) {
             Floats x[kRowVectors];
             row(index, x);
             for (int at = 0; at < kRowVectors; ++at) {
@@ -172,7 +172,8 @@ template <class Vector, class Products, class Element, int kDim> class Attention
     void pack_keys(int64_t begin) {
         const auto row = [&](int key, Floats* turned) { rotate(row_of(task_.k, begin + key), key, 1.0f, turned); };
         // The same vector taken from all keys adds the same to all scores of a query, which the softmax ignores.
-        if constexpr (!Products::kIsFloating) range_of(visible_, row, block_->key_centres, nullptr);
+        // So the middle need not be exact: every fourth key is enough.
+        if constexpr (!Products::kIsFloating) range_of(visible_, 4, row, block_->key_centres, nullptr);
         for (int first = 0; first < padded_; first += kKeys) {
             for (int key = first; key < first + kKeys; ++key) {
                 Floats turned[kRowVectors];
@@ -213,7 +214,7 @@ template <class Vector, class Products, class Element, int kDim> class Attention
         };
         Floats centres[kRowVectors], shares[kRowVectors];
         if constexpr (!Products::kIsFloating) {
-            range_of(visible_, row, block_->value_centres, block_->value_scales);
+            range_of(visible_, 1, row, block_->value_centres, block_->value_scales);
             for (int at = 0; at < kRowVectors; ++at) {
                 const Floats half = Vector::load(block_->value_scales + at * kLanes);
                 centres[at] = Vector::load(block_->value_centres + at * kLanes);
@@ -261,14 +262,15 @@ template <class Vector, class Products, class Element, int kDim> class Attention
     template <int kRows, int kVectors, bool kOfValues> struct Tile {
         Sums sums[kRows * kVectors];
 
+        // `vector_words` lie between the vectors of a group of columns, `column_words` between groups.
         [[gnu::always_inline]] void multiply(const uint32_t* rows, size_t row_words, const uint32_t* columns,
-                                             size_t column_words, int groups) {
+                                             size_t vector_words, size_t column_words, int groups) {
             Sums local[kRows * kVectors];
             repeat<kRows * kVectors>([&](auto n) __attribute__((always_inline)) { local[n] = sums[n]; });
             for (int group = 0; group < groups; ++group) {
                 Words right[kVectors];
                 repeat<kVectors>([&](auto n) __attribute__((always_inline)) {
-                    right[n] = Vector::load_words(columns + size_t(group) * column_words + n * kLanes);
+                    right[n] = Vector::load_words(columns + size_t(group) * column_words + n * vector_words);
                 });
                 repeat<kRows>([&](auto row) __attribute__((always_inline)) {
                     const Words left = Vector::all_words(rows[row * row_words + group]);
@@ -283,47 +285,59 @@ template <class Vector, class Products, class Element, int kDim> class Attention
         }
     };
 
-    void score(int from, int count, int rows) {
-        for (int key = 0; key < count; key += kLanes * kScoreVectors) {
-            const int index = from + key;
-            const uint32_t* columns = keys_ + size_t(index / kKeys) * kKeys * kRowWords + index % kKeys;
-            for (int row = 0; row < rows; row += kScoreRows) {
-                Tile<kScoreRows, kScoreVectors, false> tile;
-                repeat<kScoreRows * kScoreVectors>([&](auto n) __attribute__((always_inline)) {
-                    tile.sums[n] = Products::start(key_sums_ + index + n % kScoreVectors * kLanes);
-                });
-                tile.multiply(block_->queries[row], kRowWords, columns, kKeys, kRowWords);
-                repeat<kScoreRows * kScoreVectors>([&](auto n) __attribute__((always_inline)) {
-                    constexpr int kRow = n / kScoreVectors, kAt = n % kScoreVectors * kLanes;
-                    Floats scores = Products::floats(tile.sums[n]);
-                    if constexpr (!Products::kIsFloating)
-                        scores = Vector::multiply(scores, Vector::load(key_scales_ + index + kAt));
-                    Vector::store(&block_->scores[row + kRow][key + kAt], scores);
-                });
-            }
+    // Scores of `rows` queries with kVectors vectors of keys; `key`: of the chunk that begins at `from`.
+    template <int kVectors> void score_keys(int from, int key, int rows) {
+        const int index = from + key;
+        const uint32_t* columns = keys_ + size_t(index / kKeys) * kKeys * kRowWords + index % kKeys;
+        for (int row = 0; row < rows; row += kScoreRows) {
+            Tile<kScoreRows, kVectors, false> tile;
+            repeat<kScoreRows * kVectors>([&](auto n) __attribute__((always_inline)) {
+                tile.sums[n] = Products::start(key_sums_ + index + n % kVectors * kLanes);
+            });
+            tile.multiply(block_->queries[row], kRowWords, columns, kLanes < kKeys ? kLanes : kKeys * kRowWords, kKeys,
+                          kRowWords);
+            repeat<kScoreRows * kVectors>([&](auto n) __attribute__((always_inline)) {
+                constexpr int kRow = n / kVectors, kAt = n % kVectors * kLanes;
+                Floats scores = Products::floats(tile.sums[n]);
+                if constexpr (!Products::kIsFloating)
+                    scores = Vector::multiply(scores, Vector::load(key_scales_ + index + kAt));
+                Vector::store(&block_->scores[row + kRow][key + kAt], scores);
+            });
         }
+    }
+
+    void score(int from, int count, int rows) {
+        constexpr int kWidth = kLanes * kScoreVectors;
+        int key = 0;
+        for (; key + kWidth <= count; key += kWidth) score_keys<kScoreVectors>(from, key, rows);
+        if constexpr (kWidth > kKeys)
+            if (key < count) score_keys<kKeys / kLanes>(from, key, rows);
     }
 
     // Scores of a row become weights.
     void soften(int row, int count) {
         const float* scores = block_->scores[row];
-        Floats highest[2] = {Vector::load(scores), Vector::load(scores + kLanes)};
-        for (int at = 2 * kLanes; at < count; at += 2 * kLanes)
-            for (int part = 0; part < 2; ++part)
-                highest[part] = Vector::larger(highest[part], Vector::load(scores + at + part * kLanes));
+        auto* weights = reinterpret_cast<uint8_t*>(block_->weights[row]);
+        // Two at a time, so that one need not wait for the other.
+        const auto each = [count](auto&& body) __attribute__((always_inline)) {
+            int at = 0;
+            for (; at + 2 * kLanes <= count; at += 2 * kLanes) body(at, 0), body(at + kLanes, 1);
+            if (at < count) body(at, 0);
+        };
+        Floats highest[2] = {Vector::load(scores), Vector::load(scores)};
+        each([&](int key, int part) __attribute__((always_inline)) {
+            highest[part] = Vector::larger(highest[part], Vector::load(scores + key));
+        });
         const float largest = Vector::largest(Vector::larger(highest[0], highest[1]));
         const Floats reference = Vector::all(largest), scale = Vector::all(block_->query_scales[row]);
         Floats sums[2] = {Vector::all(0.0f), Vector::all(0.0f)};
-        auto* weights = reinterpret_cast<uint8_t*>(block_->weights[row]);
-        for (int at = 0; at < count; at += 2 * kLanes)
-            for (int part = 0; part < 2; ++part) {
-                const int key = at + part * kLanes;
-                Floats below = Vector::subtract(Vector::load(scores + key), reference);
-                if constexpr (!Products::kIsFloating)
-                    below = Vector::multiply_add(below, scale, Vector::all(Products::kLogRange));
-                const Floats x = exp2<Vector, kTerms>(below);
-                sums[part] = Vector::add(sums[part], Products::store_weights(x, weights + key * 4 / kGroup));
-            }
+        each([&](int key, int part) __attribute__((always_inline)) {
+            Floats below = Vector::subtract(Vector::load(scores + key), reference);
+            if constexpr (!Products::kIsFloating)
+                below = Vector::multiply_add(below, scale, Vector::all(Products::kLogRange));
+            const Floats x = exp2<Vector, kTerms>(below);
+            sums[part] = Vector::add(sums[part], Products::store_weights(x, weights + key * 4 / kGroup));
+        });
         block_->chunk_largest[row] = Products::kIsFloating ? largest : largest * block_->query_scales[row];
         block_->chunk_sums[row] = Vector::sum(Vector::add(sums[0], sums[1]));
     }
@@ -351,7 +365,7 @@ template <class Vector, class Products, class Element, int kDim> class Attention
                     tile.sums[n] = Products::zero();
                 });
                 const uint32_t* columns = values_ + size_t(from / kGroup) * kDim + part * kLanes;
-                tile.multiply(block_->weights[row], kWeightWords, columns, kDim, count / kGroup);
+                tile.multiply(block_->weights[row], kWeightWords, columns, kLanes, kDim, count / kGroup);
                 repeat<kMixRows * kMixVectors>([&](auto n) __attribute__((always_inline)) {
                     const int of = row + n / kMixVectors;
                     float* mixed = &block_->mixed[of][(part + n % kMixVectors) * kLanes];
@@ -377,7 +391,7 @@ template <class Vector, class Products, class Element, int kDim> class Attention
                 if (task_.step == 0)
                     Vector::store(out + at, mixed);
                 else
-                    store_int8<Vector>(bytes + at, Vector::multiply(mixed, by));
+                    Vector::store_int8(bytes + at, Vector::multiply(mixed, by));
             }
         }
     }

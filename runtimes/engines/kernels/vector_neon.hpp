@@ -36,7 +36,6 @@ struct VectorNeon {
     static Floats magnitude(Floats x) { return vabsq_f32(x); }
     static Floats rounded(Floats x) { return vrndnq_f32(x); }
     static float sum(Floats x) { return vaddvq_f32(x); }
-    static int sum(Words x) { return vaddvq_s32(x); }
     static float largest(Floats x) { return vmaxvq_f32(x); }
 
     static Floats as_floats(Words x) { return vreinterpretq_f32_s32(x); }
@@ -44,6 +43,11 @@ struct VectorNeon {
     static Words to_words(Floats x) { return vcvtnq_s32_f32(x); }
     static Floats to_floats(Words x) { return vcvtq_f32_s32(x); }
     static Words add_words(Words a, Words b) { return vaddq_s32(a, b); }
+    static Words larger_words(Words a, Words b) { return vmaxq_s32(a, b); }
+    // As a float, of which these are the bits without a sign.
+    static float largest_magnitude(Words bits) {
+        return vgetq_lane_f32(as_floats(vdupq_n_s32(vmaxvq_s32(bits))), 0);
+    }
     static Words both(Words a, Words b) { return vandq_s32(a, b); }
     static Words either(Words a, Words b) { return vorrq_s32(a, b); }
     static Words differing(Words a, Words b) { return veorq_s32(a, b); }
@@ -68,6 +72,14 @@ struct VectorNeon {
     static void store_bytes(void* to, Words x) {
         const int16x4_t half = vmovn_s32(x);
         const int8x8_t bytes = vmovn_s16(vcombine_s16(half, half));
+        const uint32_t joined = vget_lane_u32(vreinterpret_u32_s8(bytes), 0);
+        std::memcpy(to, &joined, sizeof joined);
+    }
+
+    // The nearest whole numbers, −128 … 127.
+    static void store_int8(void* to, Floats x) {
+        const int16x4_t half = vqmovn_s32(to_words(x));
+        const int8x8_t bytes = vqmovn_s16(vcombine_s16(half, half));
         const uint32_t joined = vget_lane_u32(vreinterpret_u32_s8(bytes), 0);
         std::memcpy(to, &joined, sizeof joined);
     }

@@ -1,0 +1,12 @@
+#include "rows.hpp"
+#include <algorithm>
+#include <cmath>
+#pragma GCC target("avx2,fma")
+#include "vector256.hpp"
+#include "products.hpp"
+#include "vector_rows.hpp"
+
+namespace ettin {
+void normalise_f32_avx2(const AddedNorm& norm, size_t from, size_t to) { normalise<Vector256, float>(norm, from, to); }
+void gate_f32_avx2(const GatedGelu& gelu, size_t from, size_t to) { gate<Vector256, float>(gelu, from, to); }
+}  // namespace ettin
