@@ -13,6 +13,7 @@ from ettin.runtimes.batch import Batch
 from ettin.runtimes.machine import available_cpus, has_bf16
 
 _CPU_SIZES, _GPU_SIZE = (512, 1024, 2048), 8192
+_OWN_KINDS = {"RaggedAttention": "attention", "AddedNorm": "residual and norm", "GatedGelu": "gate"}
 _WEIGHTS = ("Constant", "Convert", "Multiply")  # what the second input of a linear layer's product comes from
 
 
@@ -76,7 +77,7 @@ def profile_figures(runtime: Any, batch: Batch) -> dict[str, Any]:
 def profiled(runtime: Any, batch: Batch) -> dict[str, Part]:
     """The fastest of several inferences on one thread by kind of work, longest first.
 
-    A kind is "int8 linear", "float linear", "attention", or OpenVINO's name of the node.
+    A kind is "int8 linear", "float linear", "attention", "residual and norm", "gate", or OpenVINO's name of the node.
     """
     inputs, model = runtime.inputs(batch), runtime.model_for(batch.longest)
     parts = _fastest(_compiled(runtime.core(), model, runtime.precision_hint), inputs)
@@ -127,8 +128,10 @@ def _is_int8(matmul: Any) -> bool:
 def _kind(entry: Any) -> str:
     if entry.node_type.startswith("FullyConnected"):
         return "int8 linear" if "8" in entry.exec_type.rsplit("_", 1)[-1] else "float linear"
-    # OpenVINO fuses its own attention into a subgraph; the only operation that it has no kernel for is ours.
-    return "attention" if entry.node_type in ("Subgraph", "Reference") else str(entry.node_type)
+    if entry.node_type == "Reference":  # OpenVINO has no kernel for it: an operation of ours
+        return _OWN_KINDS.get(entry.node_name.partition("_")[0], "others")
+    # OpenVINO fuses its own attention into a subgraph.
+    return "attention" if entry.node_type == "Subgraph" else str(entry.node_type)
 
 
 def _compiled(core: Any, model: Any, hint: str, threads: int = 1) -> Any:
