@@ -77,7 +77,8 @@ def profile_figures(runtime: Any, batch: Batch) -> dict[str, Any]:
 def profiled(runtime: Any, batch: Batch) -> dict[str, Part]:
     """The fastest of several inferences on one thread by kind of work, longest first.
 
-    A kind is "int8 linear", "float linear", "attention", "residual and norm", "gate", or OpenVINO's name of the node.
+    A kind is "int8 linear", "float linear", "attention", "residual and norm", "gate", "others", or OpenVINO's
+    name of the node.
     """
     inputs, model = runtime.inputs(batch), runtime.model_for(batch.longest)
     parts = _fastest(_compiled(runtime.core(), model, runtime.precision_hint), inputs)

@@ -149,11 +149,12 @@ def rows(request: pytest.FixtureRequest) -> tuple[Kernel, str]:
 
 def test_rows_equal_the_formula(rows: tuple[Kernel, str]) -> None:
     assert kernel_cases.check_rows(*rows) == 20
+    kernel_cases.check_extremes(*rows)
 
 
 def test_rows_of_odd_size_are_refused(rows: tuple[Kernel, str]) -> None:
     kernel, name = rows
-    for size in (40, 16, 1):
+    for size in (40, 16, 1, 0):
         x = np.ones((1, size), np.uint16 if name.startswith("bf16") else np.float32)
         assert kernel.normalise(name, x, x, 1e-5, 0.1) is None
         assert kernel.gate(name, np.repeat(x, 2, axis=1), 0.1) is None

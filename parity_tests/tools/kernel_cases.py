@@ -222,6 +222,23 @@ def check_rows(kernel: Kernel, kernels: str) -> int:
     return count
 
 
+def check_extremes(kernel: Kernel, kernels: str) -> None:
+    """Checks what no int8 can hold, and a first element that is far from the others."""
+    is_bf16 = kernels.startswith("bf16")
+    joint = np.full((1, 64), 1e12, np.float32)
+    joint[0, 32:] = [1e6, -1e6, 1e30, -1e30] * 8  # in steps, beyond 2³¹
+    joint[0, 1] = np.inf
+    gated = kernel.gate(kernels, _stored(joint, is_bf16), 0.02)
+    assert gated is not None and gated[0].tolist() == [127, -128] * 16
+    x = np.random.default_rng(0).standard_normal((2, 256), np.float32)
+    x[:, 0] = [300, -300]
+    found = kernel.normalise(kernels, _stored(x, is_bf16), _stored(np.zeros_like(x), is_bf16), 1e-5, 0.0)
+    assert found
+    normed, total = (_floats(each) for each in found)
+    exact = (total - total.mean(-1, keepdims=True)) / total.std(-1, keepdims=True)
+    _assert_near(normed, exact, 0.0, is_bf16, 256 * 2.0**-23 * abs(exact))
+
+
 def _stored(x: NDArray[np.float32], is_bf16: bool) -> NDArray[Any]:
     return to_bf16(x) if is_bf16 else x
 

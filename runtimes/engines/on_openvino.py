@@ -100,8 +100,13 @@ class OpenVinoRuntime(Runtime):
         requests = self._requests(batch.longest)
         request = requests.get()
         try:
-            results = request.infer(inputs, share_inputs=True, share_outputs=False)
-            return np.array(results[0][:, 0], np.float32)
+            if self._options["INFERENCE_NUM_THREADS"] == 1:
+                # `infer` of OpenVINO 2026.4.1 hides there what goes wrong in a node. Elsewhere it takes 0.2 ms less.
+                request.start_async(inputs, share_inputs=True)
+                request.wait()
+            else:
+                request.infer(inputs, share_inputs=True)
+            return np.array(request.get_output_tensor(0).data[:, 0], np.float32)
         finally:
             requests.put(request)
 

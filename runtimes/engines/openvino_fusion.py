@@ -108,14 +108,17 @@ def _fuse_rows(model: ov.Model, kernels: str, floats: str) -> None:
 
 
 def _fuse_norm(norm: ov.Node, floats: str, create: _Create) -> None:
-    residual = norm.input_value(0).get_node()
+    residual, attributes = norm.input_value(0).get_node(), norm.get_attributes()
     rounding, step = _rounding(norm)
-    if residual.get_type_name() != "Add" or not _is_fusable(norm, rounding, floats):
+    is_layer_norm = (
+        attributes["normalize_variance"] and attributes["eps_mode"].lower() == "inside_sqrt" and _is_last_axis(norm)
+    )
+    if residual.get_type_name() != "Add" or not is_layer_norm or not _is_fusable(norm, rounding, floats):
         return
     inputs = residual.input_values()
     if any(each.get_partial_shape() != norm.get_output_partial_shape(0) for each in inputs):
         return
-    fused = create("AddedNorm", inputs, {"eps": norm.get_attributes()["eps"], "step": step})
+    fused = create("AddedNorm", inputs, {"eps": attributes["eps"], "step": step})
     residual.output(0).replace(_as_f32(fused.output(1)))
     _replace(norm, rounding, fused, step)
 
@@ -126,18 +129,25 @@ def _fuse_gate(gelu: ov.Node, floats: str, create: _Create) -> None:
         return
     (gated,) = readers
     rounding, step = _rounding(gated)
-    if not _is_fusable(gated, rounding, floats):
-        return
     up = gelu.input_value(0)
-    (gate,) = (each for each in gated.input_values() if each.get_node() != gelu)
-    inputs = [up, gate]
-    if up.get_node().get_type_name() == "Split" and up.get_node() == gate.get_node():
-        inputs = [up.get_node().input_value(0)]  # the kernel finds the halves itself
+    gate = next(each for each in gated.input_values() if each.get_node() != gelu)
+    is_known = gelu.get_attributes()["approximation_mode"].lower() == "erf"
+    if not (is_known and up.get_partial_shape() == gate.get_partial_shape() and _is_fusable(gated, rounding, floats)):
+        return
+    halves = up.get_node()
+    are_joint = halves.get_type_name() == "Split" and _is_last_axis(halves) and halves.outputs() == [up, gate]
+    inputs = [halves.input_value(0)] if are_joint else [up, gate]  # the kernel finds the halves itself
     _replace(gated, rounding, create("GatedGelu", inputs, {"step": step}), step)
 
 
+def _is_last_axis(node: ov.Node) -> bool:
+    """Whether the second input of a node, its axis or axes, is its last dimension alone."""
+    axes, last = node.input_value(1).get_node(), len(node.get_output_partial_shape(0)) - 1
+    return axes.get_type_name() == "Constant" and axes.data.ravel().tolist() in ([-1], [last])
+
+
 def _is_fusable(node: ov.Node, rounding: ov.Node | None, floats: str) -> bool:
-    """Whether our kernels are as exact as what they replace: in float32, OpenVINO's nodes are more exact."""
+    """Whether our kernels take these rows and are as exact as OpenVINO's nodes, which are more exact in float32."""
     size = node.get_output_partial_shape(0)[-1]
     return (rounding is not None or floats == "bf16") and size.is_static and size.get_length() % ROW_MULTIPLE == 0
 
@@ -158,7 +168,14 @@ def _rounding(node: ov.Node) -> tuple[ov.Node | None, float]:
     readers = [reader for output in node.outputs() for reader in _readers(output)]
     if [reader.get_type_name() for reader in readers] != ["FakeQuantize"]:
         return None, 0.0
-    return readers[0], -float(readers[0].input_value(1).get_node().data.item()) / 128
+    (rounding,) = readers
+    bounds = [rounding.input_value(at).get_node().data for at in range(1, 5)]
+    step = -float(bounds[0].ravel()[0]) / 128
+    expected = np.array([-128 * step, 127 * step] * 2)
+    is_int8 = rounding.get_attributes()["levels"] == 256 and all(bound.size == 1 for bound in bounds) and step > 0
+    if not is_int8 or not np.allclose(np.ravel(bounds), expected, rtol=1e-6, atol=0):
+        return None, 0.0
+    return rounding, step
 
 
 def _times(whole: ov.Output, step: float) -> ov.Output:

@@ -1,9 +1,8 @@
-"""The project's own attention kernel for OpenVINO: `kernels/`, compiled when the package is installed.
+"""The project's own kernels for OpenVINO: `kernels/`, compiled when the package is installed.
 
-It runs on Linux on x86-64 and 64-bit ARM, in the best of the variants that the processor has. It uses the C++ interface
-of OpenVINO, which changes between releases: it is used with those that it was tested with and the one that it was
-compiled for.
-Anywhere else OpenVINO's own attention runs, from the same artifact.
+They run on Linux on x86-64 and 64-bit ARM, in the best of the variants that the processor has. They use the C++
+interface of OpenVINO, which changes between releases: they are used with those that they were tested with and with the
+one that they were compiled for. Anywhere else OpenVINO's own nodes run, from the same artifact.
 """
 
 import ctypes
@@ -22,6 +21,7 @@ OPERATION = "RaggedAttention"  # in that graph
 HEAD_DIMS = (32, 64)  # of the heads that the kernel knows; all released sizes have 64
 ROW_MULTIPLE = 32  # sizes of rows that the kernels know are whole multiples of this
 SWITCH = "ETTIN_OPENVINO_KERNELS"  # "off": the kernel is not used; "f32", "bf16" or "int8": only with these products
+_INTERFACE = 1  # of the library, see openvino_extension.cpp
 _TESTED_RELEASES = (202602, 202603, 202604)  # of OpenVINO, see test_releases.py
 
 
@@ -129,8 +129,10 @@ def _compiled() -> Path | Problem:
 
     year, number = map(int, openvino.__version__.split(".")[:2])
     releases: tuple[int, ...] = ()
-    with suppress(OSError, AttributeError):  # it calls functions that are not there, or an earlier version compiled it
+    with suppress(OSError):  # it calls functions that are not there
         loaded = _loaded(library, Path(openvino.__file__).parent / "libs")
+        if not hasattr(loaded, "ettin_interface") or loaded.ettin_interface() != _INTERFACE:
+            return Problem("compiled by another version of this package", install_again=True)
         releases = (*_TESTED_RELEASES, loaded.ettin_openvino_release())
     if year * 100 + number not in releases:
         return Problem(f"not tested with OpenVINO {year}.{number}, and compiled for another", install_again=True)

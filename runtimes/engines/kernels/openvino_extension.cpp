@@ -133,13 +133,12 @@ protected:
         return clone;
     }
 
-    const ettin::RowKernels& kernels(const ov::TensorVector& inputs, size_t size) const {
+    // Also when a graph is made: OpenVINO 2026.4.1 hides what goes wrong in a call on one thread.
+    const ettin::RowKernels& kernels(const ov::element::Type& type, int64_t size) const {
         const ettin::RowKernels* kernels = ettin::row_kernels_named(m_kernels.c_str());
-        const auto type = inputs[0].get_element_type();
         OPENVINO_ASSERT(kernels && kernels->can_run() && (type == ov::element::bf16 || type == ov::element::f32) &&
-                            type == inputs[inputs.size() - 1].get_element_type() &&
                             kernels->takes(type == ov::element::bf16, int(size)),
-                        get_type_name(), ": '", m_kernels, "' can't run here");
+                        get_type_name(), ": '", m_kernels, "' can't run here, or not on ", type, " in rows of ", size);
         return *kernels;
     }
 
@@ -162,9 +161,14 @@ public:
     using RowOperation::RowOperation;
 
     void validate_and_infer_types() override {
-        OPENVINO_ASSERT(get_input_size() == 2, "AddedNorm takes x and what is added to it");
-        set_output_type(0, result_type(), get_input_partial_shape(0));
-        set_output_type(1, get_input_element_type(0), get_input_partial_shape(0));
+        const auto type = get_input_element_type(0);
+        const auto shape = get_input_partial_shape(0);
+        OPENVINO_ASSERT(get_input_size() == 2 && type == get_input_element_type(1) &&
+                            shape.compatible(get_input_partial_shape(1)),
+                        "AddedNorm takes x and as much to add to it");
+        kernels(type, shape[shape.size() - 1].get_length());
+        set_output_type(0, result_type(), shape);
+        set_output_type(1, type, shape);
     }
 
     std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
@@ -178,7 +182,7 @@ public:
         const size_t size = shape.back();
         const ettin::AddedNorm norm{inputs[0].data(), inputs[1].data(), outputs[1].data(), outputs[0].data(),
                                     int(size), m_eps, m_step};
-        run(kernels(inputs, size).normalise, norm, inputs[0].get_size() / size);
+        run(kernels(inputs[0].get_element_type(), size).normalise, norm, inputs[0].get_size() / size);
         return true;
     }
 };
@@ -192,7 +196,14 @@ public:
 
     void validate_and_infer_types() override {
         auto shape = get_input_partial_shape(0);
-        if (get_input_size() == 1) shape[shape.size() - 1] = shape[shape.size() - 1] / 2;
+        auto& size = shape[shape.size() - 1];
+        if (get_input_size() == 1)
+            size = size.get_length() / 2;
+        else
+            OPENVINO_ASSERT(get_input_size() == 2 && get_input_element_type(0) == get_input_element_type(1) &&
+                                shape.compatible(get_input_partial_shape(1)),
+                            "GatedGelu takes up and as much of gate");
+        kernels(get_input_element_type(0), size.get_length());
         set_output_type(0, result_type(), shape);
     }
 
@@ -210,12 +221,15 @@ public:
         const auto* up = static_cast<const uint8_t*>(inputs[0].data());
         const void* gate = is_joint ? up + size * inputs[0].get_element_type().size() : inputs[1].data();
         const ettin::GatedGelu gelu{up, gate, outputs[0].data(), int(size), stride, m_step};
-        run(kernels(inputs, size).gate, gelu, outputs[0].get_size() / size);
+        run(kernels(inputs[0].get_element_type(), size).gate, gelu, outputs[0].get_size() / size);
         return true;
     }
 };
 
 }  // namespace
+
+// Changes with the operations and with the functions that Python calls: a checkout may be newer than its library.
+extern "C" __attribute__((visibility("default"))) int ettin_interface() { return 1; }
 
 // The release that this was compiled for: year · 100 + number.
 extern "C" __attribute__((visibility("default"))) int ettin_openvino_release() {

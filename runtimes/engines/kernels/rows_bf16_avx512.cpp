@@ -4,7 +4,6 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")
 #define ETTIN_AVX512_BF16
 #include "vector512.hpp"
-#include "products.hpp"
 #include "vector_rows.hpp"
 
 namespace ettin {

@@ -3,7 +3,6 @@
 #include <cmath>
 #pragma GCC target("avx2,fma")
 #include "vector256.hpp"
-#include "products.hpp"
 #include "vector_rows.hpp"
 
 namespace ettin {

@@ -3,7 +3,6 @@
 #include <cmath>
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma")
 #include "vector512.hpp"
-#include "products.hpp"
 #include "vector_rows.hpp"
 
 namespace ettin {

@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <cmath>
 #include "vector_neon.hpp"
-#include "products.hpp"
 #include "vector_rows.hpp"
 
 namespace ettin {

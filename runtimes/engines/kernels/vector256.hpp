@@ -91,7 +91,7 @@ struct Vector256 {
         _mm_storel_epi64(static_cast<__m128i*>(to), joined);
     }
 
-    // The nearest whole numbers, −128 … 127.
+    // The nearest whole numbers, −128 … 127; of NaN, any.
     static void store_int8(void* to, Floats x) {
         const Words whole = to_words(smaller(x, all(127.0f)));  // beyond 2³¹ it gives −2³¹
         const __m128i half = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));

@@ -89,7 +89,7 @@ struct Vector512 {
         _mm_storeu_si128(static_cast<__m128i*>(to), _mm512_cvtepi32_epi8(x));
     }
 
-    // The nearest whole numbers, −128 … 127.
+    // The nearest whole numbers, −128 … 127; of NaN, any.
     static void store_int8(void* to, Floats x) {
         const Words whole = to_words(smaller(x, all(127.0f)));  // beyond 2³¹ it gives −2³¹
         _mm_storeu_si128(static_cast<__m128i*>(to), _mm512_cvtsepi32_epi8(whole));

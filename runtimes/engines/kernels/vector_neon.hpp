@@ -76,7 +76,7 @@ struct VectorNeon {
         std::memcpy(to, &joined, sizeof joined);
     }
 
-    // The nearest whole numbers, −128 … 127.
+    // The nearest whole numbers, −128 … 127; of NaN, any.
     static void store_int8(void* to, Floats x) {
         const int16x4_t half = vqmovn_s32(to_words(x));
         const int8x8_t bytes = vqmovn_s16(vcombine_s16(half, half));

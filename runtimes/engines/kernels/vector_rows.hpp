@@ -1,5 +1,4 @@
-// The row kernels for any vector width. Included after the pragma that switches instructions on, and after the vectors
-// and `products.hpp`.
+// The row kernels for any vector width. Included after the pragma that switches instructions on, and after the vectors.
 #pragma once
 
 #include <algorithm>
@@ -29,7 +28,7 @@ struct Moments {
 // Adds a row and returns the moments of the sum.
 //
 // Squares are taken of what lies between an element and the first one, so that one pass is enough: the first one is
-// nowhere farther from the mean than √size deviations, so no more than size · 2⁻²⁴ of the variance is lost.
+// no farther from the mean than √size deviations, so rounding costs the variance some size · 2⁻²³ of itself at most.
 template <class Vector, class Element>
 Moments add_row(const Element* x, const Element* added, Element* sum, int size, float eps) {
     using Floats = typename Vector::Floats;
@@ -87,7 +86,7 @@ template <class Vector> typename Vector::Floats gelu(typename Vector::Floats x) 
     constexpr float kTerms[] = {3.569219225729725e-11f, -3.753882094059691e-09f, 1.7407944596925518e-07f,
                                 -4.724784503196133e-06f, 8.429236186202615e-05f, -0.001054990803822875f,
                                 0.009643035009503365f, -0.06607647240161896f, 0.39876165986061096f};
-    // NaN must stay: both instructions give their second operand where one is NaN.
+    // Where x is NaN, the last product is.
     const auto near = Vector::smaller(Vector::all(kReach), Vector::larger(Vector::all(-kReach), x));
     const auto square = Vector::multiply(near, near);
     auto sum = Vector::all(kTerms[0]);

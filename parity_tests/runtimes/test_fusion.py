@@ -1,0 +1,152 @@
+"""Our kernels on rows in OpenVINO graphs: where they are used, and where a graph computes something else."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import openvino as ov
+import pytest
+from kernel_in_openvino import compare_rows, own_rows
+from openvino import opset15 as op
+
+from ettin.artifacts.errors import EttinError
+from ettin.graph import ModelShape
+from ettin.runtimes import load
+from ettin.runtimes.engines.on_openvino import OpenVinoRuntime
+from ettin.runtimes.engines.openvino_fusion import use_kernels
+from ettin.runtimes.engines.openvino_kernels import problem, row_kernels, runnable
+from ettin.runtimes.machine import has_bf16
+
+Artifacts = dict[tuple[str, str], Path]
+RANGE = (-4.0, 4.0 * 127 / 128)  # of int8
+
+
+@pytest.fixture
+def usable() -> None:
+    unusable = problem()
+    if unusable:
+        pytest.skip(f"the kernels can't run here: {unusable.why}")
+
+
+@pytest.mark.parametrize("floats", ["f32", "bf16"])
+def test_rows_in_a_graph(floats: str, usable: None) -> None:
+    if row_kernels(floats) is None:
+        pytest.skip(f"this processor has no kernels for rows of {floats}")
+    compare_rows(floats)
+
+
+@pytest.mark.parametrize("floats", ["f32", "bf16"])
+@pytest.mark.parametrize("precision", ["int8", "bf16", "fp32"])
+def test_rows_where_they_are_as_exact(
+    floats: str, precision: str, usable: None, demo_artifacts: Artifacts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each residual, norm and gate that is rounded to int8, or all in bf16. OpenVINO's nodes are more exact in f32."""
+    if floats == "f32":
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_VNNI")
+    elif not has_bf16() or precision == "fp32":
+        pytest.skip("there is no arithmetic in bf16")
+    with load(demo_artifacts["openvino", precision], allow_unverified=True) as runtime:
+        assert isinstance(runtime, OpenVinoRuntime) and runtime.precision_hint == floats
+        counts = Counter(node.get_type_name() for node in runtime.model_for(64).get_ops())
+        layers = ModelShape.from_json(runtime.manifest.source.shape).num_layers
+        # The first layer has no norm before attention, and the final norm is not rounded.
+        norms = {"f32": {"int8": 2 * layers - 1}, "bf16": {"int8": 2 * layers, "bf16": 2 * layers}}[floats]
+        assert counts["AddedNorm"] == norms.get(precision, 0)
+        assert counts["GatedGelu"] == (layers if precision in norms else 0)
+        if precision == "int8":  # of what remains: the embedding, and the first tokens before the last layer
+            assert counts["FakeQuantize"] == 2
+
+
+def rounded(
+    x: ov.Node, low: float = RANGE[0], high: float = RANGE[1], levels: int = 256, wider: float = 1.0
+) -> ov.Node:
+    bounds = [op.constant(np.float32(each)) for each in (low, high, wider * low, wider * high)]
+    return op.fake_quantize(x, *bounds, levels)
+
+
+def normed(x: ov.Node, axis: int = -1, variance: bool = True, eps_mode: str = "inside_sqrt") -> ov.Node:
+    return op.mvn(x, op.constant(np.array([axis])), variance, 1e-5, eps_mode)
+
+
+def with_ours(result: ov.Node, *inputs: ov.Node) -> tuple[ov.Model, list[str]]:
+    """The graph that ends with `result` after the rewriting, and the types of our nodes in it."""
+    model = ov.Model([result], list(inputs))
+    use_kernels(model, next(each for each in runnable() if "f32" in each.floats), "f32")
+    return model, own_rows(model)
+
+
+def tensors(size: int = 64, *rows: int) -> list[ov.Node]:
+    return [op.parameter([1, count, size], ov.Type.f32) for count in rows or (-1, -1)]
+
+
+NORMS = {
+    "as it is": (lambda a, b: rounded(normed(op.add(a, b))), True),
+    "over another axis": (lambda a, b: rounded(normed(op.add(a, b), axis=1)), False),
+    "without variance": (lambda a, b: rounded(normed(op.add(a, b), variance=False)), False),
+    "eps outside": (lambda a, b: rounded(normed(op.add(a, b), eps_mode="outside_sqrt")), False),
+    "of no sum": (lambda a, b: rounded(normed(op.multiply(a, b))), False),
+    "not rounded": (lambda a, b: normed(op.add(a, b)), False),
+    "255 levels": (lambda a, b: rounded(normed(op.add(a, b)), levels=255), False),
+    "unsigned": (lambda a, b: rounded(normed(op.add(a, b)), low=0.0), False),
+    "symmetric range": (lambda a, b: rounded(normed(op.add(a, b)), high=4.0), False),
+    "scaled": (lambda a, b: rounded(normed(op.add(a, b)), wider=2.0), False),
+    "read by others": (lambda a, b: op.add(rounded(norm := normed(op.add(a, b))), norm), False),
+}
+
+
+@pytest.mark.parametrize("kind", NORMS)
+def test_norms(usable: None, kind: str) -> None:
+    """Only what our kernel computes is replaced."""
+    build, is_fused = NORMS[kind]
+    inputs = tensors()
+    assert with_ours(build(*inputs), *inputs)[1] == ["AddedNorm"] * is_fused
+
+
+@pytest.mark.parametrize("inputs", [tensors(48), tensors(64, -1, 1), tensors(-1)], ids=["48", "one row", "any size"])
+def test_rows_that_the_kernels_do_not_take(usable: None, inputs: list[ov.Node]) -> None:
+    assert with_ours(rounded(normed(op.add(*inputs))), *inputs)[1] == []
+    assert with_ours(rounded(op.multiply(op.gelu(inputs[0], "erf"), inputs[1])), *inputs)[1] == []
+
+
+def test_gates(usable: None) -> None:
+    up, gate = tensors()
+    assert with_ours(rounded(op.multiply(op.gelu(up, "erf"), gate)), up, gate)[1] == ["GatedGelu"]
+    assert with_ours(rounded(op.multiply(gate, op.gelu(up, "erf"))), up, gate)[1] == ["GatedGelu"]
+    assert with_ours(rounded(op.multiply(op.gelu(up, "tanh"), gate)), up, gate)[1] == []
+    assert with_ours(op.multiply(op.gelu(up, "erf"), gate), up, gate)[1] == []
+    assert with_ours(rounded(op.add(op.gelu(up, "erf"), gate)), up, gate)[1] == []
+    activated = op.gelu(up, "erf")
+    assert with_ours(rounded(op.multiply(activated, activated)), up)[1] == []
+    activated = op.gelu(up, "erf")
+    assert with_ours(op.add(rounded(op.multiply(activated, gate)), activated), up, gate)[1] == []
+
+
+@pytest.mark.parametrize("chosen", [(0, 1), (1, 0), (0, 0)])
+@pytest.mark.parametrize("axis", [1, -1])
+def test_halves_of_one_tensor(usable: None, axis: int, chosen: tuple[int, int]) -> None:
+    """Whichever half is which, the result is that of OpenVINO's nodes, to one step."""
+
+    def graph() -> tuple[ov.Node, ov.Node]:
+        joint = op.parameter([1, 64, 64], ov.Type.f32)
+        both = op.split(joint, op.constant(np.int64(axis)), 2).outputs()
+        return rounded(op.multiply(op.gelu(both[chosen[0]], "erf"), both[chosen[1]])), joint
+
+    ours, names = with_ours(*graph())
+    result, joint = graph()
+    assert names == ["GatedGelu"]
+    x = np.random.default_rng(0).standard_normal((1, 64, 64), np.float32)
+    results = [ov.Core().compile_model(model, "CPU")([x])[0] for model in (ours, ov.Model([result], [joint]))]
+    np.testing.assert_allclose(*results, atol=1.01 * 4 / 128)
+    assert (results[0] == results[1]).mean() > 0.98
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_what_goes_wrong_in_a_node_is_said(usable: None, demo_artifacts: Artifacts, threads: int) -> None:
+    """OpenVINO returned what memory held, on one thread."""
+    with load(demo_artifacts["openvino", "int8"], allow_unverified=True, threads=threads) as runtime:
+        assert isinstance(runtime, OpenVinoRuntime)
+        assert runtime._kernel
+        runtime._kernel = runtime._kernel._replace(name="nothing")
+        runtime._forms.clear()  # compiled again
+        with pytest.raises(EttinError, match="RaggedAttention: 'nothing' can't run here"):
+            runtime.predict([("query", "document")])
