@@ -24,7 +24,7 @@ from ettin.export.proof_pairs import natural_pairs
 from ettin.export.targets.to_openvino import share_weights
 from ettin.runtimes import load
 from ettin.runtimes.batch import Batch
-from ettin.runtimes.engines import openvino_kernels
+from ettin.runtimes.engines import on_openvino, openvino_kernels
 from ettin.runtimes.engines.on_openvino import OpenVinoRuntime
 from ettin.runtimes.engines.openvino_kernels import (
     OPERATION,
@@ -140,6 +140,15 @@ def test_company_changes_nothing(artifact: Path, batch: Batch) -> None:
         parts = np.split(batch.ids, batch.cu_seqlens[1:-1])
         alone = np.concatenate([runtime.score(Batch.of([each], 0)) for each in parts])
         assert np.array_equal(runtime.score(batch), alone)
+
+
+def test_batches_of_large_models_are_short(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others wait for a batch, which takes seconds with the largest model."""
+    with load(artifact, threads=1) as runtime:
+        small = runtime.limits.batch_tokens
+    monkeypatch.setattr(on_openvino, "_SMALL_MODEL_PARAMETERS", 1000)
+    with load(artifact, threads=1) as runtime:
+        assert runtime.limits.batch_tokens < small
 
 
 def test_from_the_cache(artifact: Path, batch: Batch, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from ettin.artifacts.arithmetic import Arithmetic
 from ettin.artifacts.manifest import Manifest
 from ettin.artifacts.opened import OpenArtifact
+from ettin.graph import ModelShape
 from ettin.graph.ops import ONLY_IN_F32, SAME_WHEN_SHORT
 from ettin.runtimes.base import Runtime, Settings
 from ettin.runtimes.batch import Batch, BatchLimits, round_up
@@ -24,9 +25,10 @@ from ettin.runtimes.machine import CpuPlan, has_bf16, is_arm, is_hybrid, uses_al
 # cores with AMX, SQuAD pairs, padded graph: 663 pairs/s with 16 and 1024, 567 with 1 and 2048, 607 with 8 and 2048.
 _LENGTH_MULTIPLE = 16
 _TOKENS_PER_THREAD = 1024
-# Each call of the engine costs about 0.5 ms. Two cores with AVX-512, SQuAD pairs, ragged graph: 402 pairs/s with 1024,
-# 412 with 1536, 418 with 2048, which also makes others wait twice as long.
-_RAGGED_TOKENS_PER_THREAD = 1536
+# Each call of the engine costs about 0.5 ms, which counts where a batch takes few. Two cores with AVX-512, SQuAD pairs,
+# 17m shape in int8, ragged graph: 402 pairs/s with 1024, 412 with 1536, 418 with 2048. Others wait longer, too.
+_SMALL_MODEL_TOKENS_PER_THREAD = 1536
+_SMALL_MODEL_PARAMETERS = 50_000_000
 
 _FIRST_INFERENCE = threading.Lock()
 
@@ -68,9 +70,10 @@ class OpenVinoRuntime(Runtime):
         if is_hybrid() and settings.threads is None:
             cores = "PCORE_ONLY" if plan.streams == 1 else "ANY_CORE"
             self._options |= {"SCHEDULING_CORE_TYPE": cores, "ENABLE_HYPER_THREADING": False}
-        tokens, multiple = (_RAGGED_TOKENS_PER_THREAD, 1) if self._kernel else (_TOKENS_PER_THREAD, _LENGTH_MULTIPLE)
-        limits = BatchLimits(plan.streams, tokens * plan.threads_per_stream, multiple)
-        super().__init__(artifact, settings, limits)
+        is_small = ModelShape.from_json(manifest.source.shape).num_parameters < _SMALL_MODEL_PARAMETERS
+        tokens = _SMALL_MODEL_TOKENS_PER_THREAD if is_small and self._kernel else _TOKENS_PER_THREAD
+        multiple = 1 if self._kernel else _LENGTH_MULTIPLE
+        super().__init__(artifact, settings, BatchLimits(plan.streams, tokens * plan.threads_per_stream, multiple))
         self._model, key = self._read_model(artifact)
         self._cache_folder = settings.cache_dir and settings.cache_dir / f"{manifest.name}-{manifest.precision}-{key}"
         self._threshold_tokens = manifest.graph.block_threshold_tokens
