@@ -6,24 +6,19 @@ speed of a machine changes from minute to minute; in interleaved rounds the chan
 within a round are more stable than any number.
 """
 
-import json
-import os
-import select
-import subprocess
 import sys
-import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 import numpy as np
 
 from ettin.artifacts.errors import EttinError
 from ettin.artifacts.metrics import score_error
+from ettin.bench.child import Child
 
 _PROGRAM = Path(__file__).with_name("contestants.py")
 _MIN_FOR_P99 = 20  # requests; the 99th percentile of fewer is their maximum
@@ -83,21 +78,21 @@ class Contest:
                         self._round(entry, process, is_timed=number > 0)
                 round_s = time.monotonic() - start
 
-    def _search(self, running: Sequence[tuple[Contestant, "ContestantProcess"]]) -> None:
+    def _search(self, running: Sequence[tuple[Contestant, Child]]) -> None:
         for index, (entry, process) in enumerate(running):
             if entry.problem is None and entry.searches and entry.facts["first_batch"]:
                 self.search_batch(entry, process, len(running) - index)
                 process.tell({"do": "batch", "batch": entry.batch})
 
     @contextmanager
-    def _started(self, entries: Sequence[Contestant]) -> Iterator[list[tuple[Contestant, "ContestantProcess"]]]:
+    def _started(self, entries: Sequence[Contestant]) -> Iterator[list[tuple[Contestant, Child]]]:
         """The processes of all entries without a problem, loaded; they end with the block."""
         work = {"pairs": list(self.pairs), "candidates": self.candidates, "max_length": self.max_length}
         with ExitStack() as stack:
             running = []
             for entry in (entry for entry in entries if entry.problem is None):
-                process = ContestantProcess(entry.python, self.load_until)
-                stack.callback(process.end)
+                process = Child([str(_PROGRAM)], {"TOKENIZERS_PARALLELISM": "true"}, entry.python)
+                stack.enter_context(process).end_at(self.load_until, if_silent=True)
                 process.tell({"kind": entry.kind, "arguments": entry.arguments, "batch": entry.batch, **work})
                 running.append((entry, process))
                 if not self.together:
@@ -106,14 +101,14 @@ class Contest:
                 self._await_load(entry, process)
             yield running
 
-    def _await_load(self, entry: Contestant, process: "ContestantProcess") -> None:
+    def _await_load(self, entry: Contestant, process: Child) -> None:
         try:
             entry.facts = process.answer()
             process.end_at(self.until)
         except EttinError as error:
             entry.problem = str(error)
 
-    def search_batch(self, entry: Contestant, process: "ContestantProcess", left: int = 1) -> None:
+    def search_batch(self, entry: Contestant, process: Child, left: int = 1) -> None:
         """Doubles the batch until that brings nothing, memory or time ends, or one batch holds everything.
 
         The remaining time is shared by `left` searches.
@@ -142,7 +137,7 @@ class Contest:
         probed = {str(size): speed for size, speed in speeds.items()}
         entry.search = {"best": entry.batch, "probed": probed, "stopped": stopped}
 
-    def _round(self, entry: Contestant, process: "ContestantProcess", is_timed: bool) -> None:
+    def _round(self, entry: Contestant, process: Child, is_timed: bool) -> None:
         try:
             answers = [process.ask({"do": "pass"})]
             answers += [process.ask({"do": "latency", "request": number}) for number in range(self.requests)]
@@ -156,76 +151,6 @@ class Contest:
         if is_timed:
             entry.passes_s.append(answers[0]["seconds"])
             entry.latencies_s += [answer["seconds"] for answer in answers[1:]]
-
-
-class ContestantProcess:
-    """A contestant's process; `contestants.py` says what it can be asked.
-
-    It is killed if it has not answered by `load_until` (`time.monotonic()`).
-    """
-
-    def __init__(self, python: str, load_until: float = float("inf")) -> None:
-        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 (see `end`)
-        command = [python, "-P", str(_PROGRAM)]  # -P: this folder does not go before the standard library
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._errors}
-        variables = {**os.environ, "TOKENIZERS_PARALLELISM": "true"}
-        self._process = subprocess.Popen(command, **pipes, text=True, env=variables)
-        self._orders, self._answers = cast(IO[str], self._process.stdin), cast(IO[str], self._process.stdout)
-        self._is_late = False  # it was killed because its time was over
-        self._timer = threading.Timer(0, self._kill)
-        self._end_at(load_until, self._kill_if_silent)
-
-    def end_at(self, until: float) -> None:
-        """Lets the process live until then (`time.monotonic()`), and no longer."""
-        self._end_at(until, self._kill)
-
-    def _end_at(self, until: float, kill: Callable[[], None]) -> None:
-        self._timer.cancel()
-        left_s = max(0.0, until - time.monotonic())
-        self._timer = threading.Timer(min(left_s, threading.TIMEOUT_MAX), kill)
-        self._timer.daemon = True
-        self._timer.start()
-
-    def _kill_if_silent(self) -> None:
-        if not select.select([self._answers], [], [], 0)[0]:  # else its answer waits while another's is awaited
-            self._kill()
-
-    def _kill(self) -> None:
-        self._is_late = True
-        self._process.kill()
-
-    def tell(self, order: Mapping[str, Any]) -> None:
-        """Sends an order that has no answer. To a process that died nothing is sent: its next answer says why."""
-        with suppress(BrokenPipeError):
-            self._orders.write(json.dumps(order) + "\n")
-            self._orders.flush()
-
-    def ask(self, order: Mapping[str, Any]) -> dict[str, Any]:
-        """Sends an order and waits for its answer; see `answer`."""
-        self.tell(order)
-        return self.answer()
-
-    def answer(self) -> dict[str, Any]:
-        """The next answer; an EttinError with the reason if the contestant failed, died or ran out of time."""
-        for line in self._answers:
-            if line.startswith('{"contestant"'):  # libraries print to stdout, too
-                answer: dict[str, Any] = json.loads(line)["contestant"]
-                if "problem" in answer:
-                    raise EttinError(answer["problem"])
-                return answer
-        code = self._process.wait()
-        if self._is_late:
-            raise EttinError("out of time")
-        self._errors.seek(0)
-        lines = self._errors.read().strip().splitlines() or ["no message"]
-        raise EttinError(f"died with signal {-code}" if code < 0 else lines[-1])
-
-    def end(self) -> None:
-        """Kills the process."""
-        self._timer.cancel()
-        self._process.kill()
-        self._process.communicate()
-        self._errors.close()
 
 
 def figures(

@@ -282,7 +282,7 @@ def _peak_gpu_mib() -> float | None:
 
 
 def _answer(values: dict[str, Any]) -> None:
-    print(json.dumps({"contestant": values}), file=sys.__stdout__, flush=True)
+    print(json.dumps({"ettin": values}), file=sys.__stdout__, flush=True)
 
 
 if __name__ == "__main__":

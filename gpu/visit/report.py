@@ -5,12 +5,11 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 MAX_LENGTH = 512  # tokens that pairs are truncated to, as in the release's measurements
-_MARK = '{"visit"'  # begins a message; libraries print to stdout, too
 
 
 @dataclass(frozen=True)
@@ -33,13 +32,9 @@ class Task:
     data: Path | None = None
     artifacts: Path | None = None
 
-    def to_json(self) -> str:
-        """One line."""
-        return json.dumps(asdict(self), default=str)
-
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """What `to_json` wrote."""
+        """From one line of JSON."""
         values = json.loads(text)
         paths = {name: Path(values[name]) if values[name] else None for name in ("checkpoint", "data", "artifacts")}
         return cls(**{**values, **paths, "sizes": tuple(values["sizes"]), "settings": tuple(values["settings"])})
@@ -47,15 +42,7 @@ class Task:
 
 def send(**message: Any) -> None:
     """Sends a message to the process that started this one."""
-    print(json.dumps({"visit": message}), file=sys.__stdout__, flush=True)
-
-
-def received(line: str) -> dict[str, Any] | None:
-    """The message in a line, if it is one."""
-    if not line.startswith(_MARK):
-        return None
-    message: dict[str, Any] = json.loads(line)["visit"]
-    return message
+    print(json.dumps({"ettin": message}), file=sys.__stdout__, flush=True)
 
 
 def reason_of(error: BaseException) -> str:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from ettin.artifacts.errors import EttinError
-from ettin.bench.contest import Contest, Contestant, ContestantProcess, figures
+from ettin.bench.child import Child
+from ettin.bench.contest import Contest, Contestant, figures
 from ettin.bench.contestants import request_pairs
 from ettin.bench.workloads import pairs_to_score
 from ettin.export.source.sizes import DEMO_FOLDER
@@ -17,7 +18,7 @@ from ettin.runtimes.tokenizer import PairTokenizer
 Artifacts = dict[tuple[str, str], Path]
 
 
-class Scripted(ContestantProcess):
+class Scripted(Child):
     """A contestant whose speed by batch size is known; above `memory` it dies."""
 
     def __init__(self, speeds: dict[int, float], memory: int = 1 << 30) -> None:
