@@ -26,12 +26,11 @@ class Child:
         variables: of its environment, besides those of this process.
         python: the interpreter.
         has_session: it gets a session of its own, and whatever it started is killed with it.
-        death: why there are no more answers if a signal ended it: {0} is its number, {1} the last line on stderr.
     """
 
     def __init__(
         self, words: Sequence[str], variables: Mapping[str, str], python: str = sys.executable,
-        has_session: bool = False, death: str = "died with signal {0}",
+        has_session: bool = False,
     ) -> None:  # fmt: skip
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 (see `__exit__`)
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._errors}
@@ -39,7 +38,7 @@ class Child:
         environment = {**os.environ, **variables}
         self._process = subprocess.Popen(command, **pipes, text=True, env=environment, start_new_session=has_session)
         self._orders, self._answers = cast(IO[str], self._process.stdin), cast(IO[str], self._process.stdout)
-        self._has_session, self._death = has_session, death
+        self._has_session = has_session
         self._late: str | None = None  # the reason, if it was killed because its time was over
         self._timer = threading.Timer(0, self._kill)
 
@@ -86,7 +85,7 @@ class Child:
         code = self._process.wait()
         self._errors.seek(0)
         line = (self._errors.read().strip().splitlines() or ["no message"])[-1]
-        raise EttinError(self._late or (self._death.format(-code, line) if code < 0 else line))
+        raise EttinError(self._late or (f"died with signal {-code}: {line}" if code < 0 else line))
 
     def __enter__(self) -> Self:
         return self

@@ -41,10 +41,9 @@ class Visit:
         left = list(self._limits_s)
         while left:
             words = ["-m", "ettin.gpu.visit.parts", *(f"{name}={self._limits_s[name]}" for name in left)]
-            death = "died with signal {0}: {1}"
             with (
                 tempfile.TemporaryDirectory() as scratch,  # a process that is killed leaves checkpoints there
-                Child(words, {"TMPDIR": scratch}, has_session=True, death=death) as process,
+                Child(words, {"TMPDIR": scratch}, has_session=True) as process,
             ):
                 process.tell(asdict(self.task), is_last=True)
                 is_usable = True
