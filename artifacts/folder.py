@@ -51,6 +51,7 @@ class Folder:
         self._closing.callback(_close, self._top)
         self._blobs: tuple[_Place, str] | None = None
         hub = _hub_blobs(resolved)
+        self._is_snapshot = hub is not None
         if hub is not None:
             with contextlib.suppress(OSError):  # a cache without links has no blobs
                 blobs = _opened(str(hub[0]))
@@ -109,11 +110,15 @@ class Folder:
     def replace(self, name: str, content: bytes, part: str) -> None:
         """Writes a file of this folder, whole or not at all; what was there before, link or file, is replaced.
 
+        Nothing is written into a snapshot of the model hub's cache, whose commit stands for these very files.
+
         Args:
             name: the file.
             content: all that it will hold.
             part: name of the file that is written first; one of this name is removed.
         """
+        if self._is_snapshot:
+            raise OSError(errno.EROFS, "a snapshot in the model hub's cache stays as it is", name)
         (new, place), (old, _) = _located(part, self._top), _located(name, self._top)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(new, **place)

@@ -194,7 +194,8 @@ class OpenArtifact:
             self._folder.replace(name, content, part=name + _PART_SUFFIX)
         except OSError as error:
             raise OutputError(
-                f"{self.path / name}: can't be written ({error.strerror}). Verify a copy that can, and use that"
+                f"{self.path / name}: can't be written ({error.strerror}). Use a copy of your own: "
+                f"cp -rL {self.path} DIR && ettin-verify DIR"
             ) from None
 
     @contextmanager

@@ -97,7 +97,7 @@ def load(
         DownloadError: the hub can't be reached, or has no such artifact.
         MissingDependency: the engine is not installed, or for a hub id the hub's client.
         HardwareError: this machine lacks the device or an instruction set.
-        UsageError: an argument out of its range.
+        UsageError: an argument out of its range, or a device that the artifact is not for.
     """
     for name, count in (("threads", threads), ("streams", streams), ("batch_tokens", batch_tokens)):
         if count is not None and count < 1:
@@ -121,23 +121,23 @@ def checked_device(manifest: Manifest, device: str | None) -> str:
     """The device to run on: what was asked for, or what the artifact is for.
 
     Raises:
-        UsageError: the artifact's target does not run on it.
+        UsageError: the artifact's target does not run on it, or the artifact is for another one.
     """
-    target = target_named(manifest.target)
+    target, needed = target_named(manifest.target), manifest.needs.device
     if device is None:
-        device = target.device_for(manifest.needs.device)
+        device = target.device_for(needed)
     target.component(device)
+    if needed not in ("cpu", "any", device):  # devices of other packages may run what is for a CPU
+        raise UsageError(
+            f"{manifest.full_name}: {target.name} {manifest.precision} runs on device '{needed}' alone, not on "
+            f"'{device}'. Leave out the device, or export another precision"
+        )
     return device
 
 
 def _check_cpu(artifact: OpenArtifact, device: str) -> None:
-    """Raises `HardwareError` if it is this machine's CPU, and the artifact is for a GPU or that lacks instructions."""
+    """Raises `HardwareError` if it is this machine's CPU, and that lacks instructions."""
     manifest = artifact.manifest
-    if device == "cpu" and manifest.needs.device not in ("cpu", "any"):
-        raise HardwareError(
-            f"{artifact.path}: {manifest.target} {manifest.precision} runs on a GPU, not on 'cpu': "
-            f"device='{manifest.needs.device}'"
-        )
     if "vnni" in manifest.needs.isa and device == "cpu" and lacks_vnni():
         raise HardwareError(
             f"{artifact.path}: int8 sums overflow on {model_name()}, which has no VNNI. Export another precision: "

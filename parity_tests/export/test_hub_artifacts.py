@@ -286,6 +286,32 @@ def test_commands_take_a_hub_id(hub: Hub, pushed: str, tmp_path: Path, monkeypat
     assert (tmp_path / "models" / "ettin-reranker-demo-onnx-fp32").is_dir()
 
 
+@pytest.mark.parametrize("by_client", [False, True], ids=["our download", "links of the client"])
+def test_verify_leaves_the_cache_as_it_is(
+    hub: Hub, demo_artifacts: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_client: bool
+) -> None:
+    """Also where it has something to record, and the copy that the message names can be verified."""
+    import huggingface_hub
+
+    monkeypatch.chdir(tmp_path)
+    artifact = shutil.copytree(demo_artifacts["onnx", "fp32"], tmp_path / "artifact")
+    rewrite(artifact, lambda content: content["parity"].update(status="unverified", pairs=0))
+    hub.commit("org/name", {f"{FOLDER}/{name}": content for name, content in contents(artifact).items()})
+    if by_client:
+        huggingface_hub.snapshot_download("org/name")
+    cached = located(pinned(hub))
+    before = contents(cached)
+    assert (cached / "manifest.json").is_symlink() == by_client
+    done = CliRunner().invoke(verify.command, [pinned(hub), "--threads", "1"])
+    assert isinstance(done.exception, OutputError) and "worst pair: " in done.output
+    expected = f"hub's cache stays as it is). Use a copy of your own: cp -rL {cached} DIR && ettin-verify DIR"
+    assert str(done.exception).endswith(expected) and str(done.exception).isprintable()
+    assert contents(cached) == before and (cached / "manifest.json").is_symlink() == by_client
+    subprocess.run(["/bin/cp", "-rL", str(cached), "copy"], check=True)
+    done = CliRunner().invoke(verify.command, ["copy", "--threads", "1"], catch_exceptions=False)
+    assert done.exit_code == 0 and "marked as verified" in done.output
+
+
 def test_a_command_of_its_own(hub: Hub, pushed: str, tmp_path: Path) -> None:
     code = "import sys; from ettin.runtimes.commands.rerank import main; sys.argv[0] = 'ettin-rerank'; main()"
     command = [sys.executable, "-c", code, pushed, "--query", "q"]

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import pytest
+from click.testing import CliRunner
 from support import reseal
+from support import rewrite as rewrite_manifest
 
 from ettin.artifacts.errors import ArtifactError, HardwareError, UsageError
 from ettin.artifacts.manifest import Manifest
@@ -19,10 +21,12 @@ from ettin.export.pipeline import Export
 from ettin.export.source.checkpoint import Checkpoint
 from ettin.export.targets.to_onnx import packed_onnx
 from ettin.export.writer import PACKED, rewrite
+from ettin.gpu.engines.onnxruntime_cuda import CudaOnnxRuntime
 from ettin.gpu.engines.onnxruntime_trt_rtx import TrtRtxOnnxRuntime, provider_options
 from ettin.gpu.engines.profiles import BATCH_TOKENS, profiles
 from ettin.runtimes import load
 from ettin.runtimes.base import Settings
+from ettin.runtimes.commands import triton
 from ettin.runtimes.machine import gpus
 from ettin.runtimes.verify import verify
 
@@ -60,9 +64,22 @@ def test_nothing_is_published_without_the_flag(demo: Checkpoint, tmp_path: Path)
         Export(demo, Options()).check([job])
 
 
-def test_no_cpu_takes_its_place(artifact: Path) -> None:
-    with pytest.raises(HardwareError, match="onnx bf16 runs on a GPU, not on 'cpu': device='trt-rtx'"):
-        load(artifact, device="cpu", allow_unverified=True)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_no_other_device_takes_its_place(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    """With a provider that would start in the place of CUDA's, so that nothing else refuses."""
+    monkeypatch.setattr(CudaOnnxRuntime, "provider", "CPUExecutionProvider")
+    expected = f"onnx bf16 runs on device 'trt-rtx' alone, not on '{device}'"
+    with pytest.raises(UsageError, match=expected):
+        load(artifact, device=device, allow_unverified=True)
+    proven = Path(shutil.copytree(artifact, tmp_path / "artifact"))
+    rewrite_manifest(proven, lambda content: content["parity"].update(status="verified", pairs=64))
+    done = CliRunner().invoke(
+        triton.command, [str(proven), "--repository", str(tmp_path / "models"), "--device", device]
+    )
+    assert isinstance(done.exception, UsageError) and expected in str(done.exception)
+    assert not (tmp_path / "models").exists()
 
 
 @without_gpu

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -19,7 +20,7 @@ import pytest
 from click.testing import CliRunner
 from service import Service, Stub, ask_app
 
-from ettin.artifacts.errors import Busy, Closed, ServerError
+from ettin.artifacts.errors import Busy, Closed, InputError, ServerError
 from ettin.runtimes import Runtime, load
 from ettin.runtimes.arguments import sigmoid
 from ettin.runtimes.commands.serve import command
@@ -339,6 +340,8 @@ class TritonStandIn:
     def __init__(self) -> None:
         self.parameters: list[dict[str, str]] = []
         self.is_cached = False
+        self.model_version = "1"
+        self.asked: list[str] = []  # versions whose configuration was asked for
 
     def InferenceServerClient(self, _: str) -> "TritonStandIn":  # noqa: N802
         return self
@@ -352,6 +355,9 @@ class TritonStandIn:
         self.parameters.append(parameters)
         return self
 
+    def get_response(self) -> "TritonStandIn":
+        return self
+
     def as_numpy(self, name: str) -> np.ndarray:
         return np.ones((1, 1), {"scores": np.float32, "tokens": np.int32, "truncated": np.bool_}[name])
 
@@ -359,7 +365,8 @@ class TritonStandIn:
         await asyncio.sleep(3600 if client_timeout is None else 0)  # the real one raises then
         raise TimeoutError
 
-    async def get_model_config(self, *_: object, **__: object) -> dict[str, Any]:
+    async def get_model_config(self, _: str, version: str = "", **__: object) -> dict[str, Any]:
+        self.asked.append(version)
         return {"config": {"response_cache": {"enable": self.is_cached}}}
 
     async def close(self) -> None: ...
@@ -385,6 +392,33 @@ def test_gateway_refuses_parameters_that_a_cache_ignores(triton: tuple[TritonSta
     answer = ask_app(triton[1], lambda client: client.post("/rerank", json={**REQUEST, "top_chunks": 2}))
     assert answer.status_code == 422 and "Leave out top_chunks, or publish" in answer.json()["error"]
     assert ask_app(triton[1], lambda client: client.post("/rerank", json=REQUEST)).status_code == 200
+
+
+def test_gateway_asks_for_the_configuration_of_a_version_once(
+    triton: tuple[TritonStandIn, TritonBackend], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new version that has a cache is noticed at its first answer, a change in place after some seconds."""
+    stand_in, backend = triton
+    now_s = [1000.0]
+    monkeypatch.setattr("ettin.runtimes.serving.backends.time", SimpleNamespace(monotonic=lambda: now_s[0]))
+
+    def ask() -> None:
+        asyncio.run(backend.score("q", ["d"], {"top_chunks": 2}))
+
+    ask()
+    ask()
+    assert stand_in.asked == ["1"]
+    stand_in.model_version, stand_in.is_cached = "2", True
+    for _ in range(2):
+        with pytest.raises(InputError, match="a cache that ignores parameters. Leave out top_chunks"):
+            ask()
+    assert stand_in.asked == ["1", "2"]
+    stand_in.is_cached = False
+    now_s[0] += 6
+    ask()
+    assert stand_in.asked == ["1", "2", "2"]
+    asyncio.run(backend.score("q", ["d"], {}))
+    assert stand_in.asked == ["1", "2", "2"]
 
 
 def test_gateway_refuses_a_truncated_answer_from_a_cache(triton: tuple[TritonStandIn, TritonBackend]) -> None:

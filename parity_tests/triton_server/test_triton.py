@@ -323,6 +323,16 @@ def test_response_cache_and_stop_leaves_nothing(demo_artifacts: Artifacts, tmp_p
         assert int(counts["cache_hit"]["count"]) == 2
         with pytest.raises(Exception, match="response cache does not tell requests with other parameters apart"):
             ask(client, "reranker", "another query", DOCUMENTS, parameters={"long_documents": "chunks"})
+
+        async def ask_backend() -> None:
+            backend = TritonBackend(f"127.0.0.1:{running.grpc_port}", "reranker")
+            try:
+                with pytest.raises(InputError, match="from a cache that ignores parameters. Leave out top_chunks"):
+                    await backend.score(QUERY, DOCUMENTS, {"top_chunks": 2})
+            finally:
+                await backend.close()
+
+        asyncio.run(ask_backend())
     assert not scratch.exists()
     with pytest.raises(ProcessLookupError):
         os.kill(pid, signal.SIGTERM)

@@ -170,6 +170,10 @@ def test_command(demo_artifacts: Artifacts, tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         ([], "nothing to do: name an ARTIFACT, or --serve"),
+        (["--serve", "--address", "::1"], "--address is '::1', expected an IPv4 address without a port, such as"),
+        (["--serve", "--address", "[::1]:8001"], "--address is '[::1]:8001', expected an IPv4 address without a port"),
+        (["--serve", "--address", "localhost"], "--address is 'localhost', expected an IPv4 address"),
+        (["--serve", "--address", "127.0.0.1:8001"], "127.0.0.1 or 0.0.0.0: tritonserver serves HTTP on no other. Por"),
         (["{artifact}", "{artifact}", "--name", "one"], "--name is for one artifact, 2 are named"),
         (["{artifact}", "--instances", "2"], "--instances is for --native"),
         (["{artifact}", "--native", "--threads", "2"], "--threads and --streams are for our runtime"),

@@ -2,6 +2,7 @@
 
 import signal
 from functools import partial
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,17 @@ from ettin.runtimes.commands import console
 from ettin.runtimes.hub import located
 from ettin.runtimes.loading import checked_device, checked_manifest
 from ettin.runtimes.triton.repository import TritonOptions, publish
+
+
+def _checked_address(_: click.Context, __: click.Parameter, address: str) -> str:
+    """Raises `UsageError` for all that tritonserver's HTTP server would take, and then not listen on."""
+    try:
+        return str(IPv4Address(address))
+    except ValueError:
+        raise UsageError(
+            f"--address is '{address}', expected an IPv4 address without a port, such as 127.0.0.1 or 0.0.0.0: "
+            "tritonserver serves HTTP on no other. Ports: --http-port, --grpc-port, --metrics-port"
+        ) from None
 
 
 @click.command(
@@ -41,7 +53,13 @@ from ettin.runtimes.triton.repository import TritonOptions, publish
     "--key", "trusted_key", type=click.Path(path_type=Path), help=f"{console.KEY_HELP} The server checks it, too."
 )
 @click.option("--serve", is_flag=True, help="Then start the Triton server that the 'triton' extra installs.")
-@click.option("--address", default="127.0.0.1", show_default=True, help="With --serve: address to listen on.")
+@click.option(
+    "--address",
+    default="127.0.0.1",
+    show_default=True,
+    callback=_checked_address,
+    help="With --serve: IPv4 address to listen on.",
+)
 @click.option("--http-port", type=int, default=8000, show_default=True, help="With --serve: HTTP port.")
 @click.option("--grpc-port", type=int, default=8001, show_default=True, help="With --serve: gRPC port.")
 @click.option("--metrics-port", type=int, default=8002, show_default=True, help="With --serve: port of the metrics.")

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -23,6 +24,7 @@ from ettin.runtimes.serving.limits import Limits
 
 _LOG = logging.getLogger("ettin.serve")
 REFUSE_TRUNCATED = "refuse_truncated"  # a parameter of requests to Triton
+_ASK_EVERY_S = 5.0  # whether a version's configuration has changed in place
 _ANSWER_S = 5.0  # time limit for what Triton answers about its models
 DRAIN_S = 30.0  # that pending requests are given when a server stops
 # Scored once before a server is ready: a short pair and a long one.
@@ -156,6 +158,7 @@ class TritonBackend(Backend):
     def __init__(self, address: str, model: str) -> None:
         self._module, self._error = _triton_client()
         self._client = self._module.InferenceServerClient(address)
+        self._asked, self._cached = ("", 0.0), False  # version and interval of the last question, and its answer
         self.name, self.description, self.max_length = model, f"Triton Inference Server, {address}", None
 
     @staticmethod
@@ -191,12 +194,12 @@ class TritonBackend(Backend):
         if refuse_truncated:
             parameters[REFUSE_TRUNCATED] = "true"
         try:
-            if long_documents and await self._is_cached():
+            result = await self._client.infer(self.name, tensors, parameters=parameters)
+            if long_documents and await self._is_cached(result.get_response().model_version):
                 raise InputError(
                     "Triton answers this model's requests from a cache that ignores parameters. Leave out "
                     f"{', '.join(long_documents)}, or publish the model without --response-cache"
                 )
-            result = await self._client.infer(self.name, tensors, parameters=parameters)
         except self._error as error:
             raise _translated(error) from None
         arrays = [result.as_numpy(name) for name in ("scores", "tokens", "truncated")]
@@ -209,9 +212,13 @@ class TritonBackend(Backend):
             )
         return Scored(*(array[0] for array in arrays))
 
-    async def _is_cached(self) -> bool:
-        config = await self._client.get_model_config(self.name, as_json=True, client_timeout=_ANSWER_S)
-        return bool(config["config"].get("response_cache", {}).get("enable"))
+    async def _is_cached(self, version: str) -> bool:
+        """Whether Triton may have answered from its cache; asked of each version, and again after some seconds."""
+        question = version, time.monotonic() // _ASK_EVERY_S
+        if question != self._asked:
+            answer = await self._client.get_model_config(self.name, version, as_json=True, client_timeout=_ANSWER_S)
+            self._asked, self._cached = question, bool(answer["config"].get("response_cache", {}).get("enable"))
+        return self._cached
 
     def _tensor(self, name: str, texts: Sequence[str]) -> Any:
         tensor = self._module.InferInput(name, [1, len(texts)], "BYTES")
