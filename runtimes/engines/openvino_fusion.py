@@ -97,8 +97,9 @@ def _fuse_rows(model: ov.Model, kernels: str, floats: str) -> None:
     factory.add_extension(str(compiled()))
 
     def create(name: str, inputs: list[ov.Output], attributes: Mapping[str, object]) -> ov.Node:
-        halves = [op.convert(each, "bf16").output(0) for each in inputs] if floats == "bf16" else inputs
-        return factory.create(name, halves, {"kernels": kernels, "eps": 0.0, **attributes})
+        if floats == "bf16":
+            inputs = [op.convert(x, "bf16").output(0) for x in inputs]
+        return factory.create(name, inputs, {"kernels": kernels, "eps": 0.0, **attributes})
 
     for node in model.get_ordered_ops():
         if node.get_type_name() == "MVN":
@@ -116,7 +117,7 @@ def _fuse_norm(norm: ov.Node, floats: str, create: _Create) -> None:
     if residual.get_type_name() != "Add" or not is_layer_norm or not _is_fusable(norm, rounding, floats):
         return
     inputs = residual.input_values()
-    if any(each.get_partial_shape() != norm.get_output_partial_shape(0) for each in inputs):
+    if any(x.get_partial_shape() != norm.get_output_partial_shape(0) for x in inputs):
         return
     fused = create("AddedNorm", inputs, {"eps": attributes["eps"], "step": step})
     residual.output(0).replace(_as_f32(fused.output(1)))
@@ -130,7 +131,7 @@ def _fuse_gate(gelu: ov.Node, floats: str, create: _Create) -> None:
     (gated,) = readers
     rounding, step = _rounding(gated)
     up = gelu.input_value(0)
-    gate = next(each for each in gated.input_values() if each.get_node() != gelu)
+    gate = next(x for x in gated.input_values() if x.get_node() != gelu)
     is_known = gelu.get_attributes()["approximation_mode"].lower() == "erf"
     if not (is_known and up.get_partial_shape() == gate.get_partial_shape() and _is_fusable(gated, rounding, floats)):
         return
