@@ -182,5 +182,5 @@ def test_a_contest_ends_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert entry.problem == "out of time" and figures(entry, 64) == {"name": "brought", "problem": "out of time"}
     slow, fast = (brought(tmp_path, monkeypatch, most=8) for _ in range(2))
     slow.arguments[0] = "brought:Slow"
-    Contest([("q", "d")] * 64, 1, 64, 2, load_until=time.monotonic() + 5, together=True).run([slow, fast])
+    Contest([("q", "d")] * 64, 1, 64, 2, load_until=time.monotonic() + 12, together=True).run([slow, fast])
     assert slow.problem == "out of time" and fast.problem is None and len(fast.passes_s) == 2
