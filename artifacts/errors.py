@@ -118,10 +118,7 @@ class ScoringError(EttinError):
     @classmethod
     def caused_by(cls, error: BaseException) -> Self:
         """The error for an exception of an engine."""
-        lines = str(error).split("\n")
-        if lines[0].startswith("Exception from "):  # OpenVINO: lines that say where, and last the reason
-            lines = [line for line in lines if line][-1:]
-        failure = cls(f"scoring failed: {type(error).__name__}: {lines[0]}"[:300])
+        failure = cls(f"scoring failed: {type(error).__name__}: {error}".partition("\n")[0][:300])
         failure.__cause__ = error
         return failure
 

@@ -56,16 +56,15 @@ class OpenVinoRuntime(Runtime):
     def __init__(self, artifact: OpenArtifact, settings: Settings) -> None:
         manifest = artifact.manifest
         plan = CpuPlan.of(settings.threads, settings.streams)
+        threads = plan.streams * plan.threads_per_stream
         self._kernel, self._arithmetic, self._unproven = _chosen(manifest, settings.allow_unverified)
         self.precision_hint = _floats(self._arithmetic)
         self._options = {
             "INFERENCE_PRECISION_HINT": self.precision_hint,
             "NUM_STREAMS": plan.streams,
-            "INFERENCE_NUM_THREADS": plan.streams * plan.threads_per_stream,
+            "INFERENCE_NUM_THREADS": threads,
             # OpenVINO pins threads to the first cores, so processes that share a machine would share these cores.
-            "ENABLE_CPU_PINNING": uses_all_cpus(
-                plan.streams * plan.threads_per_stream, performance_only=plan.streams == 1
-            ),
+            "ENABLE_CPU_PINNING": uses_all_cpus(threads, performance_only=plan.streams == 1),
         }
         if is_hybrid() and settings.threads is None:
             cores = "PCORE_ONLY" if plan.streams == 1 else "ANY_CORE"
@@ -110,6 +109,8 @@ class OpenVinoRuntime(Runtime):
             else:
                 request.infer(inputs, share_inputs=True)
             return np.array(request.get_output_tensor(0).data[:, 0], np.float32)
+        except RuntimeError as error:  # its lines say where, and the last one why
+            raise RuntimeError(str(error).strip().split("\n")[-1]) from error
         finally:
             requests.put(request)
 
