@@ -70,10 +70,8 @@ def row_kernels(floats: str) -> str | None:
     library = compiled()
     if library is None:
         return None
-    can_run = ctypes.CDLL(str(library)).ettin_rows_can_run
-    can_run.restype = ctypes.c_bool
-    names = [name for name, isa in _ROW_KERNELS[floats].items() if is_allowed(isa) and can_run(name.encode())]
-    return names[0] if names else None
+    usable = (name for name, isa in _ROW_KERNELS[floats].items() if _can_run(library, "ettin_rows_can_run", name, isa))
+    return next(usable, None)
 
 
 def runnable(products: str | None = None) -> list[Variant]:
@@ -87,13 +85,18 @@ def runnable(products: str | None = None) -> list[Variant]:
     library = compiled()
     if library is None or switch == "off":
         return []
-    can_run = ctypes.CDLL(str(library)).ettin_can_run
-    can_run.restype = ctypes.c_bool
     return [
         each
         for each in _VARIANTS
-        if allowed in ("", each.products) and is_allowed(each.isa) and can_run(each.name.encode())
+        if allowed in ("", each.products) and _can_run(library, "ettin_can_run", each.name, each.isa)
     ]
+
+
+def _can_run(library: Path, function: str, name: str, isa: str) -> bool:
+    """Whether the library's function says that this processor runs what has this name, and no limit forbids it."""
+    can_run = getattr(ctypes.CDLL(str(library)), function)
+    can_run.restype = ctypes.c_bool
+    return is_allowed(isa) and bool(can_run(name.encode()))
 
 
 def compiled() -> Path | None:
