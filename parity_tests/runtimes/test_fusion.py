@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import openvino as ov
 import pytest
-from kernel_in_openvino import compare_rows, own_rows
+from kernel_in_openvino import compare_rows, own_rows, rounded
 from openvino import opset15 as op
 
 from ettin.artifacts.errors import EttinError
@@ -18,7 +18,6 @@ from ettin.runtimes.engines.openvino_kernels import problem, row_kernels, runnab
 from ettin.runtimes.machine import has_bf16
 
 Artifacts = dict[tuple[str, str], Path]
-RANGE = (-4.0, 4.0 * 127 / 128)  # of int8
 
 
 @pytest.fixture
@@ -55,13 +54,6 @@ def test_rows_where_they_are_as_exact(
         assert counts["GatedGelu"] == (layers if precision in norms else 0)
         if precision == "int8":  # of what remains: the embedding, and the first tokens before the last layer
             assert counts["FakeQuantize"] == 2
-
-
-def rounded(
-    x: ov.Node, low: float = RANGE[0], high: float = RANGE[1], levels: int = 256, wider: float = 1.0
-) -> ov.Node:
-    bounds = [op.constant(np.float32(each)) for each in (low, high, wider * low, wider * high)]
-    return op.fake_quantize(x, *bounds, levels)
 
 
 def normed(x: ov.Node, axis: int = -1, variance: bool = True, eps_mode: str = "inside_sqrt") -> ov.Node:

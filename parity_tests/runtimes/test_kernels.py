@@ -1,10 +1,10 @@
-"""Our attention kernel in every variant that this processor or an emulated one can run, against the formula."""
+"""Our kernels for CPUs in every variant that this processor or an emulated one can run, against the formula."""
 
 import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import kernel_cases
@@ -28,16 +28,22 @@ def variant(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def kernel(variant: str, request: pytest.FixtureRequest) -> Kernel:
-    """What can run the variant: the library, or a program for an emulated processor."""
-    if variant in NEON_VARIANTS and not IS_ARM:
-        emulated: EmulatedKernel = request.getfixturevalue("emulated")
-        return emulated
+    return what_runs(variant, NEON_VARIANTS, Kernel.can_run, request)
+
+
+def what_runs(
+    name: str, emulated: tuple[str, ...], can_run: Callable[[Kernel, str], bool], request: pytest.FixtureRequest
+) -> Kernel:
+    """The library, or a program for an emulated processor."""
+    if name in emulated and not IS_ARM:
+        program: EmulatedKernel = request.getfixturevalue("emulated")
+        return program
     library = compiled()
     if library is None:
-        pytest.skip("the attention kernel was not compiled")
+        pytest.skip("the kernels were not compiled")
     kernel = Kernel(library)
-    if not kernel.can_run(variant):
-        pytest.skip(f"this processor can't run {variant}")
+    if not can_run(kernel, name):
+        pytest.skip(f"this processor can't run {name}")
     return kernel
 
 
@@ -135,16 +141,7 @@ def test_results_are_rounded_to_int8(kernel: Kernel, variant: str) -> None:
 @pytest.fixture(params=ROWS)
 def rows(request: pytest.FixtureRequest) -> tuple[Kernel, str]:
     """What can run the kernels on rows, and their name."""
-    name: str = request.param
-    if name in NEON_ROWS and not IS_ARM:
-        return request.getfixturevalue("emulated"), name
-    library = compiled()
-    if library is None:
-        pytest.skip("the kernels were not compiled")
-    kernel = Kernel(library)
-    if not kernel.can_run_rows(name):
-        pytest.skip(f"this processor can't run {name}")
-    return kernel, name
+    return what_runs(request.param, NEON_ROWS, Kernel.can_run_rows, request), request.param
 
 
 def test_rows_equal_the_formula(rows: tuple[Kernel, str]) -> None:
@@ -165,12 +162,10 @@ def test_nan_and_infinity_stay_in_rows(rows: tuple[Kernel, str], value: float) -
     kernel, name = rows
     x = np.ones((3, 64), np.float32)
     x[1, 5] = value
-    arrays = [to_bf16(each) if name.startswith("bf16") else each for each in (x, np.zeros_like(x))]
-    results = kernel.normalise(name, *arrays, 1e-5, 0)
-    gated = kernel.gate(name, arrays[0], 0)
+    stored, nothing = arrays(name, x, np.zeros_like(x))
+    results, gated = kernel.normalise(name, stored, nothing, 1e-5, 0), kernel.gate(name, stored, 0)
     assert results and gated is not None
-    for found in (*results, gated):
-        floats = from_bf16(found) if found.dtype == np.uint16 else found
+    for floats in map(kernel_cases.as_floats, (*results, gated)):
         assert np.isfinite(floats[[0, 2]]).all() and not np.isfinite(floats[1]).all()
 
 

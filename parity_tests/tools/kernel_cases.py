@@ -1,4 +1,4 @@
-"""Our attention kernel, called without an inference engine, against the formula in float64.
+"""Our kernels for CPUs, called without an inference engine, against the formula in float64.
 
     python parity_tests/tools/kernel_cases.py LIBRARY
 
@@ -206,8 +206,8 @@ def check_rows(kernel: Kernel, kernels: str) -> int:
         added = _stored(random.standard_normal((25, size), np.float32) * sizes, is_bf16)
         found = kernel.normalise(kernels, x, added, 1e-5, step)
         assert found, f"{kernels} do not take {size}"
-        normed, total = (_floats(each) for each in found)
-        exact = _floats(x) + _floats(added)
+        normed, total = (as_floats(each) for each in found)
+        exact = as_floats(x) + as_floats(added)
         _assert_near(total, exact, 0, is_bf16)
         mean, deviation = total.mean(-1, keepdims=True), np.sqrt(total.var(-1, keepdims=True) + 1e-5)
         _assert_near(normed, (total - mean) / deviation, step, is_bf16, abs(mean) * 2.0**-23 / deviation)
@@ -215,9 +215,9 @@ def check_rows(kernel: Kernel, kernels: str) -> int:
         joint = _stored(random.standard_normal((7, 2 * size), np.float32) * 4, is_bf16)
         gated = kernel.gate(kernels, joint, step)
         assert gated is not None, f"{kernels} do not take {size}"
-        up, gate = np.split(_floats(joint), 2, axis=1)
+        up, gate = np.split(as_floats(joint), 2, axis=1)
         phi = np.vectorize(math.erf)(up / math.sqrt(2)) / 2 + 0.5
-        _assert_near(_floats(gated), up * phi * gate, step, is_bf16, 4.1e-5 * abs(gate))
+        _assert_near(as_floats(gated), up * phi * gate, step, is_bf16, 4.1e-5 * abs(gate))
         count += 2
     return count
 
@@ -234,7 +234,7 @@ def check_extremes(kernel: Kernel, kernels: str) -> None:
     x[:, 0] = [300, -300]
     found = kernel.normalise(kernels, _stored(x, is_bf16), _stored(np.zeros_like(x), is_bf16), 1e-5, 0.0)
     assert found
-    normed, total = (_floats(each) for each in found)
+    normed, total = (as_floats(each) for each in found)
     exact = (total - total.mean(-1, keepdims=True)) / total.std(-1, keepdims=True)
     _assert_near(normed, exact, 0.0, is_bf16, 256 * 2.0**-23 * abs(exact))
 
@@ -243,7 +243,7 @@ def _stored(x: NDArray[np.float32], is_bf16: bool) -> NDArray[Any]:
     return to_bf16(x) if is_bf16 else x
 
 
-def _floats(x: NDArray[Any]) -> Floats:
+def as_floats(x: NDArray[Any]) -> Floats:
     return (from_bf16(x) if x.dtype == np.uint16 else x).astype(np.float64)
 
 

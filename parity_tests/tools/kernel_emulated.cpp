@@ -1,4 +1,4 @@
-// The kernel as a program that answers the requests of `kernel_emulated.py`, one after the other.
+// The kernels as a program that answers the requests of `kernel_emulated.py`, one after the other.
 #include <cstdint>
 #include <cstdio>
 #include <vector>

@@ -1,4 +1,4 @@
-"""The attention kernel for 64-bit ARM on another processor: cross-compiled, and run by QEMU's emulation of one.
+"""The kernels for 64-bit ARM on another processor: cross-compiled, and run by QEMU's emulation of one.
 
 It shows that the results are right, and says nothing about the speed. Debian has both programs:
 `apt-get install g++-aarch64-linux-gnu qemu-user`.

@@ -1,4 +1,4 @@
-"""The attention kernel in a graph of whatever OpenVINO this process imports, against the same call without an engine.
+"""The kernels in graphs of whatever OpenVINO this process imports, against the same call without an engine.
 
     PYTHONPATH=FOLDER_WITH_OPENVINO python parity_tests/tools/kernel_in_openvino.py
 
@@ -36,6 +36,14 @@ def compiled_graph(case: Case, variant: Variant, floats: str, threads: int = 1) 
     return core.compile_model(model, "CPU", options)
 
 
+def rounded(
+    x: ov.Node, low: float = -4.0, high: float = 4.0 * 127 / 128, levels: int = 256, wider: float = 1.0
+) -> ov.Node:
+    """x rounded to levels from low to high, by default to int8; `wider`: what the result is multiplied by."""
+    bounds = [op.constant(np.float32(bound)) for bound in (low, high, wider * low, wider * high)]
+    return op.fake_quantize(x, *bounds, levels)
+
+
 def rows_graph(attention: Variant, floats: str, size: int = 64, fused: bool = True) -> ov.CompiledModel:
     """A residual with its norm and a gate, both rounded to int8, as in a layer; it takes x [1, tokens, size].
 
@@ -49,14 +57,10 @@ def rows_graph(attention: Variant, floats: str, size: int = 64, fused: bool = Tr
     x = op.parameter([1, -1, size], ov.Type.f32)
     ops = OpenVinoOps({name: random.standard_normal((size, size), np.float32) / 8 for name in "abcd"}, op.constant)
 
-    def rounded(values: ov.Node, largest: float) -> ov.Node:
-        low, high = op.constant(np.float32(-largest)), op.constant(np.float32(largest * 127 / 128))
-        return op.fake_quantize(values, low, high, low, high, 256)
-
     residual = op.add(x, ops.linear(x, "a"))
-    normed = rounded(ops.normalise(residual, 1e-5), 4)
+    normed = rounded(ops.normalise(residual, 1e-5))
     gated = op.multiply(ops.gelu(ops.linear(normed, "b")), ops.linear(normed, "c"))
-    model = ov.Model([op.add(residual, ops.linear(rounded(gated, 3), "d"))], [x])
+    model = ov.Model([op.add(residual, ops.linear(rounded(gated, -3.0, 3.0 * 127 / 128), "d"))], [x])
     if fused:
         use_kernels(model, attention, floats)
         assert own_rows(model) == ["AddedNorm", "GatedGelu"]
