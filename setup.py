@@ -1,4 +1,4 @@
-"""What `pyproject.toml` can't say: the attention kernel is compiled where OpenVINO's headers are installed."""
+"""What `pyproject.toml` can't say: the kernels for CPUs are compiled where OpenVINO's headers are installed."""
 
 import importlib.util
 import os
@@ -16,10 +16,10 @@ _WARNINGS = ("-Wall", "-Wextra", "-Wno-uninitialized", "-Wno-maybe-uninitialized
 
 
 def extensions() -> list[Extension]:
-    """The attention kernel, where it can run; without it (no compiler) an install is whole, but slower.
+    """The kernels for CPUs, where they can run; without them (no compiler) an install is whole, but slower.
 
-    It is linked to nothing of OpenVINO: what it needs of that is loaded before it (`openvino_kernels`), so that it
-    outlives a release. ETTIN_PURE_WHEEL leaves it out, for a wheel that any platform takes.
+    They are linked to nothing of OpenVINO: what they need of that is loaded before them (`openvino_kernels`), so that
+    they outlive a release. ETTIN_PURE_WHEEL leaves them out, for a wheel that any platform takes.
     """
     spec = importlib.util.find_spec("openvino")
     machine = platform.machine()

@@ -78,7 +78,7 @@ template <class Vector, class Products, class Element, int kDim> class Attention
     static constexpr int kMixVectors = std::min(Vector::kMixVectors, kRowVectors);
     static constexpr int kTerms = Products::kIsExact ? 5 : 3;
     static constexpr int kStagedWords = std::max(kRowWords, kLanes);
-    static constexpr int kWeightWords = kChunk / kGroup + 16;  // of a row; an odd number of cache lines
+    static constexpr int kWeightWords = kChunk / kGroup + 16;  // of a row; of floats an odd number of cache lines
 
     struct alignas(64) Block {
         uint32_t queries[kQueries][kRowWords];
