@@ -82,7 +82,7 @@ def profiled(runtime: Any, batch: Batch) -> dict[str, Part]:
     """
     inputs, model = runtime.inputs(batch), runtime.model_for(batch.longest)
     parts = _fastest(_compiled(runtime.core(), model, runtime.precision_hint), inputs)
-    model.reshape({port.any_name: list(array.shape) for port, array in zip(model.inputs, inputs, strict=True)})
+    model.reshape({port: list(array.shape) for port, array in zip(model.inputs, inputs, strict=True)})
     for node in model.get_ops():
         if node.get_type_name() == "MatMul" and node.input_value(1).get_node().get_type_name() in _WEIGHTS:
             kind = "int8 linear" if _is_int8(node) else "float linear"

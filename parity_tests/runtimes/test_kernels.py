@@ -69,6 +69,10 @@ def test_equals_the_formula(kernel: Kernel, variant: str) -> None:
     assert kernel_cases.check(kernel, variant) >= 16
 
 
+def test_rows_of_tables(kernel: Kernel, variant: str) -> None:
+    kernel_cases.check_tables(kernel, variant)
+
+
 def test_long_sequences(kernel: Kernel, variant: str) -> None:
     """The rounding of positions shows, and a row's largest score may come after thousands of keys."""
     case = Case(64, -1, lengths=(1000 if variant in NEON_VARIANTS else 3000,))  # emulation is slow

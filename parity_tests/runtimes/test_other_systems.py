@@ -119,7 +119,7 @@ else:
 print("done")
 """
 
-_OWN_PACKAGES = ("on_", "openvino_kernels", "openvino_fusion", "adapters", "triton", "torch")
+_OWN_PACKAGES = ("on_", "openvino_kernels", "openvino_fusion", "openvino_tokens", "adapters", "triton", "torch")
 
 
 def modules() -> list[str]:

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-from kernel_cases import HEADS, THETA, Case, Kernel, Rows, from_bf16
+from kernel_cases import HEADS, THETA, Case, Kernel, Rows, empty_result, from_bf16
 from numpy.typing import NDArray
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 LIBRARIES = "/usr/aarch64-linux-gnu"  # of Debian's cross compiler, for what is not linked into the program
 SOURCES = ("f32_neon.cpp", "int8_neon.cpp", "ragged_attention.cpp", "rows.cpp", "rows_f32_neon.cpp")
 SANITIZED = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-static-libasan", "-static-libubsan")
-_REQUEST = struct.Struct("16s16s11q2f")  # see kernel_emulated.cpp
+_REQUEST = struct.Struct("16s16s12q2f")  # see kernel_emulated.cpp
 
 
 def missing() -> str | None:
@@ -60,11 +60,19 @@ class EmulatedKernel(Kernel):
         return self._answer(variant, "can_run", np.zeros(0, np.int8))
 
     def attend(
-        self, variant: str, case: Case, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], step: float = 0
+        self,
+        variant: str,
+        case: Case,
+        q: NDArray[Any],
+        k: NDArray[Any],
+        v: NDArray[Any],
+        step: float = 0,
+        rows: NDArray[np.int64] | None = None,
     ) -> NDArray[Any]:
-        out = np.full_like(q, 9, dtype=np.int8 if step else q.dtype)
+        out = empty_result(q, step, rows)
+        arrays = [q, k, v, case.bounds, *([] if rows is None else [rows])]
         sizes = (len(case.lengths), HEADS, case.head_dim, case.window, case.first_only)
-        done = self._answer(variant, "attend", out, q, k, v, case.bounds, sizes=sizes, floats=(THETA, step))
+        done = self._answer(variant, "attend", out, *arrays, sizes=sizes, floats=(THETA, step))
         assert done, f"{variant} does not take {case}"
         return from_bf16(out) if out.dtype == np.uint16 else out
 
@@ -96,7 +104,7 @@ class EmulatedKernel(Kernel):
     ) -> bool:
         """Whether the function took what it was given; `out` has what it gives."""
         given = [array.tobytes() for array in arrays]
-        counts = [*map(len, given), *[0] * (4 - len(given)), out.nbytes]
+        counts = [*map(len, given), *[0] * (5 - len(given)), out.nbytes]
         is_bf16 = bool(arrays) and arrays[0].dtype == np.uint16
         request = _REQUEST.pack(variant.encode(), function.encode(), is_bf16, *sizes, *counts, *floats)
         assert self._process.stdin and self._process.stdout

@@ -77,12 +77,13 @@ inline void rotated(const uint16_t* row, const RopeTable& rope, int position, fl
     halves[1] = narrowed(right[0], right[1]);
 }
 
-void pack_keys(const RopeTable& rope, const uint16_t* k, size_t stride, int length, int padded, uint8_t* tiles) {
+// `row` gives the elements of a head by the key's place in its sequence.
+template <class Row> void pack_keys(const RopeTable& rope, Row row, int length, int padded, uint8_t* tiles) {
     for (int first = 0; first < padded; first += 16) {
         __m512i rows[2][16];
         for (int at = 0; at < 16; ++at) {
             __m512i halves[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
-            if (first + at < length) rotated(k + (first + at) * stride, rope, first + at, 1.0f, halves);
+            if (first + at < length) rotated(row(first + at), rope, first + at, 1.0f, halves);
             rows[0][at] = halves[0];
             rows[1][at] = halves[1];
         }
@@ -95,7 +96,7 @@ void pack_keys(const RopeTable& rope, const uint16_t* k, size_t stride, int leng
 }
 
 // Two rows of values become rows of pairs.
-void pack_values(const uint16_t* v, size_t stride, int length, int padded, uint8_t* tiles) {
+template <class Row> void pack_values(Row row, int length, int padded, uint8_t* tiles) {
     alignas(64) uint16_t order[2][32];
     for (int at = 0; at < 16; ++at)
         for (int part = 0; part < 2; ++part) {
@@ -105,13 +106,13 @@ void pack_values(const uint16_t* v, size_t stride, int length, int padded, uint8
     const __m512i low = _mm512_load_si512(order[0]), high = _mm512_load_si512(order[1]);
     for (int key = 0; key < padded; key += 2) {
         const auto loaded = [&](int at, int half) {
-            return at < length ? _mm512_loadu_si512(v + at * stride + kHalf * half) : _mm512_setzero_si512();
+            return at < length ? _mm512_loadu_si512(row(at) + kHalf * half) : _mm512_setzero_si512();
         };
-        uint8_t* row = tiles + size_t(key / 32) * 4 * kTileBytes + key % 32 / 2 * 64;
+        uint8_t* packed = tiles + size_t(key / 32) * 4 * kTileBytes + key % 32 / 2 * 64;
         for (int half = 0; half < 2; ++half) {
             const __m512i even = loaded(key, half), odd = loaded(key + 1, half);
-            _mm512_store_si512(row + 2 * half * kTileBytes, _mm512_permutex2var_epi16(even, low, odd));
-            _mm512_store_si512(row + (2 * half + 1) * kTileBytes, _mm512_permutex2var_epi16(even, high, odd));
+            _mm512_store_si512(packed + 2 * half * kTileBytes, _mm512_permutex2var_epi16(even, low, odd));
+            _mm512_store_si512(packed + (2 * half + 1) * kTileBytes, _mm512_permutex2var_epi16(even, high, odd));
         }
     }
 }
@@ -227,10 +228,11 @@ void attend_bf16_amx(const RaggedAttention& task, int64_t begin, int64_t end, in
     const int packed = whole_tiles(visible);
     const Scratch scratch(packed);
     Scratch::Block& block = *scratch.block;
-    const auto *q = static_cast<const uint16_t*>(task.q), *k = static_cast<const uint16_t*>(task.k);
-    const auto* v = static_cast<const uint16_t*>(task.v);
-    pack_keys(*task.rope, k + begin * stride + column, stride, visible, packed, scratch.keys);
-    pack_values(v + begin * stride + column, stride, visible, packed, scratch.values);
+    const auto row_of = [&](const void* tensor, int64_t token) {
+        return static_cast<const uint16_t*>(tensor) + task.row_of(token) * stride + column;
+    };
+    pack_keys(*task.rope, [&](int key) { return row_of(task.k, begin + key); }, visible, packed, scratch.keys);
+    pack_values([&](int key) { return row_of(task.v, begin + key); }, visible, packed, scratch.values);
 
     const TileConfig config;
     _tile_loadconfig(&config);
@@ -238,8 +240,7 @@ void attend_bf16_amx(const RaggedAttention& task, int64_t begin, int64_t end, in
         const int rows = std::min(kQueries, queries - first);
         for (int row = 0; row < kQueries; ++row) {
             __m512i halves[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
-            const uint16_t* query = q + (out_row + first + row) * stride + column;
-            if (row < rows) rotated(query, *task.rope, first + row, kLog2E, halves);
+            if (row < rows) rotated(row_of(task.q, out_row + first + row), *task.rope, first + row, kLog2E, halves);
             for (int half = 0; half < 2; ++half) _mm512_storeu_si512(&block.queries[row][kHalf * half], halves[half]);
         }
         const int from = is_local ? std::max(0, first - task.window) / 32 * 32 : 0;

@@ -29,7 +29,8 @@ std::shared_ptr<const ettin::RopeTable> rope_table(float theta, int head_dim, in
 // Inputs: queries, keys, values, float32 or bf16 [1, tokens, heads · head_dim]; cu_seqlens [pairs + 1], where each
 // sequence begins and the last ends. Tokens after that belong to none: their result is 0. Queries are [1, pairs, …]
 // with `first_only`. What the runtime chooses for its processor: `variant` names how it is computed, and with a `step`
-// the result is int8.
+// the result is int8. With a fifth input [tokens], queries, keys and values are tables [rows, heads · head_dim], and it
+// has the row of each token.
 class RaggedAttention : public ov::op::Op {
 public:
     OPENVINO_OP("RaggedAttention", "ettin");
@@ -38,8 +39,12 @@ public:
     explicit RaggedAttention(const ov::OutputVector& inputs) : Op(inputs) {}
 
     void validate_and_infer_types() override {
-        OPENVINO_ASSERT(get_input_size() == 4, "RaggedAttention takes queries, keys, values and cu_seqlens");
-        set_output_type(0, m_step == 0 ? get_input_element_type(0) : ov::element::i8, get_input_partial_shape(0));
+        const bool has_tables = get_input_size() == 5;
+        OPENVINO_ASSERT(get_input_size() == 4 || (has_tables && !m_first_only),
+                        "RaggedAttention takes queries, keys, values, cu_seqlens and perhaps rows");
+        auto shape = get_input_partial_shape(0);
+        if (has_tables) shape = {1, get_input_partial_shape(4)[0], shape[1]};
+        set_output_type(0, m_step == 0 ? get_input_element_type(0) : ov::element::i8, shape);
     }
 
     std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
@@ -72,20 +77,23 @@ public:
         const auto type = inputs[0].get_element_type();
         for (int at = 0; at < 3; ++at)
             OPENVINO_ASSERT(inputs[at].get_element_type() == type, "RaggedAttention takes one element type");
-        outputs[0].set_shape(inputs[0].get_shape());
-        const auto bounds = values_of(inputs[3]);
-        const size_t pairs = bounds.size() - 1;
-        const int head_dim = int(inputs[0].get_shape().back() / m_heads);
+        const bool has_tables = inputs.size() == 5;
+        const auto bounds = values_of(inputs[3]), rows = has_tables ? values_of(inputs[4]) : std::vector<int64_t>();
+        const size_t pairs = bounds.size() - 1, size = inputs[0].get_shape().back();
+        for (const int64_t row : rows)
+            OPENVINO_ASSERT(row >= 0 && size_t(row) < inputs[0].get_shape()[0], "RaggedAttention: there is no row ", row);
+        outputs[0].set_shape(has_tables ? ov::Shape{1, rows.size(), size} : inputs[0].get_shape());
+        const int head_dim = int(size / m_heads);
         const auto rope = rope_table(m_theta, head_dim, int(ettin::longest_sequence(bounds.data(), pairs)));
         const ettin::RaggedAttention task{
-            inputs[0].data(), inputs[1].data(), inputs[2].data(), outputs[0].data(), type == ov::element::bf16, m_step,
-            rope.get(), int(m_heads), head_dim, int(m_window), m_first_only};
+            inputs[0].data(), inputs[1].data(), inputs[2].data(), has_tables ? rows.data() : nullptr, outputs[0].data(),
+            type == ov::element::bf16, m_step, rope.get(), int(m_heads), head_dim, int(m_window), m_first_only};
         OPENVINO_ASSERT((task.is_bf16 || type == ov::element::f32) && variant->takes(task), "RaggedAttention: '",
                         m_variant, "' does not take ", type, " in heads of ", head_dim);
         ov::parallel_for(pairs * m_heads,
                          [&](size_t part) { ettin::attend_part(*variant, task, bounds.data(), part); });
         if (!m_first_only) {
-            const size_t row_bytes = inputs[0].get_shape().back() * outputs[0].get_element_type().size();
+            const size_t row_bytes = size * outputs[0].get_element_type().size();
             auto* out = static_cast<uint8_t*>(outputs[0].data());
             std::fill(out + bounds.back() * row_bytes, out + outputs[0].get_byte_size(), uint8_t(0));
         }
@@ -229,7 +237,7 @@ public:
 }  // namespace
 
 // Changes with the operations and with the functions that Python calls: a checkout may be newer than its library.
-extern "C" __attribute__((visibility("default"))) int ettin_interface() { return 1; }
+extern "C" __attribute__((visibility("default"))) int ettin_interface() { return 2; }
 
 // The release that this was compiled for: year · 100 + number.
 extern "C" __attribute__((visibility("default"))) int ettin_openvino_release() {

@@ -17,14 +17,17 @@ struct RopeTable {
 };
 
 struct RaggedAttention {
-    const void *q, *k, *v;  // a row of heads · head_dim for each token; q carries the softmax scale
-    void* out;              // shaped as q
+    const void *q, *k, *v;  // rows of heads · head_dim, one for each token; q carries the softmax scale
+    const int64_t* rows;    // the row of each token in q, k and v; nullptr: its own. Not with first_only
+    void* out;              // a row for each of q's tokens
     bool is_bf16;           // whether q, k and v are bf16; else float32
     float step;             // out is int8: whole multiples of this, −128 … 127; 0: out is as q
     const RopeTable* rope;  // reaches the longest sequence
     int heads, head_dim;
     int window;       // each token sees this many to both sides; below 0: all of its sequence
     bool first_only;  // q and out have one row for each sequence, its first token
+
+    size_t row_of(int64_t token) const { return size_t(rows ? rows[token] : token); }
 };
 
 // One way to compute it.

@@ -125,8 +125,8 @@ template <class Vector, class Products, class Element, int kDim> class Attention
         key_sums_ = taken<int32_t>(at, keys);
     }
 
-    const Element* row_of(const void* tensor, int64_t row) const {
-        return static_cast<const Element*>(tensor) + size_t(row) * stride_ + column_;
+    const Element* row_of(const void* tensor, int64_t token) const {
+        return static_cast<const Element*>(tensor) + task_.row_of(token) * stride_ + column_;
     }
 
     // A row of one head, rotated for its position and multiplied.
