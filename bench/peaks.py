@@ -13,7 +13,12 @@ from ettin.runtimes.batch import Batch
 from ettin.runtimes.machine import available_cpus, has_bf16
 
 _CPU_SIZES, _GPU_SIZE = (512, 1024, 2048), 8192
-_OWN_KINDS = {"RaggedAttention": "attention", "AddedNorm": "residual and norm", "GatedGelu": "gate"}
+_OWN_KINDS = {
+    "RaggedAttention": "attention",
+    "FirstAttention": "attention",
+    "AddedNorm": "residual and norm",
+    "GatedGelu": "gate",
+}
 _WEIGHTS = ("Constant", "Convert", "Multiply")  # what the second input of a linear layer's product comes from
 
 

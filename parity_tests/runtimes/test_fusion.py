@@ -6,10 +6,12 @@ from pathlib import Path
 import numpy as np
 import openvino as ov
 import pytest
-from kernel_in_openvino import compare_rows, own_rows, rounded
+from kernel_cases import HEADS, THETA, Case, first_rows
+from kernel_in_openvino import compare_rows, own_rows, rounded, written_and_read
 from openvino import opset15 as op
 
 from ettin.artifacts.errors import EttinError
+from ettin.export.targets.openvino_ops import OpenVinoOps
 from ettin.graph import ModelShape
 from ettin.runtimes import load
 from ettin.runtimes.engines.on_openvino import OpenVinoRuntime
@@ -52,8 +54,9 @@ def test_rows_where_they_are_as_exact(
         norms = {"f32": {"int8": 2 * layers - 1}, "bf16": {"int8": 2 * layers, "bf16": 2 * layers}}[floats]
         assert counts["AddedNorm"] == norms.get(precision, 0)
         assert counts["GatedGelu"] == (layers if precision in norms else 0)
-        if precision == "int8":  # of what remains: the first tokens before the last layer
-            assert counts["FakeQuantize"] == 1
+        assert counts["FirstAttention"] == 1 and counts["RaggedAttention"] == layers - 1
+        # Of what remains: the first tokens before the last layer, and what they attend to.
+        assert counts["FakeQuantize"] == (2 if precision == "int8" else 0)
 
 
 def normed(x: ov.Node, axis: int = -1, variance: bool = True, eps_mode: str = "inside_sqrt") -> ov.Node:
@@ -142,3 +145,48 @@ def test_what_goes_wrong_in_a_node_is_said(usable: None, demo_artifacts: Artifac
         runtime._forms.clear()  # compiled again
         with pytest.raises(EttinError, match="RaggedAttention: 'nothing' can't run here"):
             runtime.predict([("query", "document")])
+
+
+def nothing_of(x: ov.Node) -> ov.Node:
+    """0, computed from x."""
+    return op.multiply(op.reduce_sum(x, op.constant(np.array([0, 1, 2]))), op.constant(np.float32(0)))
+
+
+# From rows, x and weights [out, in].
+PROJECTIONS = {
+    "constants": lambda rows, x, weights: op.matmul(rows, op.constant(weights), False, True),
+    "another way round": lambda rows, x, weights: op.matmul(rows, op.constant(weights.T.copy()), False, False),
+    "with a bias": lambda rows, x, weights: op.add(
+        op.matmul(rows, op.constant(weights), False, True), op.constant(np.zeros(len(weights), np.float32))
+    ),
+    "computed": lambda rows, x, weights: op.matmul(rows, op.add(op.constant(weights), nothing_of(x)), False, True),
+}
+
+
+@pytest.mark.parametrize("is_int8", [True, False])
+@pytest.mark.parametrize("kind", PROJECTIONS)
+def test_values_are_projected_last(usable: None, kind: str, is_int8: bool) -> None:
+    """Only where the projection is a product with constants alone; the result is the formula's."""
+    case = Case(32, 5, True, (9, 1, 4))
+    width, tokens, random = HEADS * case.head_dim, sum(case.lengths), np.random.default_rng(0)
+    q, k, x, added = (op.parameter([1, -1, width], ov.Type.f32) for _ in range(4))
+    bounds = op.parameter([-1], ov.Type.i64)
+    rows = rounded(normed(op.add(x, added))) if is_int8 else op.add(x, added)
+    weights = random.standard_normal((width, width), np.float32) / 8
+    values = PROJECTIONS[kind](rows, x, weights)
+    mixed = OpenVinoOps({}, op.constant).ragged_attention(q, k, values, bounds, HEADS, case.window, THETA, True, "")
+    core, model = written_and_read(ov.Model([mixed], [q, k, x, added, bounds]))
+    use_kernels(model, next(each for each in runnable() if each.products == "f32"), "f32")
+    names = [node.get_type_name() for node in model.get_ops()]
+    assert names.count("FirstAttention") == (kind == "constants")
+
+    arrays = [random.standard_normal((tokens, width), np.float32) for _ in range(4)]
+    data = [arrays[0][case.bounds[:-1]], *arrays[1:]]
+    found = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(
+        [*(each[None] for each in data), case.bounds]
+    )
+    stock = ov.Core().compile_model(ov.Model([rows], [x, added]), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    of_values = (stock([arrays[2][None], arrays[3][None]])[0][0] @ weights.T).astype(np.float64)
+    wanted = first_rows(case, arrays[0], arrays[1], of_values).reshape(-1, HEADS, HEADS, case.head_dim)
+    wanted = np.stack([wanted[:, head, head] for head in range(HEADS)], 1).reshape(-1, width)
+    np.testing.assert_allclose(found[0][0], wanted, atol=2e-2 if is_int8 else 1e-5)

@@ -153,11 +153,35 @@ def test_rows_equal_the_formula(rows: tuple[Kernel, str]) -> None:
     kernel_cases.check_extremes(*rows)
 
 
+def test_first_tokens_equal_the_formula(rows: tuple[Kernel, str]) -> None:
+    assert kernel_cases.check_first(*rows) == 36
+
+
+def test_extremes_of_first_tokens(rows: tuple[Kernel, str]) -> None:
+    """Huge scores choose one row, equal ones give the mean, and NaN is not hidden."""
+    kernel, name = rows
+    case = Case(64, -1, True, (5, 70))
+    q, k, _ = inputs(case, 1.0)
+    x = np.random.default_rng(0).integers(-128, 128, (75, 64)).astype(np.int8)
+
+    def found(queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
+        result = kernel.attend_first(name, case, *arrays(name, queries[case.bounds[:-1]], keys), x)
+        assert result is not None
+        return kernel_cases.as_floats(result)
+
+    assert all((abs(x[5:] - row) < 0.5).all(-1).any() for row in found(q * 1e4, k)[1])
+    np.testing.assert_allclose(found(q, np.zeros_like(k))[1], np.broadcast_to(x[5:].mean(0), (2, 64)), atol=0.1)
+    k[2, 3] = np.nan
+    result = found(q, k)
+    assert np.isnan(result[0, 0]).all() and np.isfinite(result[0, 1]).all() and np.isfinite(result[1]).all()
+
+
 def test_rows_of_odd_size_are_refused(rows: tuple[Kernel, str]) -> None:
     kernel, name = rows
     for size in (40, 16, 1, 0):
         x = np.ones((1, size), np.uint16 if name.startswith("bf16") else np.float32)
         assert kernel.normalise(name, x, x, 1e-5, 0.1) is None
+        assert kernel.attend_first(name, Case(32, 0, True, (1,)), x, x, x) is None
         assert kernel.gate(name, np.repeat(x, 2, axis=1), 0.1) is None
 
 
@@ -248,3 +272,4 @@ def test_emulated_under_sanitizers(program: Path, tmp_path: Path) -> None:
         for variant in NEON_VARIANTS:
             assert kernel_cases.check(kernel, variant, kernel_cases.FEW_LENGTHS) >= 16
         assert kernel_cases.check_rows(kernel, *NEON_ROWS) == 20
+        assert kernel_cases.check_first(kernel, *NEON_ROWS) == 36

@@ -51,7 +51,14 @@ class Kernel:
 
     def __init__(self, library: Path) -> None:
         self._library = ctypes.CDLL(str(library))
-        for name in ("ettin_can_run", "ettin_attend", "ettin_rows_can_run", "ettin_normalise", "ettin_gate"):
+        for name in (
+            "ettin_can_run",
+            "ettin_attend",
+            "ettin_rows_can_run",
+            "ettin_normalise",
+            "ettin_gate",
+            "ettin_attend_first",
+        ):
             getattr(self._library, name).restype = ctypes.c_bool
 
     def can_run(self, variant: str) -> bool:
@@ -99,6 +106,19 @@ class Kernel:
         done = self._library.ettin_gate(
             kernels.encode(), *pointers, ctypes.c_int64(len(joint)), size, ctypes.c_float(step)
         )
+        return out if done else None
+
+    def attend_first(
+        self, kernels: str, case: Case, q: NDArray[Any], k: NDArray[Any], x: NDArray[Any]
+    ) -> NDArray[Any] | None:
+        """What first tokens attend to, [pairs, heads, size] as q; x is as q, or int8. None: they don't take this."""
+        out = np.full((len(q), HEADS, x.shape[1]), 9, q.dtype)
+        pointers = [ctypes.c_void_p(array.ctypes.data) for array in (q, k, x)]
+        done = self._library.ettin_attend_first(
+            kernels.encode(), *pointers, ctypes.c_bool(x.dtype == np.int8), ctypes.c_void_p(out.ctypes.data),
+            ctypes.c_void_p(case.bounds.ctypes.data), ctypes.c_int64(len(q)), HEADS, case.head_dim, case.window,
+            ctypes.c_float(THETA), x.shape[1],
+        )  # fmt: skip
         return out if done else None
 
 
@@ -244,6 +264,33 @@ def check_rows(kernel: Kernel, kernels: str) -> int:
     return count
 
 
+def check_first(kernel: Kernel, kernels: str, lengths: tuple[int, ...] = FEW_LENGTHS) -> int:
+    """Checks attention of first tokens; returns the number of cases."""
+    is_bf16, random, count = kernels.startswith("bf16"), np.random.default_rng(0), 0
+    for head_dim, window, size in itertools.product((32, 64), (-1, 0, 64), (32, 96, 256)):
+        case = Case(head_dim, window, True, lengths)
+        q, k, _ = (_stored(each, is_bf16) for each in inputs(case, 1.0))
+        rows = random.integers(-128, 128, (len(k), size)).astype(np.int8)
+        for x in (rows, _stored(rows.astype(np.float32) / 64, is_bf16)):
+            found = kernel.attend_first(kernels, case, q[case.bounds[:-1]], k, x)
+            assert found is not None, f"{kernels} do not take {case}"
+            _assert_near(as_floats(found), first_rows(case, as_floats(q), as_floats(k), as_floats(x)), 0, is_bf16, 2e-4)
+            count += 1
+    return count
+
+
+def first_rows(case: Case, q: Floats, k: Floats, x: Floats) -> Floats:
+    """softmax(rope(q) · rope(k)ᵀ) · x of each sequence's first token in float64: [pairs, heads, size]."""
+    outs = []
+    for begin, end in itertools.pairwise(case.bounds.tolist()):
+        seen = slice(begin, min(end, begin + case.window + 1) if case.window >= 0 else end)
+        queries, keys = (_rotated(each[seen].reshape(-1, HEADS, case.head_dim).swapaxes(0, 1)) for each in (q, k))
+        scores = (queries[:, :1] @ keys.swapaxes(1, 2))[:, 0]
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        outs.append(weights / weights.sum(-1, keepdims=True) @ x[seen])
+    return np.array(outs)
+
+
 def check_extremes(kernel: Kernel, kernels: str) -> None:
     """Checks what no int8 can hold, and a first element that is far from the others."""
     is_bf16 = kernels.startswith("bf16")
@@ -287,7 +334,8 @@ def main() -> None:
             check_tables(kernel, name, FEW_LENGTHS)
         sys.stdout.write(f"{name}: {count} cases\n")
     for name in ROWS:
-        sys.stdout.write(f"rows, {name}: {check_rows(kernel, name) if kernel.can_run_rows(name) else 0} cases\n")
+        count = check_rows(kernel, name) + check_first(kernel, name) if kernel.can_run_rows(name) else 0
+        sys.stdout.write(f"rows, {name}: {count} cases\n")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,9 @@ extern "C" bool ettin_rows_can_run(const char* name);
 extern "C" bool ettin_normalise(const char* name, const void* x, const void* added, void* sum, void* normed,
                                 int64_t rows, int size, float eps, float step);
 extern "C" bool ettin_gate(const char* name, const void* joint, void* out, int64_t rows, int size, float step);
+extern "C" bool ettin_attend_first(const char* name, const void* q, const void* k, const void* x, bool is_int8,
+                                   void* out, const int64_t* bounds, int64_t pairs, int heads, int head_dim,
+                                   int window, float theta, int size);
 
 struct Request {
     char name[16], function[16];
@@ -38,6 +41,10 @@ int main() {
                                    r.theta, r.step);
         else if (r.function[0] == 'g')
             done = ettin_gate(r.name, q.data(), out, r.rows, int(r.size), r.step);
+        else if (r.function[0] == 'f')  // v is x, first_only whether that is int8, and step the size of its rows
+            done = ettin_attend_first(r.name, q.data(), k.data(), v.data(), r.first_only, out,
+                                      reinterpret_cast<const int64_t*>(bounds.data()), r.rows, int(r.size),
+                                      int(r.head_dim), int(r.window), r.theta, int(r.step));
         else
             done = ettin_attend(r.name, r.is_bf16, q.data(), k.data(), v.data(),
                                 r.bytes[4] ? reinterpret_cast<const int64_t*>(rows.data()) : nullptr, out,

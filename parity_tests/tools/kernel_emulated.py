@@ -93,6 +93,14 @@ class EmulatedKernel(Kernel):
         out = np.full((rows, size), 9, np.int8 if step else joint.dtype)
         return out if self._answer(kernels, "gate", out, joint, sizes=(rows, size, 0, 0, 0), floats=(0, step)) else None
 
+    def attend_first(
+        self, kernels: str, case: Case, q: NDArray[Any], k: NDArray[Any], x: NDArray[Any]
+    ) -> NDArray[Any] | None:
+        out = np.full((len(q), HEADS, x.shape[1]), 9, q.dtype)
+        sizes, floats = (len(q), HEADS, case.head_dim, case.window, x.dtype == np.int8), (THETA, x.shape[1])
+        done = self._answer(kernels, "first", out, q, k, x, case.bounds, sizes=sizes, floats=floats)
+        return out if done else None
+
     def _answer(
         self,
         variant: str,

@@ -26,14 +26,19 @@ def compiled_graph(case: Case, variant: Variant, floats: str, threads: int = 1) 
     mixed = OpenVinoOps({}, op.constant).ragged_attention(
         *tensors, bounds, HEADS, case.window, THETA, case.first_only, ""
     )
-    core = ov.Core()
-    core.add_extension(str(compiled()))
-    with TemporaryDirectory() as folder:
-        save(ov.Model([mixed], [*tensors, bounds]), Path(folder) / "model.xml")
-        model = core.read_model(Path(folder) / "model.xml")
+    core, model = written_and_read(ov.Model([mixed], [*tensors, bounds]))
     use_kernels(model, variant, floats)
     options = {"INFERENCE_PRECISION_HINT": floats, "NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": threads}
     return core.compile_model(model, "CPU", options)
+
+
+def written_and_read(model: ov.Model) -> tuple[ov.Core, ov.Model]:
+    """The graph with our kernels in place of the operations that stand for them where it was written."""
+    core = ov.Core()
+    core.add_extension(str(compiled()))
+    with TemporaryDirectory() as folder:
+        save(model, Path(folder) / "model.xml")
+        return core, core.read_model(Path(folder) / "model.xml")
 
 
 def rounded(

@@ -132,10 +132,10 @@ class OpenVinoRuntime(Runtime):
         if self._form(longest) == "short":
             names.append(SAME_WHEN_SHORT)
         model = without(self._model, tuple(names))
-        if self.manifest.precision == "int8" and is_arm():
-            widen_products(model)
         if self._kernel:
             use_kernels(model, self._kernel, self.precision_hint)
+        if self.manifest.precision == "int8" and is_arm():
+            widen_products(model)
         if self._is_small and self._tables is None:
             self._tables = TokenTables.of(model, self.core(), self._options)
         if self._tables:

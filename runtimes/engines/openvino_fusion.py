@@ -10,12 +10,16 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import openvino as ov
+from numpy.typing import NDArray
 from openvino import opset15 as op
 from openvino.utils.node_factory import NodeFactory
 
 from ettin.runtimes.engines.openvino_kernels import OPERATION, ROW_MULTIPLE, Variant, compiled, row_kernels
 
 _Create = Callable[..., ov.Node]  # a node of ours: name, inputs, attributes
+_OTHER = {"f32": (ov.Type.bf16,), "bf16": (ov.Type.f32,)}  # what is converted for kernels that take these floats
+_LINEAR = {"transpose_a": False, "transpose_b": True}
+_MOST_BLOCKS = 2**20  # elements of a projection as one matrix for all heads
 
 
 def without(model: ov.Model, names: tuple[str, ...]) -> ov.Model:
@@ -67,17 +71,20 @@ def use_kernels(model: ov.Model, attention: Variant, floats: str) -> None:
         attention: the variant.
         floats: what the graph computes in between products, "f32" or "bf16".
     """
-    for node in model.get_ordered_ops():
-        if node.get_type_name() == OPERATION:
-            node.set_attribute("variant", attention.name)
-            if floats == "f32":  # the graph has conversions to bf16 around it
-                for index in range(3):
-                    node.input(index).replace_source_output(node.input_value(index).get_node().input_value(0))
-            if attention.rounds:
-                _round_attention(node)
+    attentions = [node for node in model.get_ordered_ops() if node.get_type_name() == OPERATION]
+    for node in attentions:
+        node.set_attribute("variant", attention.name)
+        if floats == "f32":  # the graph has conversions to bf16 around it
+            for index in range(3):
+                node.input(index).replace_source_output(node.input_value(index).get_node().input_value(0))
     kernels = row_kernels(floats)
-    if kernels is not None:
-        _fuse_rows(model, kernels, floats)
+    create = _creator(kernels, floats) if kernels else None
+    if create:
+        _fuse_rows(model, floats, create)
+    for node in attentions:
+        is_projected = create and _project_first(node, floats, create)
+        if attention.rounds and not is_projected:
+            _round_attention(node)
     model.validate_nodes_and_infer_types()
 
 
@@ -91,16 +98,73 @@ def _round_attention(node: ov.Node) -> None:
         rounding.output(0).replace(_times(node.output(0), step))
 
 
-def _fuse_rows(model: ov.Model, kernels: str, floats: str) -> None:
-    """Residuals with the norms that follow, and gates with the GELU before them: a node of ours for each."""
+def _creator(kernels: str, floats: str) -> _Create:
     factory = NodeFactory()
     factory.add_extension(str(compiled()))
 
     def create(name: str, inputs: list[ov.Output], attributes: Mapping[str, object]) -> ov.Node:
-        if floats == "bf16":
-            inputs = [op.convert(x, "bf16").output(0) for x in inputs]
-        return factory.create(name, inputs, {"kernels": kernels, "eps": 0.0, **attributes})
+        inputs = [op.convert(x, floats).output(0) if x.get_element_type() in _OTHER[floats] else x for x in inputs]
+        return factory.create(name, inputs, {"kernels": kernels, "eps": 0.0, "step": 0.0, **attributes})
 
+    return create
+
+
+def _project_first(node: ov.Node, floats: str, create: _Create) -> bool:
+    """Attention of the first tokens before the projection of values, in place of after it; whether that was possible.
+
+    It is the last layer's: values are then projected for a row of each head, in place of a row of each token. Measured
+    with the 17m shape, this is 1.4 % of the whole.
+    """
+    product = _without_conversion(node.input_value(2)).get_node()
+    if not node.get_attributes()["first_only"] or product.get_type_name() != "MatMul":
+        return False
+    weights = _values(product.input_value(1).get_node())
+    heads, (outputs, size) = node.get_attributes()["heads"], weights.shape if weights is not None else (0, 0)
+    if weights is None or _transposed(product) != _LINEAR or heads * outputs * size > _MOST_BLOCKS:
+        return False
+    x, step = _whole(product.input_value(0))
+    attributes = {name: node.get_attributes()[name] for name in ("heads", "window", "theta")}
+    inputs = [*(_without_conversion(node.input_value(at)) for at in range(2)), x, node.input_value(3)]
+    mixed = _as_f32(create("FirstAttention", inputs, attributes).output(0))
+    blocks = np.zeros((heads, outputs // heads, heads, size), np.float32)  # each head's rows, and 0 for the others
+    for head, rows in enumerate(np.split(weights, heads)):
+        blocks[head, :, head] = rows * step
+    projected = op.matmul(mixed, op.constant(blocks.reshape(outputs, -1)), **_LINEAR)
+    projected.set_friendly_name(product.get_friendly_name())
+    (converted,) = _readers(node.output(0))
+    converted.output(0).replace(projected.output(0))
+    return True
+
+
+def _without_conversion(x: ov.Output) -> ov.Output:
+    node = x.get_node()
+    return node.input_value(0) if node.get_type_name() == "Convert" else x
+
+
+def _values(weights: ov.Node) -> NDArray[np.float32] | None:
+    """Constants, converted or multiplied by constants; None: something else."""
+    if weights.get_type_name() == "Constant":
+        return np.array(weights.get_data(dtype=np.float32))
+    if weights.get_type_name() == "Convert":
+        return _values(weights.input_value(0).get_node())
+    if weights.get_type_name() != "Multiply":
+        return None
+    parts = [_values(value.get_node()) for value in weights.input_values()]
+    return None if parts[0] is None or parts[1] is None else parts[0] * parts[1]
+
+
+def _whole(x: ov.Output) -> tuple[ov.Output, float]:
+    """What x is a multiple of, and by what: int8 and its step (see `_times`), or x."""
+    node = x.get_node()
+    if node.get_type_name() == "Multiply":
+        whole, step = _without_conversion(node.input_value(0)), _values(node.input_value(1).get_node())
+        if whole.get_element_type() == ov.Type.i8 and step is not None and step.size == 1:
+            return whole, float(step)
+    return _without_conversion(x), 1.0
+
+
+def _fuse_rows(model: ov.Model, floats: str, create: _Create) -> None:
+    """Residuals with the norms that follow, and gates with the GELU before them: a node of ours for each."""
     for node in model.get_ordered_ops():
         if node.get_type_name() == "MVN":
             _fuse_norm(node, floats, create)

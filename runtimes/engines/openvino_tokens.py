@@ -53,7 +53,7 @@ class TokenTables:
     def use(self, model: ov.Model) -> None:
         """Makes the graph read the tables: `tensors` become its further inputs, and token ids their rows."""
         embedding, attention, ids = _embedding(model), _first_attention(model), _ids(model)
-        table, *tables = (op.parameter(list(tensor.shape), tensor.element_type) for tensor in self.tensors)
+        table, *tables = (op.parameter([-1, tensor.shape[1]], tensor.element_type) for tensor in self.tensors)
         gathered = op.gather(table, embedding.input_value(1), embedding.input_value(2))
         embedding.output(0).replace(op.convert(gathered, embedding.get_output_element_type(0)).output(0))
         inputs = [*(each.output(0) for each in tables), attention.input_value(3), ids.output(0)]

@@ -26,6 +26,13 @@ std::shared_ptr<const ettin::RopeTable> rope_table(float theta, int head_dim, in
     return table;
 }
 
+// OpenVINO's CPU plugin hands int64 inputs over as int32.
+std::vector<int64_t> values_of(const ov::Tensor& tensor) {
+    if (tensor.get_element_type() == ov::element::i32)
+        return {tensor.data<int32_t>(), tensor.data<int32_t>() + tensor.get_size()};
+    return {tensor.data<int64_t>(), tensor.data<int64_t>() + tensor.get_size()};
+}
+
 // Inputs: queries, keys, values, float32 or bf16 [1, tokens, heads · head_dim]; cu_seqlens [pairs + 1], where each
 // sequence begins and the last ends. Tokens after that belong to none: their result is 0. Queries are [1, pairs, …]
 // with `first_only`. What the runtime chooses for its processor: `variant` names how it is computed, and with a `step`
@@ -101,20 +108,13 @@ public:
     }
 
 private:
-    // OpenVINO's CPU plugin hands int64 inputs over as int32.
-    static std::vector<int64_t> values_of(const ov::Tensor& tensor) {
-        if (tensor.get_element_type() == ov::element::i32)
-            return {tensor.data<int32_t>(), tensor.data<int32_t>() + tensor.get_size()};
-        return {tensor.data<int64_t>(), tensor.data<int64_t>() + tensor.get_size()};
-    }
-
     int64_t m_heads = 1, m_window = -1;
     float m_theta = 0, m_step = 0;
     bool m_first_only = false;
     std::string m_variant = "bf16_amx";
 };
 
-// What the runtime chooses of both operations on rows: `kernels` names how it is computed, and with a `step` the result
+// What the runtime chooses of the operations on rows: `kernels` names how it is computed, and with a `step` the result
 // is int8.
 class RowOperation : public ov::op::Op {
 public:
@@ -236,6 +236,64 @@ public:
 
 }  // namespace
 
+// Inputs: queries [1, pairs, heads · head_dim], keys [1, tokens, heads · head_dim], float32 or bf16, x [1, tokens, size],
+// as they are or int8, and cu_seqlens. Output: [1, pairs, heads · size], see `ettin::FirstAttention`.
+class FirstAttention : public RowOperation {
+public:
+    OPENVINO_OP("FirstAttention", "ettin", RowOperation);
+    using RowOperation::RowOperation;
+
+    void validate_and_infer_types() override {
+        const auto type = get_input_element_type(0), of_x = get_input_element_type(2);
+        OPENVINO_ASSERT(get_input_size() == 4 && type == get_input_element_type(1) &&
+                            (of_x == type || of_x == ov::element::i8),
+                        "FirstAttention takes queries, keys, x and cu_seqlens");
+        auto shape = get_input_partial_shape(0);
+        const auto size = get_input_partial_shape(2)[2].get_length(), width = shape[2].get_length();
+        OPENVINO_ASSERT(width == 32 * m_heads || width == 64 * m_heads, "FirstAttention knows heads of 32 and 64");
+        kernels(type, size);
+        shape[2] = m_heads * size;
+        set_output_type(0, type, shape);
+    }
+
+    std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
+        auto clone = std::make_shared<FirstAttention>(inputs);
+        clone->m_heads = m_heads;
+        clone->m_window = m_window;
+        clone->m_theta = m_theta;
+        return as_this(clone);
+    }
+
+    bool visit_attributes(ov::AttributeVisitor& visitor) override {
+        visitor.on_attribute("heads", m_heads);
+        visitor.on_attribute("window", m_window);
+        visitor.on_attribute("theta", m_theta);
+        return RowOperation::visit_attributes(visitor);
+    }
+
+    bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
+        const auto bounds = values_of(inputs[3]);
+        const size_t pairs = bounds.size() - 1, size = inputs[2].get_shape().back();
+        const int heads = int(m_heads), head_dim = int(inputs[0].get_shape().back() / heads);
+        outputs[0].set_shape({1, pairs, heads * size});
+        const auto rope = rope_table(m_theta, head_dim, int(ettin::longest_sequence(bounds.data(), pairs)));
+        const ettin::FirstAttention task{inputs[0].data(), inputs[1].data(), inputs[2].data(), outputs[0].data(),
+                                         inputs[2].get_element_type() == ov::element::i8, rope.get(), heads, head_dim,
+                                         int(m_window), int(size)};
+        const auto attend = kernels(inputs[0].get_element_type(), size).attend_first;
+        ov::parallel_for(pairs * heads, [&](size_t part) {
+            const size_t pair = part / heads;
+            if (bounds[pair + 1] > bounds[pair])
+                attend(task, bounds[pair], bounds[pair + 1], pair, int(part % heads));
+        });
+        return true;
+    }
+
+private:
+    int64_t m_heads = 1, m_window = -1;
+    float m_theta = 0;
+};
+
 // Changes with the operations and with the functions that Python calls: a checkout may be newer than its library.
 extern "C" __attribute__((visibility("default"))) int ettin_interface() { return 2; }
 
@@ -246,4 +304,4 @@ extern "C" __attribute__((visibility("default"))) int ettin_openvino_release() {
 
 OPENVINO_CREATE_EXTENSIONS(std::vector<ov::Extension::Ptr>(
     {std::make_shared<ov::OpExtension<RaggedAttention>>(), std::make_shared<ov::OpExtension<AddedNorm>>(),
-     std::make_shared<ov::OpExtension<GatedGelu>>()}));
+     std::make_shared<ov::OpExtension<GatedGelu>>(), std::make_shared<ov::OpExtension<FirstAttention>>()}));

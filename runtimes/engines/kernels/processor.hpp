@@ -38,7 +38,8 @@ inline bool has_avx2_vnni() {
 #ifdef ETTIN_EVEX  // see int8_avx2.cpp
     return has_avx512_vnni();
 #else
-    return has_avx2() && leaf7(1, 4, false);
+    static const bool has = has_avx2() && leaf7(1, 4, false);  // virtual machines take microseconds for CPUID
+    return has;
 #endif
 }
 

@@ -10,11 +10,11 @@ namespace {
 
 constexpr RowKernels kKernels[] = {
 #ifdef __aarch64__
-    {"f32_neon", has_neon, false, normalise_f32_neon, gate_f32_neon},
+    {"f32_neon", has_neon, false, normalise_f32_neon, gate_f32_neon, attend_first_f32_neon},
 #else
-    {"f32_avx2", has_avx2, false, normalise_f32_avx2, gate_f32_avx2},
-    {"f32_avx512", has_avx512, false, normalise_f32_avx512, gate_f32_avx512},
-    {"bf16_avx512", has_avx512_bf16, true, normalise_bf16_avx512, gate_bf16_avx512},
+    {"f32_avx2", has_avx2, false, normalise_f32_avx2, gate_f32_avx2, attend_first_f32_avx2},
+    {"f32_avx512", has_avx512, false, normalise_f32_avx512, gate_f32_avx512, attend_first_f32_avx512},
+    {"bf16_avx512", has_avx512_bf16, true, normalise_bf16_avx512, gate_bf16_avx512, attend_first_bf16_avx512},
 #endif
 };
 
@@ -50,5 +50,20 @@ extern "C" __attribute__((visibility("default"))) bool ettin_gate(const char* na
     if (!kernels || !kernels->can_run() || !kernels->takes(kernels->is_bf16, size)) return false;
     const auto* gate = static_cast<const uint8_t*>(joint) + size_t(size) * (kernels->is_bf16 ? 2 : 4);
     kernels->gate({joint, gate, out, size, size_t(size) * 2, step}, 0, size_t(rows));
+    return true;
+}
+
+// For tests. `bounds` [pairs + 1]: where each sequence begins and the last ends; none is empty. False: as above.
+extern "C" __attribute__((visibility("default"))) bool ettin_attend_first(
+    const char* name, const void* q, const void* k, const void* x, bool is_int8, void* out, const int64_t* bounds,
+    int64_t pairs, int heads, int head_dim, int window, float theta, int size) {
+    const ettin::RowKernels* kernels = ettin::row_kernels_named(name);
+    if (!kernels || !kernels->can_run() || !kernels->takes(kernels->is_bf16, size)) return false;
+    if (head_dim != 32 && head_dim != 64) return false;
+    const ettin::RopeTable rope(theta, head_dim, int(ettin::longest_sequence(bounds, size_t(pairs))));
+    const ettin::FirstAttention task{q, k, x, out, is_int8, &rope, heads, head_dim, window, size};
+    for (size_t pair = 0; pair < size_t(pairs); ++pair)
+        for (int head = 0; head < heads; ++head)
+            kernels->attend_first(task, bounds[pair], bounds[pair + 1], pair, head);
     return true;
 }

@@ -1,9 +1,12 @@
-// What lies between the linear layers and attention, row by row: the residual and the norm after it, and the gate of
-// the MLP. Each is one pass over memory, rounded to int8 where an int8 product reads it. Nothing here depends on an
-// inference engine.
+// What lies between the linear layers and attention, row by row: the residual and the norm after it, the gate of the
+// MLP, and the last layer's attention, which has one row for each sequence. The first two are one pass over memory,
+// rounded to int8 where an int8 product reads it. Nothing here depends on an inference engine.
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
+
+#include "ragged_attention.hpp"
 
 namespace ettin {
 
@@ -26,6 +29,20 @@ struct GatedGelu {
     float step;
 };
 
+// What each sequence's first token attends to, before the projection of values: the sum of the rows of x, weighted by
+// softmax(rope(q) · rope(k)ᵀ). A product with that projection gives the same as the sum of projected rows, and projects
+// one row for each head instead of one for each token.
+struct FirstAttention {
+    const void *q, *k;  // [pairs, heads · head_dim], carrying the softmax scale, and [tokens, heads · head_dim]
+    const void* x;      // [tokens, size], as q or int8
+    void* out;          // [pairs, heads, size], as q
+    bool is_int8;       // whether x is
+    const RopeTable* rope;  // reaches the longest sequence
+    int heads, head_dim;    // head_dim: 32 or 64
+    int window;             // as in RaggedAttention
+    int size;               // a multiple of 32
+};
+
 // One way to compute them.
 struct RowKernels {
     const char* name;  // the elements and the instruction set
@@ -34,6 +51,8 @@ struct RowKernels {
     // Rows from … to − 1. Any thread.
     void (*normalise)(const AddedNorm& norm, size_t from, size_t to);
     void (*gate)(const GatedGelu& gelu, size_t from, size_t to);
+    // One head of a sequence of tokens begin … end − 1, at least one. Any thread.
+    void (*attend_first)(const FirstAttention& task, int64_t begin, int64_t end, size_t pair, int head);
 
     bool takes(bool bf16, int size) const { return bf16 == is_bf16 && size > 0 && size % 32 == 0; }
 };
@@ -49,5 +68,9 @@ void gate_f32_avx2(const GatedGelu& gelu, size_t from, size_t to);
 void gate_f32_avx512(const GatedGelu& gelu, size_t from, size_t to);
 void gate_bf16_avx512(const GatedGelu& gelu, size_t from, size_t to);
 void gate_f32_neon(const GatedGelu& gelu, size_t from, size_t to);
+void attend_first_f32_avx2(const FirstAttention& task, int64_t begin, int64_t end, size_t pair, int head);
+void attend_first_f32_avx512(const FirstAttention& task, int64_t begin, int64_t end, size_t pair, int head);
+void attend_first_bf16_avx512(const FirstAttention& task, int64_t begin, int64_t end, size_t pair, int head);
+void attend_first_f32_neon(const FirstAttention& task, int64_t begin, int64_t end, size_t pair, int head);
 
 }  // namespace ettin

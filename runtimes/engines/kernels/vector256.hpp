@@ -23,6 +23,9 @@ struct Vector256 {
         const __m128i loaded = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bf16));
         return as_floats(_mm256_slli_epi32(_mm256_cvtepu16_epi32(loaded), 16));
     }
+    static Floats load(const int8_t* x) {
+        return to_floats(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x))));
+    }
     static Words load_words(const void* x) { return _mm256_loadu_si256(static_cast<const __m256i*>(x)); }
     static void store(float* to, Floats x) { _mm256_storeu_ps(to, x); }
     static void store_words(void* to, Words x) { _mm256_storeu_si256(static_cast<__m256i*>(to), x); }

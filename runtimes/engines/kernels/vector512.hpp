@@ -23,6 +23,9 @@ struct Vector512 {
         const __m256i loaded = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bf16));
         return as_floats(_mm512_slli_epi32(_mm512_cvtepu16_epi32(loaded), 16));
     }
+    static Floats load(const int8_t* x) {
+        return to_floats(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x))));
+    }
     static Words load_words(const void* x) { return _mm512_loadu_si512(x); }
     static void store(float* to, Floats x) { _mm512_storeu_ps(to, x); }
     static void store_words(void* to, Words x) { _mm512_storeu_si512(to, x); }

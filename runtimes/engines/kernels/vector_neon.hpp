@@ -20,6 +20,11 @@ struct VectorNeon {
     static Floats all(float x) { return vdupq_n_f32(x); }
     static Words all_words(uint32_t x) { return vdupq_n_s32(int32_t(x)); }
     static Floats load(const float* x) { return vld1q_f32(x); }
+    static Floats load(const int8_t* x) {
+        int32_t bytes;
+        std::memcpy(&bytes, x, sizeof bytes);
+        return to_floats(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(bytes))))));
+    }
     static Words load_words(const void* x) { return vld1q_s32(static_cast<const int32_t*>(x)); }
     static void store(float* to, Floats x) { vst1q_f32(to, x); }
     static void store_words(void* to, Words x) { vst1q_s32(static_cast<int32_t*>(to), x); }

@@ -5,8 +5,10 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #include "rows.hpp"
+#include "vector_exp2.hpp"
 
 namespace ettin {
 namespace {
@@ -105,6 +107,79 @@ template <class Vector, class Element> void gate(const GatedGelu& task, size_t f
             store_rounded<Vector, Element>(task.out, row * task.size + at, Vector::multiply(gated, by), is_int8);
         }
     }
+}
+
+// The query of a first token · a key, rotated: position 0 is rotated by the angle 0, so only the key is.
+template <class Vector, class Element>
+float first_score(const float* query, const Element* key, const float* cos, const float* sin, int half) {
+    auto sum = Vector::all(0.0f);
+    for (int at = 0; at < half; at += Vector::kLanes) {
+        const auto left = Vector::load(query + at), right = Vector::load(query + half + at);
+        const auto x = Vector::load(key + at), y = Vector::load(key + half + at);
+        const auto even = Vector::multiply_add(right, y, Vector::multiply(left, x));
+        const auto odd = Vector::subtract_product(Vector::multiply(right, x), left, y);
+        sum = Vector::multiply_add(Vector::load(cos + at), even, sum);
+        sum = Vector::multiply_add(Vector::load(sin + at), odd, sum);
+    }
+    return Vector::sum(sum);
+}
+
+// kWidth elements of the sum of `rows` rows of x, each multiplied by its weight and all by `share`.
+template <class Vector, int kWidth, class Input, class Element>
+void mix_columns(const float* weights, const Input* x, int rows, int size, float share, Element* out) {
+    constexpr int kVectors = kWidth / Vector::kLanes;
+    typename Vector::Floats sums[kVectors];
+    for (auto& sum : sums) sum = Vector::all(0.0f);
+    for (int row = 0; row < rows; ++row)
+        for (int part = 0; part < kVectors; ++part) {
+            const auto elements = Vector::load(x + size_t(row) * size + part * Vector::kLanes);
+            sums[part] = Vector::multiply_add(Vector::all(weights[row]), elements, sums[part]);
+        }
+    for (int part = 0; part < kVectors; ++part)
+        Vector::store(out + part * Vector::kLanes, Vector::multiply(Vector::all(share), sums[part]));
+}
+
+template <class Vector, class Input, class Element>
+void mix_rows(const float* weights, const Input* x, int rows, int size, float share, Element* out) {
+    int at = 0;
+    for (; at + 64 <= size; at += 64) mix_columns<Vector, 64>(weights, x + at, rows, size, share, out + at);
+    if (at < size) mix_columns<Vector, 32>(weights, x + at, rows, size, share, out + at);
+}
+
+template <class Vector, class Element>
+void attend_first(const FirstAttention& task, int64_t begin, int64_t end, size_t pair, int head) {
+    constexpr int kLanes = Vector::kLanes;
+    const int length = int(end - begin), half = task.head_dim / 2;
+    const int seen = task.window >= 0 ? std::min(length, task.window + 1) : length;
+    const size_t width = size_t(task.heads) * task.head_dim, column = size_t(head) * task.head_dim;
+    float query[64];
+    const auto* q = static_cast<const Element*>(task.q) + pair * width + column;
+    for (int at = 0; at < task.head_dim; at += kLanes)
+        Vector::store(query + at, Vector::multiply(Vector::all(kLog2E), Vector::load(q + at)));
+
+    thread_local std::vector<float> weights;
+    weights.resize(size_t(seen) + kLanes);
+    float largest = -INFINITY;
+    for (int key = 0; key < seen; ++key) {
+        const auto* k = static_cast<const Element*>(task.k) + size_t(begin + key) * width + column;
+        const size_t turn = size_t(key) * half;
+        weights[key] = first_score<Vector>(query, k, &task.rope->cos[turn], &task.rope->sin[turn], half);
+        largest = std::max(largest, weights[key]);
+    }
+    std::fill_n(&weights[seen], kLanes, -INFINITY);  // weighs nothing
+    auto sums = Vector::all(0.0f);
+    for (int key = 0; key < seen; key += kLanes) {
+        const auto x = exp2<Vector, 5>(Vector::subtract(Vector::load(&weights[key]), Vector::all(largest)));
+        Vector::store(&weights[key], x);
+        sums = Vector::add(sums, x);
+    }
+    const float share = 1.0f / Vector::sum(sums);
+    auto* out = static_cast<Element*>(task.out) + (pair * task.heads + head) * task.size;
+    const size_t first = size_t(begin) * task.size;
+    if (task.is_int8)
+        mix_rows<Vector>(weights.data(), static_cast<const int8_t*>(task.x) + first, seen, task.size, share, out);
+    else
+        mix_rows<Vector>(weights.data(), static_cast<const Element*>(task.x) + first, seen, task.size, share, out);
 }
 
 }  // namespace
