@@ -121,6 +121,7 @@ def _contest(*left_out: str) -> Callable[[Sequence[Result]], Rows]:
                 row["times"] = f"{row['pairs_per_s'] / base:.1f}" if base else None
                 if "ratio" in row:
                     row["times"] = "{median:.2f} ({low:.2f} … {high:.2f})".format(**row["ratio"])
+                    row["times"] += " of before" if row["ratio"]["to"].startswith(f"{row['name']} (") else ""
                 shown = [show(row) for show in columns.values()]
             rows.append([label(row["name"], "best" in row.get("batch", {})), *shown])
         kept = [index for index, _ in enumerate(rows[0]) if any(row[index] for row in rows[1:])]

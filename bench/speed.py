@@ -118,7 +118,9 @@ class SpeedRun:
         artifacts = {artifact_name(path): path for path in self.artifacts}
         rows = []
         for entry in entries:
-            row = figures(entry, pairs, reference, by_name.get(entry.name + BEFORE) or reference or entries[0])
+            before = by_name.get(entry.name + BEFORE)
+            baseline = before if before and before.problem is None else reference or entries[0]
+            row = figures(entry, pairs, reference, baseline)
             path = artifacts.get(entry.name.removesuffix(BEFORE))
             precision = Manifest.read(path).precision if path else _PRECISIONS.get("".join(entry.arguments[1:2]))
             peak = peak_pairs_per_s.get(str(precision))
