@@ -75,9 +75,10 @@ def speed(json_path: Path | None, **options: Any) -> None:
     """Pairs per second, latency, load time, memory and error of ARTIFACTS, alone or beside peers.
 
     All score the same pairs at their natural lengths, round by round, a process each. "×" is the speed divided by that
-    of st-fp32 (else of the first contestant, or of the earlier version) in the same round: median and range. "of peak" is the model's work in that
-    time against this machine's fastest matrix product of that precision. ONEDNN_MAX_CPU_ISA (with ATEN_CPU_CAPABILITY
-    and MKL_ENABLE_INSTRUCTIONS for torch) limits the instruction set of everybody but ONNX Runtime.
+    of st-fp32 (else of the first contestant, or of the earlier version) in the same round: median and range. "of peak"
+    is the model's work in that time against this machine's fastest matrix product of that precision.
+    ONEDNN_MAX_CPU_ISA (with ATEN_CPU_CAPABILITY and MKL_ENABLE_INSTRUCTIONS for torch) limits the instruction set of
+    everybody but ONNX Runtime.
     """
     _show_and_write(json_path, "speed", SpeedRun(**options).measured())
 
