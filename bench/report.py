@@ -153,6 +153,7 @@ def _shapes(results: Sequence[Result]) -> Rows:
         against = [text for speed in peers for text in (number(speed), f"{speeds[name] / speed:.1f}")]
         best = "AMX" if "amx_int8" in result["machine"]["isa"] else "AVX-512"
         limit = best if result["isa"] == "all" else result["isa"].upper().replace("_", "-")
+        limit += ", pretended" if result["machine"].get("pretended") else ""
         rows.append([what, limit, number(speeds[name]), *against])
     return rows
 
