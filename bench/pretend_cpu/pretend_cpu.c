@@ -90,7 +90,7 @@ static void trapped(int number, siginfo_t* info, void* context) {
         int is_file = dladdr(at, &whose);
         fprintf(stderr, "pretend_cpu: VNNI in VEX encoding, which this processor lacks, in %s at %#lx\n",
                 is_file ? whose.dli_fname : "code made at run time",
-                (unsigned long)(is_file ? at - (const uint8_t*)whose.dli_fbase : (uintptr_t)at));
+                (unsigned long)at - (is_file ? (unsigned long)whose.dli_fbase : 0));
     }
     is_installed = 0; /* the instruction runs again, for whoever had asked for the signal */
     sigaction(SIGILL, &previous, NULL);
