@@ -166,7 +166,7 @@ class Library:
             headers = [next(loads) if h[0] == _LOAD else h for h in self._headers]  # in the order of addresses
             for i, header in enumerate(headers):
                 _HEADER.pack_into(self.data, self._headers_at + i * _HEADER.size, *header)
-        new = self.path.with_name(self.path.name + ".new")
+        new = self.path.with_name("pretend_cpu.new")
         new.write_bytes(self.data + MARK)
         shutil.copymode(self.path, new)
         new.replace(self.path)
