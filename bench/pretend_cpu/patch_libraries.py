@@ -71,7 +71,7 @@ def evex_from_vex(code: bytes) -> bytes:
     """A product of AVX-VNNI in the encoding of AVX-512: one byte longer, or four where a displacement grows."""
     vex, p0, p1, opcode, modrm, *rest = code
     if vex != 0xC4 or p0 & 0x1F != 2 or p1 & 0x83 != 1 or opcode & 0xFC != 0x50:
-        raise ValueError(f"{code.hex()} is no product of AVX-VNNI")
+        raise ValueError(f"{code.hex()}, which is no product of AVX-VNNI")
     tail, width = bytes(rest), p1 >> 2 & 1  # 0: 16 bytes, 1: 32
     if modrm >> 6 == 1:  # a displacement of one byte; EVEX counts it in vectors
         start = 1 if modrm & 7 == 4 else 0  # after a SIB byte
@@ -145,6 +145,8 @@ class Library:
 
     def detour(self, start: int, size: int, code: bytes, back: int) -> None:
         """Replaces `size` bytes of instructions at an address by a jump to code, which then jumps to `back`."""
+        if not any(h[0] == _NOTE for h in self._headers):
+            self.refuse("no note", "one")
         to = self.next_address()
         self._added += code + b"\xe9" + struct.pack("<i", back - (to + len(code) + 5))
         at = self.offset(start)
@@ -190,10 +192,10 @@ def _moved(code: bytes, text: str, old: int, new: int) -> bytes:
     target = re.search(r"# ([0-9a-f]+)(?: <|$)", text)
     if target is None:
         return result
-    displacement = int(target[1], 16) - old - len(code)  # relative to RIP, of four bytes; an immediate may follow
-    before, found, after = result.rpartition(struct.pack("<i", displacement))
-    if not found:
-        raise ValueError(f"{text}: no displacement")
+    displacement = struct.pack("<i", int(target[1], 16) - old - len(code))  # from RIP; an immediate may follow
+    if result.count(displacement) != 1:
+        raise ValueError(f"{text}, which cannot be moved")
+    before, _, after = result.partition(displacement)
     return before + struct.pack("<i", int(target[1], 16) - new - len(result)) + after
 
 
@@ -242,7 +244,11 @@ def patched(path: Path, has_vex: bool) -> Library:
     if not has_vex:
         if path.name == PLUGIN:
             give_xbyak_evex(library)
-        if not give_vnni_evex(library):
+        try:
+            count = give_vnni_evex(library)
+        except ValueError as problem:
+            library.refuse(str(problem), "other instructions")
+        if not count:
             library.refuse("no product of AVX-VNNI", "some")
     return library
 
