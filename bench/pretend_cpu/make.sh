@@ -14,7 +14,8 @@ for program in gcc g++ git objdump; do
   command -v $program >/dev/null || { echo "$program is not installed. Run: apt-get install g++ git binutils" >&2; exit 1; }
 done
 [ -x "$venv/bin/python" ] || { echo "$venv is no virtual environment. Run: make test, or name one with VENV" >&2; exit 1; }
-revision=$(git -C "$root" rev-parse --verify --end-of-options "${2:-HEAD}^{commit}")
+revision=$(git -C "$root" rev-parse --quiet --verify --end-of-options "${2:-HEAD}^{commit}") ||
+  { echo "${2:-HEAD} is no commit of $root. Run: git log" >&2; exit 1; }
 if [ -e "$1" ] && [ ! -x "$1/python" ] && [ -n "$(ls -A "$1")" ]; then
   echo "$1 exists, and this program did not make it. Name another folder" >&2
   exit 1
