@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 # Read in the repository; the pages in docs/ are checked by MkDocs, and the test of remote files builds them.
 REPOSITORY_PAGES = [
     *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "bench/results/README.md", "deploy/README.md"),
-    "artifacts/FORMAT.md",
+    *("artifacts/FORMAT.md", "bench/pretend_cpu/README.md"),
     *sorted(str(path.relative_to(ROOT)) for path in (ROOT / ".github").rglob("*.md")),
 ]
 ALL_PAGES = [*REPOSITORY_PAGES, *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
