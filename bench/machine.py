@@ -29,7 +29,7 @@ def machine() -> dict[str, object]:
         "cpus_usable": cpu.available_cpus(),
         "isa": [flag for flag in cpu.INTERESTING if flag in cpu.flags()],
         "isa_limit": cpu.isa_limit(),
-        "pretended": os.environ.get("PRETEND_CPU"),  # see bench/pretend_cpu
+        "pretended": pretended if (pretended := os.environ.get("PRETEND_CPU")) != "host" else None,  # bench/pretend_cpu
         "python": platform.python_version(),
         "system": sys.platform,
         "versions": installed_versions(_PACKAGES),
