@@ -190,3 +190,24 @@ def test_values_are_projected_last(usable: None, kind: str, is_int8: bool) -> No
     wanted = first_rows(case, arrays[0], arrays[1], of_values).reshape(-1, HEADS, HEADS, case.head_dim)
     wanted = np.stack([wanted[:, head, head] for head in range(HEADS)], 1).reshape(-1, width)
     np.testing.assert_allclose(found[0][0], wanted, atol=2e-2 if is_int8 else 1e-5)
+
+
+BAD_BOUNDS = {"beyond the tokens": [0, 9], "falling": [0, 3, 2], "negative": [-1, 3], "none": []}
+
+
+@pytest.mark.parametrize("first_only", [False, True])
+@pytest.mark.parametrize("kind", BAD_BOUNDS)
+def test_bounds_that_a_damaged_graph_may_give(usable: None, kind: str, first_only: bool) -> None:
+    """They read what is behind the tokens, or ended the process."""
+    q, k, x = (op.parameter([1, -1, 64], ov.Type.f32) for _ in range(3))
+    bounds = op.parameter([-1], ov.Type.i64)
+    values = op.matmul(x, op.constant(np.ones((64, 64), np.float32)), False, True)
+    mixed = OpenVinoOps({}, op.constant).ragged_attention(q, k, values, bounds, 2, -1, THETA, first_only, "")
+    core, model = written_and_read(ov.Model([mixed], [q, k, x, bounds]))
+    use_kernels(model, next(each for each in runnable() if each.products == "f32"), "f32")
+    request = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}).create_infer_request()
+    rows = np.ones((1, 4, 64), np.float32)
+    count = max(len(BAD_BOUNDS[kind]) - 1, 0) if first_only else 4
+    request.start_async([rows[:, :count], rows, rows, np.array(BAD_BOUNDS[kind], np.int64)])
+    with pytest.raises(RuntimeError, match="Attention: cu_seqlens must not decrease and must end within 4 tokens"):
+        request.wait()

@@ -1,5 +1,7 @@
 """The tables of what is computed of each token alone: they change no score, whatever fills them."""
 
+import gc
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -89,14 +91,35 @@ def test_every_token_has_room(artifact: Path) -> None:
         assert np.isfinite(runtime.score(Batch.of([ids[-300:].astype(np.int32)], 0))).all()
 
 
-@pytest.mark.parametrize("own", [True, False])
-def test_only_what_depends_on_nothing_else(own: bool) -> None:
-    """A query that depends on the lengths, too, is not that of a token."""
+def test_closing_frees_them(artifact: Path) -> None:
+    runtime = opened(artifact)
+    tables = weakref.ref(tables_of(runtime))
+    runtime.close()
+    gc.collect()
+    assert tables() is None
+
+
+# What a graph computes of ids and of the embedding table beside the first attention: queries, and what is added.
+GRAPHS = {
+    "its own": lambda ids, bounds, key: (key, []),
+    "lengths": lambda ids, bounds, key: (op.add(key, op.convert(op.reduce_sum(bounds, ZERO), "f32")), []),
+    "ids elsewhere": lambda ids, bounds, key: (key, [op.convert(ids, "f32")]),
+    "their number elsewhere": lambda ids, bounds, key: (key, [op.convert(op.shape_of(ids), "f32")]),
+}
+ZERO = op.constant(np.int64(0))
+
+
+@pytest.mark.parametrize("kind", [*GRAPHS, "other ids", "first tokens", "nothing"])
+def test_only_for_graphs_that_look_ids_up(kind: str) -> None:
+    """A query that depends on the lengths is not that of a token, and whoever reads ids must not get rows."""
     ids, bounds = op.parameter([-1], ov.Type.i64), op.parameter([-1], ov.Type.i64)
     ids.output(0).get_tensor().set_names({"input_ids"})
-    zero = op.constant(np.int64(0))
-    key = op.gather(op.constant(np.ones((9, 64), np.float32)), op.unsqueeze(ids, zero), zero)
-    query = key if own else op.add(key, op.convert(op.reduce_sum(bounds, zero), "f32"))
-    mixed = OpenVinoOps({}, op.constant).ragged_attention(query, key, key, bounds, 1, -1, 1e4, False, "")
-    tables = TokenTables.of(ov.Model([mixed], [ids, bounds]), ov.Core(), {})
-    assert (tables is not None) == own
+    looked_up = op.add(ids, op.constant(np.int64(1))) if kind == "other ids" else ids
+    key = op.gather(op.constant(np.ones((9, 64), np.float32)), op.unsqueeze(looked_up, ZERO), ZERO)
+    query, others = GRAPHS.get(kind, GRAPHS["its own"])(ids, bounds, key)
+    mixed = OpenVinoOps({}, op.constant).ragged_attention(
+        query, key, key, bounds, 1, -1, 1e4, kind == "first tokens", ""
+    )
+    results = [key] if kind == "nothing" else [mixed]
+    model = ov.Model([*results, *others], [ids, bounds])
+    assert (TokenTables.of(model, ov.Core(), {}) is not None) == (kind in ("its own", "their number elsewhere"))

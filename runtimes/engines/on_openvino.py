@@ -190,6 +190,7 @@ class OpenVinoRuntime(Runtime):
 
     def _release(self) -> None:
         self._forms.clear()
+        self._tables = None
         del self._model
 
 

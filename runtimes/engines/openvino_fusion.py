@@ -18,6 +18,7 @@ from ettin.runtimes.engines.openvino_kernels import HEAD_DIMS, OPERATION, ROW_MU
 
 _Create = Callable[..., ov.Node]  # a node of ours: name, inputs, attributes
 _OTHER = {"f32": (ov.Type.bf16,), "bf16": (ov.Type.f32,)}  # what is converted for kernels that take these floats
+_OF_ROWS = (ov.Type.f32, ov.Type.bf16, ov.Type.i8)  # elements of what our kernels on rows take
 _LINEAR = {"transpose_a": False, "transpose_b": True}
 _MOST_BLOCKS = 2**20  # elements of a projection as one matrix for all heads
 
@@ -124,7 +125,10 @@ def _project_first(node: ov.Node, floats: str, create: _Create) -> bool:
     outputs, size = weights.shape
     if outputs not in [heads * head_dim for head_dim in HEAD_DIMS] or size % ROW_MULTIPLE:
         return False
-    x, step = _whole(product.input_value(0))
+    readers, (x, step) = _readers(node.output(0)), _whole(product.input_value(0))
+    is_known = x.get_element_type() in _OF_ROWS and x.get_partial_shape().rank == 3
+    if not is_known or [reader.get_type_name() for reader in readers] != ["Convert"]:
+        return False
     inputs = [*(_without_conversion(node.input_value(at)) for at in range(2)), x, node.input_value(3)]
     settings = {name: attributes[name] for name in ("heads", "window", "theta")}
     mixed = _as_f32(create("FirstAttention", inputs, settings).output(0))
@@ -133,8 +137,7 @@ def _project_first(node: ov.Node, floats: str, create: _Create) -> bool:
         blocks[head, :, head] = rows * step
     projected = op.matmul(mixed, op.constant(blocks.reshape(outputs, -1)), **_LINEAR)
     projected.set_friendly_name(product.get_friendly_name())
-    (converted,) = _readers(node.output(0))
-    converted.output(0).replace(projected.output(0))
+    readers[0].output(0).replace(projected.output(0))
     return True
 
 

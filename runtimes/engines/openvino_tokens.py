@@ -29,7 +29,7 @@ class TokenTables:
     def __init__(self, products: ov.Model, core: ov.Core, options: Mapping[str, Any]) -> None:
         (embedding,) = (node for node in products.get_ops() if node.get_type_name() == "Gather")
         vocabulary = embedding.get_input_partial_shape(0)[0].get_length()
-        self._request = core.compile_model(products, "CPU", dict(options)).create_infer_request()
+        self._request = core.compile_model(products, "CPU", {**options, "NUM_STREAMS": 1}).create_infer_request()
         self._filling = threading.Lock()
         self._rows = np.full(vocabulary, -1, np.int64)  # of each token id; −1: none yet
         self._known = 0
@@ -41,10 +41,15 @@ class TokenTables:
 
     @classmethod
     def of(cls, model: ov.Model, core: ov.Core, options: Mapping[str, Any]) -> Self | None:
-        """Tables for a ragged graph as it is compiled; None: its first attention needs more than the token ids."""
+        """Tables for a ragged graph as it is compiled; None: this is not all that it does with token ids at first."""
+        attentions = [node for node in model.get_ops() if node.get_type_name() == OPERATION]
+        if not attentions or _first_attention(model).get_attributes()["first_only"]:
+            return None
         attention, ids = _first_attention(model), _ids(model)
         parameters = [node.get_friendly_name() for node in _sources(attention, "Parameter")]
         if parameters != [ids.get_friendly_name()] or len(_sources(attention, "Gather")) != 1:
+            return None
+        if not _is_only_looked_up(ids, _embedding(model)):
             return None
         projections = attention.input_values()[:3]
         embedding = op.convert(_embedding(model), projections[0].get_element_type()).output(0)
@@ -78,8 +83,8 @@ class TokenTables:
         known = self._known + len(ids)
         for at, table in enumerate(self.tensors):
             table.data[self._known : known] = self._request.get_output_tensor(at).data[0]
-        self._rows[ids] = np.arange(self._known, known)  # other threads may read them from here on
-        self._known = known
+        first, self._known = self._known, known
+        self._rows[ids] = np.arange(first, known)  # other threads may read them from here on
 
 
 def _first_attention(model: ov.Model) -> ov.Node:
@@ -93,6 +98,25 @@ def _ids(model: ov.Model) -> ov.Node:
 def _embedding(model: ov.Model) -> ov.Node:
     """The node that takes embeddings from their table."""
     return _sources(_first_attention(model), "Gather")[0]
+
+
+def _is_only_looked_up(ids: ov.Node, embedding: ov.Node) -> bool:
+    """Whether nothing else reads the values of the token ids than the node that takes their embeddings."""
+    axis = embedding.input_value(2).get_node()
+    if axis.get_type_name() != "Constant" or axis.data.ravel().tolist() != [0]:
+        return False
+    waiting = [ids.output(0)]
+    while waiting:
+        for port in waiting.pop().get_target_inputs():
+            node, at = port.get_node(), port.get_index()
+            if node.get_type_name() in ("Reshape", "Unsqueeze", "Convert") and at == 0:
+                waiting.append(node.output(0))
+            elif node.get_type_name() != "ShapeOf" and (node.get_friendly_name(), at) != (
+                embedding.get_friendly_name(),
+                1,
+            ):
+                return False
+    return True
 
 
 def _sources(attention: ov.Node, kind: str) -> list[ov.Node]:

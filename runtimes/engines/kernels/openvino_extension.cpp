@@ -33,6 +33,15 @@ std::vector<int64_t> values_of(const ov::Tensor& tensor) {
     return {tensor.data<int64_t>(), tensor.data<int64_t>() + tensor.get_size()};
 }
 
+// Where each sequence begins and the last ends. A graph comes from an artifact: nothing outside of the tokens is read.
+std::vector<int64_t> bounds_of(const ov::Tensor& tensor, size_t tokens, const char* operation) {
+    auto bounds = values_of(tensor);
+    OPENVINO_ASSERT(!bounds.empty() && bounds.front() >= 0 && std::is_sorted(bounds.begin(), bounds.end()) &&
+                        size_t(bounds.back()) <= tokens,
+                    operation, ": cu_seqlens must not decrease and must end within ", tokens, " tokens");
+    return bounds;
+}
+
 // Inputs: queries, keys, values, float32 or bf16 [1, tokens, heads · head_dim]; cu_seqlens [pairs + 1], where each
 // sequence begins and the last ends. Tokens after that belong to none: their result is 0. Queries are [1, pairs, …]
 // with `first_only`. What the runtime chooses for its processor: `variant` names how it is computed, and with a `step`
@@ -85,11 +94,18 @@ public:
         for (int at = 0; at < 3; ++at)
             OPENVINO_ASSERT(inputs[at].get_element_type() == type, "RaggedAttention takes one element type");
         const bool has_tables = inputs.size() == 5;
-        const auto bounds = values_of(inputs[3]), rows = has_tables ? values_of(inputs[4]) : std::vector<int64_t>();
-        const size_t pairs = bounds.size() - 1, size = inputs[0].get_shape().back();
+        const auto rows = has_tables ? values_of(inputs[4]) : std::vector<int64_t>();
+        const auto of_q = inputs[0].get_shape(), of_k = inputs[1].get_shape();
+        OPENVINO_ASSERT(of_k.size() == (has_tables ? 2 : 3) && of_k == inputs[2].get_shape() && of_q.size() == of_k.size(),
+                        "RaggedAttention takes as many values as keys");
+        const size_t size = of_q.back();
+        const auto bounds = bounds_of(inputs[3], has_tables ? rows.size() : of_k[1], "RaggedAttention");
+        const size_t pairs = bounds.size() - 1;
+        OPENVINO_ASSERT(of_q == (m_first_only ? ov::Shape{1, pairs, size} : of_k) && of_k.back() == size,
+                        "RaggedAttention: queries are ", of_q, ", keys ", of_k);
         for (const int64_t row : rows)
-            OPENVINO_ASSERT(row >= 0 && size_t(row) < inputs[0].get_shape()[0], "RaggedAttention: there is no row ", row);
-        outputs[0].set_shape(has_tables ? ov::Shape{1, rows.size(), size} : inputs[0].get_shape());
+            OPENVINO_ASSERT(row >= 0 && size_t(row) < of_k[0], "RaggedAttention: there is no row ", row);
+        outputs[0].set_shape(has_tables ? ov::Shape{1, rows.size(), size} : of_q);
         const int head_dim = int(size / m_heads);
         const auto rope = rope_table(m_theta, head_dim, int(ettin::longest_sequence(bounds.data(), pairs)));
         const ettin::RaggedAttention task{
@@ -272,9 +288,13 @@ public:
     }
 
     bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
-        const auto bounds = values_of(inputs[3]);
-        const size_t pairs = bounds.size() - 1, size = inputs[2].get_shape().back();
-        const int heads = int(m_heads), head_dim = int(inputs[0].get_shape().back() / heads);
+        const auto of_q = inputs[0].get_shape(), of_k = inputs[1].get_shape(), of_x = inputs[2].get_shape();
+        OPENVINO_ASSERT(of_k.size() == 3 && of_x.size() == 3 && of_k[1] == of_x[1],
+                        "FirstAttention takes as many keys as x");
+        const auto bounds = bounds_of(inputs[3], of_k[1], "FirstAttention");
+        const size_t pairs = bounds.size() - 1, size = of_x[2];
+        OPENVINO_ASSERT((of_q == ov::Shape{1, pairs, of_k[2]}), "FirstAttention: queries are ", of_q, ", keys ", of_k);
+        const int heads = int(m_heads), head_dim = int(of_q[2] / heads);
         outputs[0].set_shape({1, pairs, heads * size});
         const auto rope = rope_table(m_theta, head_dim, int(ettin::longest_sequence(bounds.data(), pairs)));
         const ettin::FirstAttention task{inputs[0].data(), inputs[1].data(), inputs[2].data(), outputs[0].data(),
