@@ -202,7 +202,8 @@ def _moved(code: bytes, text: str, old: int, new: int) -> bytes:
 def give_vnni_evex(library: Library) -> int:
     """Moves products of AVX-VNNI, and what is between them in a basic block, to where EVEX has room; returns how many.
 
-    Whoever jumps between them (tables of jumps are not looked for) meets VEX and SIGILL, not wrong results.
+    Jump tables are not searched. A jump that they make into the middle of moved instructions executes the old encoding,
+    and the process ends with SIGILL. It never gives a wrong result.
     """
     targets, near = set(), 0
     listing: list[tuple[int, bytes, str]] = []  # from each product on

@@ -111,7 +111,7 @@ ZERO = op.constant(np.int64(0))
 
 @pytest.mark.parametrize("kind", [*GRAPHS, "other ids", "first tokens", "nothing"])
 def test_only_for_graphs_that_look_ids_up(kind: str) -> None:
-    """A query that depends on the lengths is not that of a token, and whoever reads ids must not get rows."""
+    """The first query must depend on token ids alone. No other node may read the ids: it would get row numbers."""
     ids, bounds = op.parameter([-1], ov.Type.i64), op.parameter([-1], ov.Type.i64)
     ids.output(0).get_tensor().set_names({"input_ids"})
     looked_up = op.add(ids, op.constant(np.int64(1))) if kind == "other ids" else ids

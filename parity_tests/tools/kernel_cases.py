@@ -76,15 +76,24 @@ class Kernel:
     ) -> NDArray[Any]:
         """Arrays are float32, or bf16 as uint16; `rows`: of each token. The result is float32, or with a step int8."""
         assert q.dtype == k.dtype == v.dtype and q.dtype in (np.float32, np.uint16)
-        out, bounds = empty_result(q, step, rows), case.bounds
-        pointers = [ctypes.c_void_p(None if x is None else x.ctypes.data) for x in (q, k, v, rows, out, bounds)]
-        done = self._library.ettin_attend(
-            variant.encode(), ctypes.c_bool(q.dtype == np.uint16), *pointers, ctypes.c_int64(len(bounds) - 1), HEADS,
-            case.head_dim, case.window, ctypes.c_float(THETA), ctypes.c_bool(case.first_only),
-            ctypes.c_float(step),
-        )  # fmt: skip
-        assert done, f"{variant} does not take {case}"
+        shape = q.shape if rows is None else (len(rows), q.shape[1])
+        out = np.full(shape, 9, dtype=np.int8 if step else q.dtype)
+        assert self._attend(variant, case, [q, k, v], rows, out, step), f"{variant} does not take {case}"
         return from_bf16(out) if out.dtype == np.uint16 else out
+
+    def _attend(
+        self, variant: str, case: Case, qkv: list[NDArray[Any]], rows: NDArray[np.int64] | None, out: NDArray[Any],
+        step: float,
+    ) -> bool:  # fmt: skip
+        bounds = case.bounds
+        pointers = [ctypes.c_void_p(None if x is None else x.ctypes.data) for x in (*qkv, rows, out, bounds)]
+        return bool(
+            self._library.ettin_attend(
+                variant.encode(), ctypes.c_bool(qkv[0].dtype == np.uint16), *pointers, ctypes.c_int64(len(bounds) - 1),
+                HEADS, case.head_dim, case.window, ctypes.c_float(THETA), ctypes.c_bool(case.first_only),
+                ctypes.c_float(step),
+            )
+        )  # fmt: skip
 
     def can_run_rows(self, kernels: str) -> bool:
         return bool(self._library.ettin_rows_can_run(kernels.encode()))
@@ -113,18 +122,19 @@ class Kernel:
     ) -> NDArray[Any] | None:
         """What first tokens attend to, [pairs, heads, size] as q; x is as q, or int8. None: they don't take this."""
         out = np.full((len(q), HEADS, x.shape[1]), 9, q.dtype)
-        pointers = [ctypes.c_void_p(array.ctypes.data) for array in (q, k, x)]
-        done = self._library.ettin_attend_first(
-            kernels.encode(), *pointers, ctypes.c_bool(x.dtype == np.int8), ctypes.c_void_p(out.ctypes.data),
-            ctypes.c_void_p(case.bounds.ctypes.data), ctypes.c_int64(len(q)), HEADS, case.head_dim, case.window,
-            ctypes.c_float(THETA), x.shape[1],
+        return out if self._attend_first(kernels, case, q, k, x, out) else None
+
+    def _attend_first(
+        self, kernels: str, case: Case, q: NDArray[Any], k: NDArray[Any], x: NDArray[Any], out: NDArray[Any]
+    ) -> bool:
+        bounds = case.bounds
+        pointers = [ctypes.c_void_p(array.ctypes.data) for array in (q, k, x, out, bounds)]
+        return bool(
+            self._library.ettin_attend_first(
+                kernels.encode(), *pointers[:3], ctypes.c_bool(x.dtype == np.int8), *pointers[3:],
+                ctypes.c_int64(len(q)), HEADS, case.head_dim, case.window, ctypes.c_float(THETA), x.shape[1],
+            )
         )  # fmt: skip
-        return out if done else None
-
-
-def empty_result(q: NDArray[Any], step: float, rows: NDArray[np.int64] | None) -> NDArray[Any]:
-    shape = q.shape if rows is None else (len(rows), q.shape[1])
-    return np.full(shape, 9, dtype=np.int8 if step else q.dtype)
 
 
 def to_bf16(x: NDArray[np.float32]) -> NDArray[np.uint16]:

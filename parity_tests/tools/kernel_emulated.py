@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-from kernel_cases import HEADS, THETA, Case, Kernel, Rows, empty_result, from_bf16
+from kernel_cases import HEADS, THETA, Case, Kernel, Rows
 from numpy.typing import NDArray
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
@@ -59,22 +59,13 @@ class EmulatedKernel(Kernel):
     def can_run(self, variant: str) -> bool:
         return self._answer(variant, "can_run", np.zeros(0, np.int8))
 
-    def attend(
-        self,
-        variant: str,
-        case: Case,
-        q: NDArray[Any],
-        k: NDArray[Any],
-        v: NDArray[Any],
-        step: float = 0,
-        rows: NDArray[np.int64] | None = None,
-    ) -> NDArray[Any]:
-        out = empty_result(q, step, rows)
-        arrays = [q, k, v, case.bounds, *([] if rows is None else [rows])]
+    def _attend(
+        self, variant: str, case: Case, qkv: list[NDArray[Any]], rows: NDArray[np.int64] | None, out: NDArray[Any],
+        step: float,
+    ) -> bool:  # fmt: skip
+        arrays = [*qkv, case.bounds, *([] if rows is None else [rows])]
         sizes = (len(case.lengths), HEADS, case.head_dim, case.window, case.first_only)
-        done = self._answer(variant, "attend", out, *arrays, sizes=sizes, floats=(THETA, step))
-        assert done, f"{variant} does not take {case}"
-        return from_bf16(out) if out.dtype == np.uint16 else out
+        return self._answer(variant, "attend", out, *arrays, sizes=sizes, floats=(THETA, step))
 
     def can_run_rows(self, kernels: str) -> bool:
         return self._answer(kernels, "rows_can_run", np.zeros(0, np.int8))
@@ -93,13 +84,11 @@ class EmulatedKernel(Kernel):
         out = np.full((rows, size), 9, np.int8 if step else joint.dtype)
         return out if self._answer(kernels, "gate", out, joint, sizes=(rows, size, 0, 0, 0), floats=(0, step)) else None
 
-    def attend_first(
-        self, kernels: str, case: Case, q: NDArray[Any], k: NDArray[Any], x: NDArray[Any]
-    ) -> NDArray[Any] | None:
-        out = np.full((len(q), HEADS, x.shape[1]), 9, q.dtype)
+    def _attend_first(
+        self, kernels: str, case: Case, q: NDArray[Any], k: NDArray[Any], x: NDArray[Any], out: NDArray[Any]
+    ) -> bool:
         sizes, floats = (len(q), HEADS, case.head_dim, case.window, x.dtype == np.int8), (THETA, x.shape[1])
-        done = self._answer(kernels, "first", out, q, k, x, case.bounds, sizes=sizes, floats=floats)
-        return out if done else None
+        return self._answer(kernels, "first", out, q, k, x, case.bounds, sizes=sizes, floats=floats)
 
     def _answer(
         self,
