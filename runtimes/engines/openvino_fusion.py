@@ -77,7 +77,7 @@ def use_kernels(model: ov.Model, attention: Variant, floats: str) -> None:
         node.set_attribute("variant", attention.name)
         if floats == "f32":  # the graph has conversions to bf16 around it
             for index in range(3):
-                node.input(index).replace_source_output(node.input_value(index).get_node().input_value(0))
+                node.input(index).replace_source_output(_without_conversion(node.input_value(index)))
     kernels = row_kernels(floats)
     create = _creator(kernels, floats) if kernels else None
     if create:
@@ -119,11 +119,13 @@ def _project_first(node: ov.Node, floats: str, create: _Create) -> bool:
     product, attributes = _without_conversion(node.input_value(2)).get_node(), node.get_attributes()
     if not attributes["first_only"] or product.get_type_name() != "MatMul" or _transposed(product) != _LINEAR:
         return False
-    heads, weights = attributes["heads"], _values(product.input_value(1).get_node())
-    if weights is None or weights.ndim != 2 or heads * weights.size > _MOST_BLOCKS:
+    heads, shape = attributes["heads"], product.get_input_partial_shape(1)
+    if shape.is_dynamic or len(shape) != 2:
         return False
-    outputs, size = weights.shape
+    outputs, size = shape.to_shape()
     if outputs not in [heads * head_dim for head_dim in HEAD_DIMS] or size % ROW_MULTIPLE:
+        return False
+    if heads * outputs * size > _MOST_BLOCKS or (weights := _values(product.input_value(1).get_node())) is None:
         return False
     readers, (x, step) = _readers(node.output(0)), _whole(product.input_value(0))
     is_known = x.get_element_type() in _OF_ROWS and x.get_partial_shape().rank == 3

@@ -22,13 +22,12 @@ class TokenTables:
 
     Args:
         products: a graph that takes token ids, int64 [tokens], and gives rows of each table [1, tokens, H].
+        vocabulary: number of token ids.
         core: with our operations.
         options: for compiling.
     """
 
-    def __init__(self, products: ov.Model, core: ov.Core, options: Mapping[str, Any]) -> None:
-        (embedding,) = (node for node in products.get_ops() if node.get_type_name() == "Gather")
-        vocabulary = embedding.get_input_partial_shape(0)[0].get_length()
+    def __init__(self, products: ov.Model, vocabulary: int, core: ov.Core, options: Mapping[str, Any]) -> None:
         self._request = core.compile_model(products, "CPU", {**options, "NUM_STREAMS": 1}).create_infer_request()
         self._filling = threading.Lock()
         self._rows = np.full(vocabulary, -1, np.int64)  # of each token id; −1: none yet
@@ -42,22 +41,25 @@ class TokenTables:
     @classmethod
     def of(cls, model: ov.Model, core: ov.Core, options: Mapping[str, Any]) -> Self | None:
         """Tables for a ragged graph as it is compiled; None: this is not all that it does with token ids at first."""
-        attentions = [node for node in model.get_ops() if node.get_type_name() == OPERATION]
-        if not attentions or _first_attention(model).get_attributes()["first_only"]:
+        attentions, ids = _of_kind(model.get_ordered_ops(), OPERATION), _ids(model)
+        if not attentions or attentions[0].get_attributes()["first_only"]:
             return None
-        attention, ids = _first_attention(model), _ids(model)
-        parameters = [node.get_friendly_name() for node in _sources(attention, "Parameter")]
-        if parameters != [ids.get_friendly_name()] or len(_sources(attention, "Gather")) != 1:
+        sources = _sources(attentions[0])
+        parameters, embeddings = _of_kind(sources, "Parameter"), _of_kind(sources, "Gather")
+        if [node.get_friendly_name() for node in parameters] != [ids.get_friendly_name()]:
             return None
-        if not _is_only_looked_up(ids, _embedding(model)):
+        if len(embeddings) != 1 or not _is_only_looked_up(ids, embeddings[0]):
             return None
-        projections = attention.input_values()[:3]
-        embedding = op.convert(_embedding(model), projections[0].get_element_type()).output(0)
-        return cls(ov.Model([op.result(x) for x in (embedding, *projections)], [ids]).clone(), core, options)
+        vocabulary = embeddings[0].get_input_partial_shape(0)[0].get_length()
+        projections = attentions[0].input_values()[:3]
+        embedding = op.convert(embeddings[0], projections[0].get_element_type()).output(0)
+        products = ov.Model([op.result(x) for x in (embedding, *projections)], [ids]).clone()
+        return cls(products, vocabulary, core, options)
 
     def use(self, model: ov.Model) -> None:
-        """Makes the graph read the tables: `tensors` become its further inputs, and token ids their rows."""
-        embedding, attention, ids = _embedding(model), _first_attention(model), _ids(model)
+        """Makes a graph read the tables: `tensors` become its further inputs, and token ids their rows."""
+        attention, ids = _of_kind(model.get_ordered_ops(), OPERATION)[0], _ids(model)
+        (embedding,) = _of_kind(_sources(attention), "Gather")
         table, *tables = (op.parameter([-1, tensor.shape[1]], tensor.element_type) for tensor in self.tensors)
         gathered = op.gather(table, embedding.input_value(1), embedding.input_value(2))
         embedding.output(0).replace(op.convert(gathered, embedding.get_output_element_type(0)).output(0))
@@ -87,22 +89,13 @@ class TokenTables:
         self._rows[ids] = np.arange(first, known)  # other threads may read them from here on
 
 
-def _first_attention(model: ov.Model) -> ov.Node:
-    return next(node for node in model.get_ordered_ops() if node.get_type_name() == OPERATION)
-
-
 def _ids(model: ov.Model) -> ov.Node:
     return model.input("input_ids").get_node()
 
 
-def _embedding(model: ov.Model) -> ov.Node:
-    """The node that takes embeddings from their table."""
-    return _sources(_first_attention(model), "Gather")[0]
-
-
 def _is_only_looked_up(ids: ov.Node, embedding: ov.Node) -> bool:
     """Whether nothing else reads the values of the token ids than the node that takes their embeddings."""
-    axis = embedding.input_value(2).get_node()
+    axis, lookup = embedding.input_value(2).get_node(), (embedding.get_friendly_name(), 1)
     if axis.get_type_name() != "Constant" or axis.data.ravel().tolist() != [0]:
         return False
     waiting = [ids.output(0)]
@@ -111,16 +104,13 @@ def _is_only_looked_up(ids: ov.Node, embedding: ov.Node) -> bool:
             node, at = port.get_node(), port.get_index()
             if node.get_type_name() in ("Reshape", "Unsqueeze", "Convert") and at == 0:
                 waiting.append(node.output(0))
-            elif node.get_type_name() != "ShapeOf" and (node.get_friendly_name(), at) != (
-                embedding.get_friendly_name(),
-                1,
-            ):
+            elif node.get_type_name() != "ShapeOf" and (node.get_friendly_name(), at) != lookup:
                 return False
     return True
 
 
-def _sources(attention: ov.Node, kind: str) -> list[ov.Node]:
-    """The nodes of a kind that queries, keys and values are computed from."""
+def _sources(attention: ov.Node) -> list[ov.Node]:
+    """The nodes that queries, keys and values are computed from."""
     waiting = [value.get_node() for value in attention.input_values()[:3]]
     found: dict[str, ov.Node] = {}
     while waiting:
@@ -128,4 +118,8 @@ def _sources(attention: ov.Node, kind: str) -> list[ov.Node]:
         if node.get_friendly_name() not in found:
             found[node.get_friendly_name()] = node
             waiting += [value.get_node() for value in node.input_values()]
-    return [node for node in found.values() if node.get_type_name() == kind]
+    return list(found.values())
+
+
+def _of_kind(nodes: list[ov.Node], kind: str) -> list[ov.Node]:
+    return [node for node in nodes if node.get_type_name() == kind]

@@ -300,12 +300,9 @@ public:
         const ettin::FirstAttention task{inputs[0].data(), inputs[1].data(), inputs[2].data(), outputs[0].data(),
                                          inputs[2].get_element_type() == ov::element::i8, rope.get(), heads, head_dim,
                                          int(m_window), int(size)};
-        const auto attend = kernels(inputs[0].get_element_type(), size).attend_first;
-        ov::parallel_for(pairs * heads, [&](size_t part) {
-            const size_t pair = part / heads;
-            if (bounds[pair + 1] > bounds[pair])
-                attend(task, bounds[pair], bounds[pair + 1], pair, int(part % heads));
-        });
+        const auto& chosen = kernels(inputs[0].get_element_type(), size);
+        ov::parallel_for(pairs * heads,
+                         [&](size_t part) { ettin::attend_first_part(chosen, task, bounds.data(), part); });
         return true;
     }
 

@@ -24,7 +24,7 @@ RopeTable::RopeTable(float theta, int head_dim, int rows)
 
 namespace {
 
-bool has_known_heads(const RaggedAttention& task) { return task.head_dim == 32 || task.head_dim == 64; }
+bool has_known_heads(const RaggedAttention& task) { return is_known_head_dim(task.head_dim); }
 bool takes_f32(const RaggedAttention& task) { return has_known_heads(task) && !task.is_bf16; }
 
 #ifdef __aarch64__

@@ -16,6 +16,8 @@ struct RopeTable {
     std::vector<float> cos, sin;
 };
 
+inline bool is_known_head_dim(int64_t head_dim) { return head_dim == 32 || head_dim == 64; }
+
 struct RaggedAttention {
     const void *q, *k, *v;  // rows of heads · head_dim, one for each token; q carries the softmax scale
     const int64_t* rows;    // the row of each token in q, k and v; nullptr: its own. Not with first_only

@@ -26,6 +26,12 @@ const RowKernels* row_kernels_named(const char* name) {
     return nullptr;
 }
 
+void attend_first_part(const RowKernels& kernels, const FirstAttention& task, const int64_t* bounds, size_t part) {
+    const size_t pair = part / task.heads;
+    const int64_t begin = bounds[pair], end = bounds[pair + 1];
+    if (end > begin) kernels.attend_first(task, begin, end, pair, int(part % task.heads));
+}
+
 }  // namespace ettin
 
 extern "C" __attribute__((visibility("default"))) bool ettin_rows_can_run(const char* name) {
@@ -53,17 +59,15 @@ extern "C" __attribute__((visibility("default"))) bool ettin_gate(const char* na
     return true;
 }
 
-// For tests. `bounds` [pairs + 1]: where each sequence begins and the last ends; none is empty. False: as above.
+// For tests. `bounds` [pairs + 1]: where each sequence begins and the last ends. False: as above.
 extern "C" __attribute__((visibility("default"))) bool ettin_attend_first(
     const char* name, const void* q, const void* k, const void* x, bool is_int8, void* out, const int64_t* bounds,
     int64_t pairs, int heads, int head_dim, int window, float theta, int size) {
     const ettin::RowKernels* kernels = ettin::row_kernels_named(name);
     if (!kernels || !kernels->can_run() || !kernels->takes(kernels->is_bf16, size)) return false;
-    if (head_dim != 32 && head_dim != 64) return false;
+    if (!ettin::is_known_head_dim(head_dim)) return false;
     const ettin::RopeTable rope(theta, head_dim, int(ettin::longest_sequence(bounds, size_t(pairs))));
     const ettin::FirstAttention task{q, k, x, out, is_int8, &rope, heads, head_dim, window, size};
-    for (size_t pair = 0; pair < size_t(pairs); ++pair)
-        for (int head = 0; head < heads; ++head)
-            kernels->attend_first(task, bounds[pair], bounds[pair + 1], pair, head);
+    for (size_t part = 0; part < size_t(pairs) * heads; ++part) ettin::attend_first_part(*kernels, task, bounds, part);
     return true;
 }

@@ -57,6 +57,10 @@ struct RowKernels {
     bool takes(bool bf16, int size) const { return bf16 == is_bf16 && size > 0 && size % 32 == 0; }
 };
 
+// A part of the work of a batch, of pairs · heads parts: one head of one sequence, nothing for an empty one. `bounds`
+// [pairs + 1]: where each begins and the last ends. Any thread.
+void attend_first_part(const RowKernels& kernels, const FirstAttention& task, const int64_t* bounds, size_t part);
+
 // Those of that name; nullptr: there are none.
 const RowKernels* row_kernels_named(const char* name);
 
