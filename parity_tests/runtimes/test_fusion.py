@@ -211,3 +211,19 @@ def test_bounds_that_a_damaged_graph_may_give(usable: None, kind: str, first_onl
     request.start_async([rows[:, :count], rows, rows, np.array(BAD_BOUNDS[kind], np.int64)])
     with pytest.raises(RuntimeError, match="Attention: cu_seqlens must not decrease and must end within 4 tokens"):
         request.wait()
+
+
+@pytest.mark.parametrize("heads", [0, -1, 3])
+@pytest.mark.parametrize("first_only", [False, True])
+def test_heads_that_a_damaged_graph_may_have(usable: None, heads: int, first_only: bool) -> None:
+    """Without heads, a division by 0 ended the process."""
+    q, k, v = (op.parameter([1, -1, 64], ov.Type.f32) for _ in range(3))
+    bounds = op.parameter([-1], ov.Type.i64)
+    mixed = OpenVinoOps({}, op.constant).ragged_attention(q, k, v, bounds, heads, -1, THETA, first_only, "")
+    with pytest.raises(RuntimeError, match=f"RaggedAttention: rows of 64 are not those of {heads} heads"):
+        core, model = written_and_read(ov.Model([mixed], [q, k, v, bounds]))
+        use_kernels(model, next(each for each in runnable() if each.products == "f32"), "f32")
+        request = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}).create_infer_request()
+        rows = np.ones((1, 4, 64), np.float32)
+        request.start_async([rows[:, :1] if first_only else rows, rows, rows, np.array([0, 4], np.int64)])
+        request.wait()

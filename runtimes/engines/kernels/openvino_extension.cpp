@@ -105,6 +105,8 @@ public:
                         "RaggedAttention: queries are ", of_q, ", keys ", of_k);
         for (const int64_t row : rows)
             OPENVINO_ASSERT(row >= 0 && size_t(row) < of_k[0], "RaggedAttention: there is no row ", row);
+        OPENVINO_ASSERT(m_heads > 0 && size % m_heads == 0, "RaggedAttention: rows of ", size, " are not those of ",
+                        m_heads, " heads");
         outputs[0].set_shape(has_tables ? ov::Shape{1, rows.size(), size} : of_q);
         const int head_dim = int(size / m_heads);
         const auto rope = rope_table(m_theta, head_dim, int(ettin::longest_sequence(bounds.data(), pairs)));
@@ -266,7 +268,8 @@ public:
                         "FirstAttention takes queries, keys, x and cu_seqlens");
         auto shape = get_input_partial_shape(0);
         const auto size = get_input_partial_shape(2)[2].get_length(), width = shape[2].get_length();
-        OPENVINO_ASSERT(width == 32 * m_heads || width == 64 * m_heads, "FirstAttention knows heads of 32 and 64");
+        OPENVINO_ASSERT(m_heads > 0 && (width == 32 * m_heads || width == 64 * m_heads),
+                        "FirstAttention knows heads of 32 and 64");
         kernels(type, size);
         shape[2] = m_heads * size;
         set_output_type(0, type, shape);
