@@ -73,6 +73,10 @@ def test_rows_of_tables(kernel: Kernel, variant: str) -> None:
     kernel_cases.check_tables(kernel, variant)
 
 
+def test_scales_of_rows(kernel: Kernel, variant: str) -> None:
+    kernel_cases.check_scales(kernel, variant)
+
+
 def test_long_sequences(kernel: Kernel, variant: str) -> None:
     """The rounding of positions shows, and a row's largest score may come after thousands of keys."""
     case = Case(64, -1, lengths=(1000 if variant in NEON_VARIANTS else 3000,))  # emulation is slow
@@ -149,7 +153,7 @@ def rows(request: pytest.FixtureRequest) -> tuple[Kernel, str]:
 
 
 def test_rows_equal_the_formula(rows: tuple[Kernel, str]) -> None:
-    assert kernel_cases.check_rows(*rows) == 20
+    assert kernel_cases.check_rows(*rows) == 40
     kernel_cases.check_extremes(*rows)
 
 
@@ -180,20 +184,23 @@ def test_rows_of_odd_size_are_refused(rows: tuple[Kernel, str]) -> None:
     kernel, name = rows
     for size in (40, 16, 1, 0):
         x = np.ones((1, size), np.uint16 if name.startswith("bf16") else np.float32)
-        assert kernel.normalise(name, x, x, 1e-5, 0.1) is None
+        assert kernel.normalise(name, x, x, 1e-5) is None
         assert kernel.attend_first(name, Case(32, 0, True, (1,)), x, x, x) is None
-        assert kernel.gate(name, np.repeat(x, 2, axis=1), 0.1) is None
+        assert kernel.gate(name, np.repeat(x, 2, axis=1)) is None
 
 
+@pytest.mark.parametrize("rounds", [False, True])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_nan_and_infinity_stay_in_rows(rows: tuple[Kernel, str], value: float) -> None:
+def test_nan_and_infinity_stay_in_rows(rows: tuple[Kernel, str], value: float, rounds: bool) -> None:
+    """Rounded to int8, they are in the scale of their row."""
     kernel, name = rows
     x = np.ones((3, 64), np.float32)
     x[1, 5] = value
     stored, nothing = arrays(name, x, np.zeros_like(x))
-    results, gated = kernel.normalise(name, stored, nothing, 1e-5, 0), kernel.gate(name, stored, 0)
-    assert results and gated is not None
-    for floats in map(kernel_cases.as_floats, (*results, gated)):
+    results, gated = kernel.normalise(name, stored, nothing, 1e-5, rounds), kernel.gate(name, stored, rounds)
+    assert results and gated
+    for each in (*results, gated):
+        floats = each.floats if each.scales is None else kernel_cases.as_floats(each.scales)[:, None]
         assert np.isfinite(floats[[0, 2]]).all() and not np.isfinite(floats[1]).all()
 
 
@@ -271,5 +278,5 @@ def test_emulated_under_sanitizers(program: Path, tmp_path: Path) -> None:
     with EmulatedKernel(kernel_emulated.build(SOURCES, tmp_path, kernel_emulated.SANITIZED)) as kernel:
         for variant in NEON_VARIANTS:
             assert kernel_cases.check(kernel, variant, kernel_cases.FEW_LENGTHS) >= 16
-        assert kernel_cases.check_rows(kernel, *NEON_ROWS) == 20
+        assert kernel_cases.check_rows(kernel, *NEON_ROWS) == 40
         assert kernel_cases.check_first(kernel, *NEON_ROWS) == 36

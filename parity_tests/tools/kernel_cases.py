@@ -12,13 +12,12 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
-Rows = tuple[NDArray[Any], NDArray[Any]]
 HEADS, THETA = 2, 160000.0
 LENGTHS = (1, 3, 17, 31, 32, 33, 64, 65, 130, 193, 257, 300, 700)
 FEW_LENGTHS = (1, 3, 33, 65, 200)
@@ -44,6 +43,23 @@ class Case:
     def bounds(self) -> NDArray[np.int64]:
         """Where each sequence begins and the last ends."""
         return np.cumsum([0, *self.lengths]).astype(np.int64)
+
+
+class Rows(NamedTuple):
+    """What kernels on rows give."""
+
+    stored: NDArray[Any]  # [rows, size]
+    scales: NDArray[Any] | None = None  # of int8, [rows]: what 127 stands for
+
+    @classmethod
+    def empty(cls, shape: tuple[int, ...], dtype: Any, rounds: bool) -> Self:
+        if rounds:
+            return cls(np.full(shape, 9, np.int8), np.full(shape[0], 9, dtype))
+        return cls(np.full(shape, 9, dtype))
+
+    @property
+    def floats(self) -> Floats:
+        return as_floats(self.stored) * (1.0 if self.scales is None else as_floats(self.scales)[:, None] / 127)
 
 
 class Kernel:
@@ -73,20 +89,24 @@ class Kernel:
         v: NDArray[Any],
         step: float = 0,
         rows: NDArray[np.int64] | None = None,
+        scales: NDArray[Any] | None = None,
     ) -> NDArray[Any]:
-        """Arrays are float32, or bf16 as uint16; `rows`: of each token. The result is float32, or with a step int8."""
+        """Arrays are float32, or bf16 as uint16; `rows` and `scales`: of each token.
+
+        The result is float32, or with a step int8.
+        """
         assert q.dtype == k.dtype == v.dtype and q.dtype in (np.float32, np.uint16)
         shape = q.shape if rows is None else (len(rows), q.shape[1])
         out = np.full(shape, 9, dtype=np.int8 if step else q.dtype)
-        assert self._attend(variant, case, [q, k, v], rows, out, step), f"{variant} does not take {case}"
+        assert self._attend(variant, case, [q, k, v], rows, scales, out, step), f"{variant} does not take {case}"
         return from_bf16(out) if out.dtype == np.uint16 else out
 
     def _attend(
-        self, variant: str, case: Case, qkv: list[NDArray[Any]], rows: NDArray[np.int64] | None, out: NDArray[Any],
-        step: float,
+        self, variant: str, case: Case, qkv: list[NDArray[Any]], rows: NDArray[np.int64] | None,
+        scales: NDArray[Any] | None, out: NDArray[Any], step: float,
     ) -> bool:  # fmt: skip
         bounds = case.bounds
-        pointers = [ctypes.c_void_p(None if x is None else x.ctypes.data) for x in (*qkv, rows, out, bounds)]
+        pointers = [_pointer(x) for x in (*qkv, rows, scales, out, bounds)]
         return bool(
             self._library.ettin_attend(
                 variant.encode(), ctypes.c_bool(qkv[0].dtype == np.uint16), *pointers, ctypes.c_int64(len(bounds) - 1),
@@ -98,43 +118,76 @@ class Kernel:
     def can_run_rows(self, kernels: str) -> bool:
         return bool(self._library.ettin_rows_can_run(kernels.encode()))
 
-    def normalise(self, kernels: str, x: NDArray[Any], added: NDArray[Any], eps: float, step: float) -> Rows | None:
-        """The norm and the sum of x and added, float32, or bf16 as uint16 [rows, size]; None: they don't take this."""
-        total, normed = np.full_like(x, 9), np.full_like(x, 9, dtype=np.int8 if step else x.dtype)
-        pointers = [ctypes.c_void_p(array.ctypes.data) for array in (x, added, total, normed)]
-        done = self._library.ettin_normalise(
-            kernels.encode(), *pointers, ctypes.c_int64(len(x)), x.shape[1], ctypes.c_float(eps), ctypes.c_float(step)
-        )
-        return (normed, total) if done else None
+    def normalise(
+        self,
+        kernels: str,
+        x: NDArray[Any],
+        added: NDArray[Any],
+        eps: float,
+        rounds: bool = False,
+        scales: NDArray[Any] | None = None,
+    ) -> tuple[Rows, Rows] | None:
+        """The norm and the sum of x and added, whose rows are multiplied by scales [rows]; None: they don't take this.
 
-    def gate(self, kernels: str, joint: NDArray[Any], step: float) -> NDArray[Any] | None:
-        """gelu(up) · gate, of up and gate side by side [rows, 2 · size]; None: they don't take this."""
-        size = joint.shape[1] // 2
-        out = np.full((len(joint), size), 9, np.int8 if step else joint.dtype)
-        pointers = [ctypes.c_void_p(array.ctypes.data) for array in (joint, out)]
-        done = self._library.ettin_gate(
-            kernels.encode(), *pointers, ctypes.c_int64(len(joint)), size, ctypes.c_float(step)
-        )
-        return out if done else None
+        Arrays are float32, or bf16 as uint16 [rows, size]; the norm is int8 if it `rounds`.
+        """
+        normed, total = Rows.empty(x.shape, x.dtype, rounds), Rows.empty(x.shape, x.dtype, False)
+        return (normed, total) if self._normalise(kernels, x, added, scales, eps, normed, total) else None
+
+    def _normalise(
+        self, kernels: str, x: NDArray[Any], added: NDArray[Any], scales: NDArray[Any] | None, eps: float,
+        normed: Rows, total: Rows,
+    ) -> bool:  # fmt: skip
+        pointers = [_pointer(array) for array in (x, added, scales, total.stored, *normed)]
+        size = (ctypes.c_int64(len(x)), x.shape[1])
+        return bool(self._library.ettin_normalise(kernels.encode(), *pointers, *size, ctypes.c_float(eps)))
+
+    def gate(
+        self, kernels: str, joint: NDArray[Any], rounds: bool = False, scales: NDArray[Any] | None = None
+    ) -> Rows | None:
+        """gelu(up) · gate, of up and gate side by side [rows, 2 · size]; None: they don't take this.
+
+        Both are multiplied by scales [rows]. The result is int8 if it `rounds`.
+        """
+        out = Rows.empty((len(joint), joint.shape[1] // 2), joint.dtype, rounds)
+        return out if self._gate(kernels, joint, scales, out) else None
+
+    def _gate(self, kernels: str, joint: NDArray[Any], scales: NDArray[Any] | None, out: Rows) -> bool:
+        pointers = [_pointer(array) for array in (joint, scales, *out)]
+        return bool(self._library.ettin_gate(kernels.encode(), *pointers, ctypes.c_int64(len(joint)), out.stored.shape[1]))
 
     def attend_first(
-        self, kernels: str, case: Case, q: NDArray[Any], k: NDArray[Any], x: NDArray[Any]
+        self,
+        kernels: str,
+        case: Case,
+        q: NDArray[Any],
+        k: NDArray[Any],
+        x: NDArray[Any],
+        scales: NDArray[Any] | None = None,
     ) -> NDArray[Any] | None:
-        """What first tokens attend to, [pairs, heads, size] as q; x is as q, or int8. None: they don't take this."""
+        """What first tokens attend to, [pairs, heads, size] as q; x is as q, or int8. None: they don't take this.
+
+        Rows of k and of x are multiplied by scales [tokens].
+        """
         out = np.full((len(q), HEADS, x.shape[1]), 9, q.dtype)
-        return out if self._attend_first(kernels, case, q, k, x, out) else None
+        return out if self._attend_first(kernels, case, q, k, x, scales, out) else None
 
     def _attend_first(
-        self, kernels: str, case: Case, q: NDArray[Any], k: NDArray[Any], x: NDArray[Any], out: NDArray[Any]
-    ) -> bool:
+        self, kernels: str, case: Case, q: NDArray[Any], k: NDArray[Any], x: NDArray[Any],
+        scales: NDArray[Any] | None, out: NDArray[Any],
+    ) -> bool:  # fmt: skip
         bounds = case.bounds
-        pointers = [ctypes.c_void_p(array.ctypes.data) for array in (q, k, x, out, bounds)]
+        pointers = [_pointer(array) for array in (q, k, x, scales, out, bounds)]
         return bool(
             self._library.ettin_attend_first(
                 kernels.encode(), *pointers[:3], ctypes.c_bool(x.dtype == np.int8), *pointers[3:],
                 ctypes.c_int64(len(q)), HEADS, case.head_dim, case.window, ctypes.c_float(THETA), x.shape[1],
             )
         )  # fmt: skip
+
+
+def _pointer(array: NDArray[Any] | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if array is None else array.ctypes.data)
 
 
 def to_bf16(x: NDArray[np.float32]) -> NDArray[np.uint16]:
@@ -247,29 +300,45 @@ def check_tables(kernel: Kernel, variant: str, lengths: tuple[int, ...] = LENGTH
     assert np.array_equal(kernel.attend(variant, case, *tables, rows=rows), in_order), variant
 
 
+def check_scales(kernel: Kernel, variant: str, lengths: tuple[int, ...] = LENGTHS) -> None:
+    """Checks that scales of rows give what rows give that are multiplied before, bit by bit: they are powers of 2."""
+    is_bf16 = not variant.startswith(("f32", "int8"))
+    for case in (Case(64, 64, False, lengths), Case(64, -1, True, lengths)):
+        values = inputs(case, 0.5)
+        scales = (2.0 ** np.random.default_rng(0).integers(-3, 3, sum(lengths))).astype(np.float32)
+        multiplied = [x * scales[:, None] for x in values]
+        if case.first_only:
+            values[0] = multiplied[0] = values[0][case.bounds[:-1]]
+        wanted = kernel.attend(variant, case, *(_stored(x, is_bf16) for x in multiplied))
+        found = kernel.attend(variant, case, *(_stored(x, is_bf16) for x in values), scales=_stored(scales, is_bf16))
+        assert np.array_equal(found, wanted), f"{variant}, {case}"
+
+
 def check_rows(kernel: Kernel, kernels: str) -> int:
     """Checks the kernels on rows; returns the number of cases."""
-    random, cases = np.random.default_rng(0), itertools.product((32, 64, 256, 416, 1792), (0.0, 0.02))
+    random, cases = np.random.default_rng(0), itertools.product((32, 64, 256, 416, 1792), (False, True), (False, True))
     is_bf16 = kernels.startswith("bf16")
     count = 0
-    for size, step in cases:  # the step is so small that some results do not fit
+    for size, rounds, has_scales in cases:
         sizes = np.array([[1], [1e-3], [100], [0], [1]] * 5, np.float32)
         x = _stored(random.standard_normal((25, size), np.float32) * sizes + 3, is_bf16)
         added = _stored(random.standard_normal((25, size), np.float32) * sizes, is_bf16)
-        found = kernel.normalise(kernels, x, added, 1e-5, step)
+        scales = _stored(random.random(25, np.float32) + 0.01, is_bf16) if has_scales else None
+        factors = as_floats(scales)[:, None] if scales is not None else np.ones((25, 1))
+        found = kernel.normalise(kernels, x, added, 1e-5, rounds, scales)
         assert found, f"{kernels} do not take {size}"
-        normed, total = (as_floats(each) for each in found)
-        exact = as_floats(x) + as_floats(added)
-        _assert_near(total, exact, 0, is_bf16)
-        mean, deviation = total.mean(-1, keepdims=True), np.sqrt(total.var(-1, keepdims=True) + 1e-5)
-        _assert_near(normed, (total - mean) / deviation, step, is_bf16, abs(mean) * 2.0**-23 / deviation)
+        normed, total = found
+        exact = as_floats(x) + as_floats(added) * factors
+        _assert_near(total, exact, is_bf16)
+        mean, deviation = total.floats.mean(-1, keepdims=True), np.sqrt(total.floats.var(-1, keepdims=True) + 1e-5)
+        _assert_near(normed, (total.floats - mean) / deviation, is_bf16, abs(mean) * 2.0**-23 / deviation)
 
-        joint = _stored(random.standard_normal((7, 2 * size), np.float32) * 4, is_bf16)
-        gated = kernel.gate(kernels, joint, step)
+        joint = _stored(random.standard_normal((25, 2 * size), np.float32) * 4, is_bf16)
+        gated = kernel.gate(kernels, joint, rounds, scales)
         assert gated is not None, f"{kernels} do not take {size}"
-        up, gate = np.split(as_floats(joint), 2, axis=1)
+        up, gate = np.split(as_floats(joint) * factors, 2, axis=1)
         phi = np.vectorize(math.erf)(up / math.sqrt(2)) / 2 + 0.5
-        _assert_near(as_floats(gated), up * phi * gate, step, is_bf16, 4.1e-5 * abs(gate))
+        _assert_near(gated, up * phi * gate, is_bf16, 4.1e-5 * abs(gate))
         count += 2
     return count
 
@@ -284,8 +353,13 @@ def check_first(kernel: Kernel, kernels: str, lengths: tuple[int, ...] = FEW_LEN
         for x in (rows, _stored(rows.astype(np.float32) / 64, is_bf16)):
             found = kernel.attend_first(kernels, case, q[case.bounds[:-1]], k, x)
             assert found is not None, f"{kernels} do not take {case}"
-            _assert_near(as_floats(found), first_rows(case, as_floats(q), as_floats(k), as_floats(x)), 0, is_bf16, 2e-4)
+            _assert_near(Rows(found), first_rows(case, as_floats(q), as_floats(k), as_floats(x)), is_bf16, 2e-4)
             count += 1
+        scales = (2.0 ** random.integers(-3, 3, len(k))).astype(np.float32)
+        multiplied = (_stored((as_floats(x) * scales[:, None]).astype(np.float32), is_bf16) for x in (k, rows))
+        wanted = kernel.attend_first(kernels, case, q[case.bounds[:-1]], *multiplied)
+        found = kernel.attend_first(kernels, case, q[case.bounds[:-1]], k, rows, _stored(scales, is_bf16))
+        assert found is not None and np.array_equal(found, wanted), f"{kernels}, {case}"
     return count
 
 
@@ -305,17 +379,18 @@ def check_extremes(kernel: Kernel, kernels: str) -> None:
     """Checks what no int8 can hold, and a first element that is far from the others."""
     is_bf16 = kernels.startswith("bf16")
     joint = np.full((1, 64), 1e12, np.float32)
-    joint[0, 32:] = [1e6, -1e6, 1e30, -1e30] * 8  # in steps, beyond 2³¹
-    joint[0, 1] = np.inf
-    gated = kernel.gate(kernels, _stored(joint, is_bf16), 0.02)
-    assert gated is not None and gated[0].tolist() == [127, -128] * 16
+    joint[0, 32:] = [1e20, -1e20, 1e6, -1e6] * 8
+    gated = kernel.gate(kernels, _stored(joint, is_bf16), rounds=True)
+    assert gated and gated.stored[0].tolist() == [127, -127, 0, 0] * 8
+    nothing = kernel.gate(kernels, np.zeros_like(_stored(joint, is_bf16)), rounds=True)
+    assert nothing and not nothing.stored.any() and np.isfinite(nothing.floats).all()
     x = np.random.default_rng(0).standard_normal((2, 256), np.float32)
     x[:, 0] = [300, -300]
-    found = kernel.normalise(kernels, _stored(x, is_bf16), _stored(np.zeros_like(x), is_bf16), 1e-5, 0.0)
+    found = kernel.normalise(kernels, _stored(x, is_bf16), _stored(np.zeros_like(x), is_bf16), 1e-5)
     assert found
-    normed, total = (as_floats(each) for each in found)
-    exact = (total - total.mean(-1, keepdims=True)) / total.std(-1, keepdims=True)
-    _assert_near(normed, exact, 0.0, is_bf16, 256 * 2.0**-23 * abs(exact))
+    normed, total = found
+    exact = (total.floats - total.floats.mean(-1, keepdims=True)) / total.floats.std(-1, keepdims=True)
+    _assert_near(normed, exact, is_bf16, 256 * 2.0**-23 * abs(exact))
 
 
 def _stored(x: NDArray[np.float32], is_bf16: bool) -> NDArray[Any]:
@@ -326,13 +401,16 @@ def as_floats(x: NDArray[Any]) -> Floats:
     return (from_bf16(x) if x.dtype == np.uint16 else x).astype(np.float64)
 
 
-def _assert_near(found: Floats, exact: Floats, step: float, is_bf16: bool, error: Floats | float = 0.0) -> None:
-    """As near as float32 sums and the elements allow: whole multiples of a step, bf16 or float32."""
-    if step:
-        exact, room = np.clip(exact / step, -128, 127), 0.51 + error / step
-    else:
+def _assert_near(found: Rows, exact: Floats, is_bf16: bool, error: Floats | float = 0.0) -> None:
+    """As near as float32 sums and the elements allow: whole multiples of a row's step, bf16 or float32."""
+    if found.scales is None:
         room = error + abs(exact) * (0.502 / 128 if is_bf16 else 2e-6) + 2e-6
-    assert (abs(found - exact) <= room).all(), f"{abs(found - exact).max()}"
+    else:
+        largest, scales = abs(exact).max(-1), as_floats(found.scales)
+        near = 0.502 / 128 if is_bf16 else 1e-4
+        assert (abs(scales - largest) <= near * largest + np.broadcast_to(error, exact.shape).max(-1) + 1e-6).all(), "a scale"
+        room = error + 0.51 * scales[:, None] / 127 + 1e-6
+    assert (abs(found.floats - exact) <= room).all(), f"{abs(found.floats - exact).max()}"
 
 
 def main() -> None:
@@ -342,6 +420,7 @@ def main() -> None:
         if kernel.can_run(name):
             count = check(kernel, name, FEW_LENGTHS)
             check_tables(kernel, name, FEW_LENGTHS)
+            check_scales(kernel, name, FEW_LENGTHS)
         sys.stdout.write(f"{name}: {count} cases\n")
     for name in ROWS:
         count = check_rows(kernel, name) + check_first(kernel, name) if kernel.can_run_rows(name) else 0

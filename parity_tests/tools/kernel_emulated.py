@@ -19,7 +19,7 @@ COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 LIBRARIES = "/usr/aarch64-linux-gnu"  # of Debian's cross compiler, for what is not linked into the program
 SOURCES = ("f32_neon.cpp", "int8_neon.cpp", "ragged_attention.cpp", "rows.cpp", "rows_f32_neon.cpp")
 SANITIZED = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-static-libasan", "-static-libubsan")
-_REQUEST = struct.Struct("16s16s12q2f")  # see kernel_emulated.cpp
+_REQUEST = struct.Struct("16s16s13q2f")  # see kernel_emulated.cpp
 
 
 def missing() -> str | None:
@@ -57,57 +57,66 @@ class EmulatedKernel(Kernel):
         self._process.communicate()
 
     def can_run(self, variant: str) -> bool:
-        return self._answer(variant, "can_run", np.zeros(0, np.int8))
+        return self._answer(variant, "can_run", [])
 
     def _attend(
-        self, variant: str, case: Case, qkv: list[NDArray[Any]], rows: NDArray[np.int64] | None, out: NDArray[Any],
-        step: float,
+        self, variant: str, case: Case, qkv: list[NDArray[Any]], rows: NDArray[np.int64] | None,
+        scales: NDArray[Any] | None, out: NDArray[Any], step: float,
     ) -> bool:  # fmt: skip
-        arrays = [*qkv, case.bounds, *([] if rows is None else [rows])]
         sizes = (len(case.lengths), HEADS, case.head_dim, case.window, case.first_only)
-        return self._answer(variant, "attend", out, *arrays, sizes=sizes, floats=(THETA, step))
+        return self._answer(
+            variant, "attend", [out], *qkv, case.bounds, rows, scales, sizes=sizes, floats=(THETA, step)
+        )
 
     def can_run_rows(self, kernels: str) -> bool:
-        return self._answer(kernels, "rows_can_run", np.zeros(0, np.int8))
+        return self._answer(kernels, "rows_can_run", [])
 
-    def normalise(self, kernels: str, x: NDArray[Any], added: NDArray[Any], eps: float, step: float) -> Rows | None:
-        normed, total = np.empty_like(x, dtype=np.int8 if step else x.dtype), np.empty_like(x)
-        out = np.full(normed.nbytes + total.nbytes, 9, np.uint8)
-        if not self._answer(kernels, "normalise", out, x, added, sizes=(*x.shape, 0, 0, 0), floats=(eps, step)):
-            return None
-        for array, part in zip((normed, total), np.split(out, [normed.nbytes]), strict=True):
-            array[...] = part.view(array.dtype).reshape(x.shape)
-        return normed, total
+    def _normalise(
+        self, kernels: str, x: NDArray[Any], added: NDArray[Any], scales: NDArray[Any] | None, eps: float,
+        normed: Rows, total: Rows,
+    ) -> bool:  # fmt: skip
+        sizes = (*x.shape, 0, 0, normed.scales is not None)
+        outs = [*_there(normed), total.stored]
+        return self._answer(
+            kernels, "normalise", outs, x, added, None, None, None, scales, sizes=sizes, floats=(eps, 0)
+        )
 
-    def gate(self, kernels: str, joint: NDArray[Any], step: float) -> NDArray[Any] | None:
-        rows, size = len(joint), joint.shape[1] // 2
-        out = np.full((rows, size), 9, np.int8 if step else joint.dtype)
-        return out if self._answer(kernels, "gate", out, joint, sizes=(rows, size, 0, 0, 0), floats=(0, step)) else None
+    def _gate(self, kernels: str, joint: NDArray[Any], scales: NDArray[Any] | None, out: Rows) -> bool:
+        sizes = (*out.stored.shape, 0, 0, out.scales is not None)
+        return self._answer(kernels, "gate", _there(out), joint, None, None, None, None, scales, sizes=sizes)
 
     def _attend_first(
-        self, kernels: str, case: Case, q: NDArray[Any], k: NDArray[Any], x: NDArray[Any], out: NDArray[Any]
-    ) -> bool:
+        self, kernels: str, case: Case, q: NDArray[Any], k: NDArray[Any], x: NDArray[Any],
+        scales: NDArray[Any] | None, out: NDArray[Any],
+    ) -> bool:  # fmt: skip
         sizes, floats = (len(q), HEADS, case.head_dim, case.window, x.dtype == np.int8), (THETA, x.shape[1])
-        return self._answer(kernels, "first", out, q, k, x, case.bounds, sizes=sizes, floats=floats)
+        return self._answer(
+            kernels, "first", [out], q, k, x, case.bounds, None, scales, sizes=sizes, floats=floats
+        )
 
     def _answer(
         self,
         variant: str,
         function: str,
-        out: NDArray[Any],
-        *arrays: NDArray[Any],
+        outs: Sequence[NDArray[Any]],
+        *arrays: NDArray[Any] | None,
         sizes: Sequence[int] = (0,) * 5,
         floats: tuple[float, float] = (0, 0),
     ) -> bool:
-        """Whether the function took what it was given; `out` has what it gives."""
-        given = [array.tobytes() for array in arrays]
-        counts = [*map(len, given), *[0] * (5 - len(given)), out.nbytes]
-        is_bf16 = bool(arrays) and arrays[0].dtype == np.uint16
+        """Whether the function took what it was given; `outs` have what it gives."""
+        given = [b"" if array is None else array.tobytes() for array in arrays]
+        counts = [*map(len, given), *[0] * (6 - len(given)), sum(out.nbytes for out in outs)]
+        is_bf16 = bool(arrays) and arrays[0] is not None and arrays[0].dtype == np.uint16
         request = _REQUEST.pack(variant.encode(), function.encode(), is_bf16, *sizes, *counts, *floats)
         assert self._process.stdin and self._process.stdout
         self._process.stdin.write(b"".join([request, *given]))
         self._process.stdin.flush()
-        done, answer = self._process.stdout.read(1), self._process.stdout.read(out.nbytes)
+        done = self._process.stdout.read(1)
+        for out in outs:
+            out[...] = np.frombuffer(self._process.stdout.read(out.nbytes), out.dtype).reshape(out.shape)
         assert len(done) == 1, f"the program ended: {self._process.wait()}"
-        out[...] = np.frombuffer(answer, out.dtype).reshape(out.shape)
         return done == b"\1"
+
+
+def _there(rows: Rows) -> list[NDArray[Any]]:
+    return [array for array in rows if array is not None]

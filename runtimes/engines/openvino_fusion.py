@@ -1,12 +1,18 @@
 """What the runtime changes in an OpenVINO graph before it is compiled: our own kernels instead of OpenVINO's nodes.
 
+Where the graph rounds a norm or a gated product to int8 with one step for all, our kernels choose a scale for each row,
+the largest magnitude in it. So no value lies beyond the range, and one large token costs no other token its precision.
+The products of a row are multiplied by its scale, which the next kernel does as it reads them. Measured with trained
+weights in the 17m shape, 1,600 pairs of SciFact training queries with candidates of BM25: the standard deviation of the
+error of int8 falls from 0.053 to 0.032.
+
 The graph in an artifact does not depend on a processor. Here it gets the kernels that this processor runs fastest.
 Measured with the 17m shape, 6 pairs of 176 tokens on one thread of a Zen 4 processor (AVX-512 with VNNI and bf16), all
 that is no linear layer and no attention: 2.6 → 2.2 ms of 24.5 ms in int8, 3.9 → 2.5 ms of 41.5 ms in bf16. In int8, the
 linear layers take 1.4 ms less because they need not compute the GELU.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import openvino as ov
@@ -19,6 +25,7 @@ from ettin.runtimes.engines.openvino_kernels import HEAD_DIMS, OPERATION, ROW_MU
 _Create = Callable[..., ov.Node]  # a node of ours: name, inputs, attributes
 _OTHER = {"f32": (ov.Type.bf16,), "bf16": (ov.Type.f32,)}  # what is converted for kernels that take these floats
 _OF_ROWS = (ov.Type.f32, ov.Type.bf16, ov.Type.i8)  # elements of what our kernels on rows take
+_ROUNDING_KERNELS = ("AddedNorm", "GatedGelu")  # whose last output has the scales of rows
 _LINEAR = {"transpose_a": False, "transpose_b": True}
 _MOST_BLOCKS = 2**20  # elements of a projection as one matrix for all heads
 
@@ -83,10 +90,24 @@ def use_kernels(model: ov.Model, attention: Variant, floats: str) -> None:
     if create:
         _fuse_rows(model, floats, create)
     for node in attentions:
-        is_projected = create and _project_first(node, floats, create)
-        if attention.rounds and not is_projected:
+        if create and _project_first(node, floats, create):
+            continue
+        _scale_attention(node)
+        if attention.rounds:
             _round_attention(node)
     model.validate_nodes_and_infer_types()
+
+
+def _scale_attention(node: ov.Node) -> None:
+    """Lets the kernel multiply queries, keys and values by the scales of their rows; of first tokens, the latter two."""
+    first = 1 if node.get_attributes()["first_only"] else 0
+    inputs = node.input_values()
+    scaled = [_scaled(x) for x in inputs[first:3]]
+    scales = scaled[0][1]
+    if scales is None or any(other != scales for _, other in scaled):
+        return
+    inputs[first:3] = [op.convert(x, inputs[0].get_element_type()).output(0) for x, _ in scaled]
+    node.set_arguments([*inputs, scales])
 
 
 def _round_attention(node: ov.Node) -> None:
@@ -105,7 +126,7 @@ def _creator(kernels: str, floats: str) -> _Create:
 
     def create(name: str, inputs: list[ov.Output], attributes: Mapping[str, object]) -> ov.Node:
         inputs = [op.convert(x, floats).output(0) if x.get_element_type() in _OTHER[floats] else x for x in inputs]
-        return factory.create(name, inputs, {"kernels": kernels, "eps": 0.0, "step": 0.0, **attributes})
+        return factory.create(name, inputs, {"kernels": kernels, "eps": 0.0, "rounds": False, **attributes})
 
     return create
 
@@ -116,7 +137,8 @@ def _project_first(node: ov.Node, floats: str, create: _Create) -> bool:
     It is the last layer's: values are then projected for a row of each head, in place of a row of each token. Measured
     with the 17m shape, this is 1.4 % of the whole.
     """
-    product, attributes = _without_conversion(node.input_value(2)).get_node(), node.get_attributes()
+    (k, scales_of_k), (values, scales) = (_scaled(_without_conversion(node.input_value(at))) for at in (1, 2))
+    product, attributes = values.get_node(), node.get_attributes()
     if not attributes["first_only"] or product.get_type_name() != "MatMul" or _transposed(product) != _LINEAR:
         return False
     heads, shape = attributes["heads"], product.get_input_partial_shape(1)
@@ -129,9 +151,9 @@ def _project_first(node: ov.Node, floats: str, create: _Create) -> bool:
         return False
     readers, (x, step) = _readers(node.output(0)), _whole(product.input_value(0))
     is_known = x.get_element_type() in _OF_ROWS and x.get_partial_shape().rank == 3
-    if not is_known or [reader.get_type_name() for reader in readers] != ["Convert"]:
+    if not is_known or scales != scales_of_k or [reader.get_type_name() for reader in readers] != ["Convert"]:
         return False
-    inputs = [*(_without_conversion(node.input_value(at)) for at in range(2)), x, node.input_value(3)]
+    inputs = [_without_conversion(node.input_value(0)), k, x, node.input_value(3), *([scales] if scales else [])]
     settings = {name: attributes[name] for name in ("heads", "window", "theta")}
     mixed = _as_f32(create("FirstAttention", inputs, settings).output(0))
     blocks = np.zeros((heads, outputs // heads, heads, size), np.float32)  # each head's rows, and 0 for the others
@@ -181,7 +203,7 @@ def _fuse_rows(model: ov.Model, floats: str, create: _Create) -> None:
 
 def _fuse_norm(norm: ov.Node, floats: str, create: _Create) -> None:
     residual, attributes = norm.input_value(0).get_node(), norm.get_attributes()
-    rounding, step = _rounding(norm)
+    rounding, _ = _rounding(norm)
     is_layer_norm = (
         attributes["normalize_variance"] and attributes["eps_mode"].lower() == "inside_sqrt" and _is_last_axis(norm)
     )
@@ -190,9 +212,11 @@ def _fuse_norm(norm: ov.Node, floats: str, create: _Create) -> None:
     inputs = residual.input_values()
     if any(x.get_partial_shape() != norm.get_output_partial_shape(0) for x in inputs):
         return
-    fused = create("AddedNorm", inputs, {"eps": attributes["eps"], "step": step})
+    (x, _), (added, scales) = sorted(((x, _scaled(x)[1]) for x in inputs), key=lambda each: each[1] is not None)
+    inputs = [x, _scaled(added)[0], *([scales] if scales else [])]
+    fused = create("AddedNorm", inputs, {"eps": attributes["eps"], "rounds": rounding is not None})
     residual.output(0).replace(_as_f32(fused.output(1)))
-    _replace(norm, rounding, fused, step)
+    _replace(norm, rounding, fused)
 
 
 def _fuse_gate(gelu: ov.Node, floats: str, create: _Create) -> None:
@@ -200,7 +224,7 @@ def _fuse_gate(gelu: ov.Node, floats: str, create: _Create) -> None:
     if [reader.get_type_name() for reader in readers] != ["Multiply"]:
         return
     (gated,) = readers
-    rounding, step = _rounding(gated)
+    rounding, _ = _rounding(gated)
     up = gelu.input_value(0)
     gate = next(x for x in gated.input_values() if x.get_node() != gelu)
     is_known = gelu.get_attributes()["approximation_mode"].lower() == "erf"
@@ -209,7 +233,10 @@ def _fuse_gate(gelu: ov.Node, floats: str, create: _Create) -> None:
     halves = up.get_node()
     are_joint = halves.get_type_name() == "Split" and _is_last_axis(halves) and halves.outputs() == [up, gate]
     inputs = [halves.input_value(0)] if are_joint else [up, gate]  # the kernel finds the halves itself
-    _replace(gated, rounding, create("GatedGelu", inputs, {"step": step}), step)
+    (of_up, scales), (of_gate, scales_of_gate) = _scaled(up), _scaled(gate)
+    if scales is not None and scales == scales_of_gate:
+        inputs = [of_up, of_gate, scales]
+    _replace(gated, rounding, create("GatedGelu", inputs, {"rounds": rounding is not None}))
 
 
 def _is_last_axis(node: ov.Node) -> bool:
@@ -224,11 +251,40 @@ def _is_fusable(node: ov.Node, rounding: ov.Node | None, floats: str) -> bool:
     return (rounding is not None or floats == "bf16") and size.is_static and size.get_length() % ROW_MULTIPLE == 0
 
 
-def _replace(node: ov.Node, rounding: ov.Node | None, fused: ov.Node, step: float) -> None:
+def _replace(node: ov.Node, rounding: ov.Node | None, fused: ov.Node) -> None:
+    """Makes the readers of a node, or of what rounds it, read what our kernel computes."""
     if rounding is None:
         node.output(0).replace(_as_f32(fused.output(0)))
-    else:
-        rounding.output(0).replace(_times(fused.output(0), step))
+        return
+    scales, readers = _as_f32(fused.outputs()[-1]), rounding.output(0).get_target_inputs()
+    rounded = _times(fused.output(0), 1 / 127)
+    rounding.output(0).replace(rounded)
+    _scale_products(readers, rounded, scales)
+
+
+def _scale_products(readers: Iterable[ov.Input], rounded: ov.Output, scales: ov.Output) -> None:
+    """Multiplies what is computed of rows of int8 by their scales: after products, and before whatever else reads them."""
+    for port in readers:
+        reader = port.get_node()
+        if reader.get_type_name() == "MatMul" and port.get_index() == 0 and not _transposed(reader)["transpose_a"]:
+            product = reader.output(0)
+            further = product.get_target_inputs()
+            scaled = op.multiply(product, scales).output(0)
+            for each in further:
+                each.replace_source_output(scaled)
+        else:
+            port.replace_source_output(op.multiply(rounded, scales).output(0))
+
+
+def _scaled(x: ov.Output) -> tuple[ov.Output, ov.Output | None]:
+    """A product and the scales of its rows that it is multiplied by (see `_scale_products`), or x and None."""
+    node = _without_conversion(x).get_node()
+    if node.get_type_name() == "Multiply":
+        scales = _without_conversion(node.input_value(1))
+        kernel = scales.get_node()
+        if kernel.get_type_name() in _ROUNDING_KERNELS and scales.get_index() == kernel.get_output_size() - 1:
+            return _without_conversion(node.input_value(0)), scales
+    return x, None
 
 
 def _readers(output: ov.Output) -> list[ov.Node]:

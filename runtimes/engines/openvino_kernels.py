@@ -21,7 +21,7 @@ OPERATION = "RaggedAttention"  # in that graph
 HEAD_DIMS = (32, 64)  # of the heads that the kernel knows; all released sizes have 64
 ROW_MULTIPLE = 32  # sizes of rows that the kernels know are whole multiples of this
 SWITCH = "ETTIN_OPENVINO_KERNELS"  # "off": the kernel is not used; "f32", "bf16" or "int8": only with these products
-_INTERFACE = 2  # of the library, see openvino_extension.cpp
+_INTERFACE = 3  # of the library, see openvino_extension.cpp
 _TESTED_RELEASES = (202602, 202603, 202604)  # of OpenVINO, see test_releases.py
 
 

@@ -77,13 +77,14 @@ inline void rotated(const uint16_t* row, const RopeTable& rope, int position, fl
     halves[1] = narrowed(right[0], right[1]);
 }
 
-// `row` gives the elements of a head by the key's place in its sequence.
-template <class Row> void pack_keys(const RopeTable& rope, Row row, int length, int padded, uint8_t* tiles) {
+// `row` gives the elements of a head by the key's place in its sequence, and `scale` what they are multiplied by.
+template <class Row, class Scale>
+void pack_keys(const RopeTable& rope, Row row, Scale scale, int length, int padded, uint8_t* tiles) {
     for (int first = 0; first < padded; first += 16) {
         __m512i rows[2][16];
         for (int at = 0; at < 16; ++at) {
             __m512i halves[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
-            if (first + at < length) rotated(row(first + at), rope, first + at, 1.0f, halves);
+            if (first + at < length) rotated(row(first + at), rope, first + at, scale(first + at), halves);
             rows[0][at] = halves[0];
             rows[1][at] = halves[1];
         }
@@ -96,7 +97,8 @@ template <class Row> void pack_keys(const RopeTable& rope, Row row, int length, 
 }
 
 // Two rows of values become rows of pairs.
-template <class Row> void pack_values(Row row, int length, int padded, uint8_t* tiles) {
+template <class Row, class Scale>
+void pack_values(Row row, Scale scale, bool has_scales, int length, int padded, uint8_t* tiles) {
     alignas(64) uint16_t order[2][32];
     for (int at = 0; at < 16; ++at)
         for (int part = 0; part < 2; ++part) {
@@ -106,7 +108,11 @@ template <class Row> void pack_values(Row row, int length, int padded, uint8_t* 
     const __m512i low = _mm512_load_si512(order[0]), high = _mm512_load_si512(order[1]);
     for (int key = 0; key < padded; key += 2) {
         const auto loaded = [&](int at, int half) {
-            return at < length ? _mm512_loadu_si512(row(at) + kHalf * half) : _mm512_setzero_si512();
+            if (at >= length) return _mm512_setzero_si512();
+            const auto* values = row(at) + kHalf * half;
+            if (!has_scales) return _mm512_loadu_si512(values);
+            const __m512 by = _mm512_set1_ps(scale(at));
+            return narrowed(_mm512_mul_ps(by, Vector512::load(values)), _mm512_mul_ps(by, Vector512::load(values + 16)));
         };
         uint8_t* packed = tiles + size_t(key / 32) * 4 * kTileBytes + key % 32 / 2 * 64;
         for (int half = 0; half < 2; ++half) {
@@ -231,8 +237,11 @@ void attend_bf16_amx(const RaggedAttention& task, int64_t begin, int64_t end, in
     const auto row_of = [&](const void* tensor, int64_t token) {
         return static_cast<const uint16_t*>(tensor) + task.row_of(token) * stride + column;
     };
-    pack_keys(*task.rope, [&](int key) { return row_of(task.k, begin + key); }, visible, packed, scratch.keys);
-    pack_values([&](int key) { return row_of(task.v, begin + key); }, visible, packed, scratch.values);
+    const auto key_row = [&](int key) { return row_of(task.k, begin + key); };
+    const auto value_row = [&](int key) { return row_of(task.v, begin + key); };
+    const auto scale = [&](int key) { return scale_at<uint16_t>(task.scales, size_t(begin + key)); };
+    pack_keys(*task.rope, key_row, scale, visible, packed, scratch.keys);
+    pack_values(value_row, scale, task.scales != nullptr, visible, packed, scratch.values);
 
     const TileConfig config;
     _tile_loadconfig(&config);
@@ -240,7 +249,9 @@ void attend_bf16_amx(const RaggedAttention& task, int64_t begin, int64_t end, in
         const int rows = std::min(kQueries, queries - first);
         for (int row = 0; row < kQueries; ++row) {
             __m512i halves[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
-            if (row < rows) rotated(row_of(task.q, out_row + first + row), *task.rope, first + row, kLog2E, halves);
+            if (row < rows)
+                rotated(row_of(task.q, out_row + first + row), *task.rope, first + row,
+                        task.first_only ? kLog2E : kLog2E * scale(first + row), halves);
             for (int half = 0; half < 2; ++half) _mm512_storeu_si512(&block.queries[row][kHalf * half], halves[half]);
         }
         const int from = is_local ? std::max(0, first - task.window) / 32 * 32 : 0;

@@ -42,11 +42,18 @@ std::vector<int64_t> bounds_of(const ov::Tensor& tensor, size_t tokens, const ch
     return bounds;
 }
 
+// One for each row, of the elements of what they multiply.
+void check_scales(const ov::Tensor& scales, const ov::element::Type& type, size_t rows, const char* operation) {
+    OPENVINO_ASSERT(scales.get_element_type() == type && scales.get_size() == rows, operation, ": ", rows,
+                    " scales are expected, found ", scales.get_shape());
+}
+
 // Inputs: queries, keys, values, float32 or bf16 [1, tokens, heads · head_dim]; cu_seqlens [pairs + 1], where each
 // sequence begins and the last ends. Tokens after that belong to none: their result is 0. Queries are [1, pairs, …]
 // with `first_only`. What the runtime chooses for its processor: `variant` names how it is computed, and with a `step`
-// the result is int8. With a fifth input [tokens], queries, keys and values are tables [rows, heads · head_dim], and it
-// has the row of each token.
+// the result is int8. With a fifth input of integers [tokens], queries, keys and values are tables
+// [rows, heads · head_dim], and it has the row of each token. A fifth input of floats [1, tokens, 1] has the scales that
+// keys, values and, but with `first_only`, queries are multiplied by.
 class RaggedAttention : public ov::op::Op {
 public:
     OPENVINO_OP("RaggedAttention", "ettin");
@@ -55,9 +62,10 @@ public:
     explicit RaggedAttention(const ov::OutputVector& inputs) : Op(inputs) {}
 
     void validate_and_infer_types() override {
-        const bool has_tables = get_input_size() == 5;
-        OPENVINO_ASSERT(get_input_size() == 4 || (has_tables && !m_first_only),
-                        "RaggedAttention takes queries, keys, values, cu_seqlens and perhaps rows");
+        OPENVINO_ASSERT(get_input_size() == 4 || get_input_size() == 5,
+                        "RaggedAttention takes queries, keys, values, cu_seqlens and perhaps rows or scales");
+        const bool has_tables = get_input_size() == 5 && get_input_element_type(4).is_integral_number();
+        OPENVINO_ASSERT(!has_tables || !m_first_only, "RaggedAttention of first tokens takes no tables");
         auto shape = get_input_partial_shape(0);
         if (has_tables) shape = {1, get_input_partial_shape(4)[0], shape[1]};
         set_output_type(0, m_step == 0 ? get_input_element_type(0) : ov::element::i8, shape);
@@ -93,7 +101,8 @@ public:
         const auto type = inputs[0].get_element_type();
         for (int at = 0; at < 3; ++at)
             OPENVINO_ASSERT(inputs[at].get_element_type() == type, "RaggedAttention takes one element type");
-        const bool has_tables = inputs.size() == 5;
+        const bool has_tables = inputs.size() == 5 && inputs[4].get_element_type().is_integral_number();
+        const bool has_scales = inputs.size() == 5 && !has_tables;
         const auto rows = has_tables ? values_of(inputs[4]) : std::vector<int64_t>();
         const auto of_q = inputs[0].get_shape(), of_k = inputs[1].get_shape();
         OPENVINO_ASSERT(of_k.size() == (has_tables ? 2 : 3) && of_k == inputs[2].get_shape() && of_q.size() == of_k.size(),
@@ -105,14 +114,15 @@ public:
                         "RaggedAttention: queries are ", of_q, ", keys ", of_k);
         for (const int64_t row : rows)
             OPENVINO_ASSERT(row >= 0 && size_t(row) < of_k[0], "RaggedAttention: there is no row ", row);
+        if (has_scales) check_scales(inputs[4], type, of_k[1], "RaggedAttention");
         OPENVINO_ASSERT(m_heads > 0 && size % m_heads == 0, "RaggedAttention: rows of ", size, " are not those of ",
                         m_heads, " heads");
         outputs[0].set_shape(has_tables ? ov::Shape{1, rows.size(), size} : of_q);
         const int head_dim = int(size / m_heads);
         const auto rope = rope_table(m_theta, head_dim, int(ettin::longest_sequence(bounds.data(), pairs)));
         const ettin::RaggedAttention task{
-            inputs[0].data(), inputs[1].data(), inputs[2].data(), has_tables ? rows.data() : nullptr, outputs[0].data(),
-            type == ov::element::bf16, m_step, rope.get(), int(m_heads), head_dim, int(m_window), m_first_only};
+            inputs[0].data(), inputs[1].data(), inputs[2].data(), has_tables ? rows.data() : nullptr,
+            has_scales ? inputs[4].data() : nullptr, outputs[0].data(), type == ov::element::bf16, m_step, rope.get(), int(m_heads), head_dim, int(m_window), m_first_only};
         OPENVINO_ASSERT((task.is_bf16 || type == ov::element::f32) && variant->takes(task), "RaggedAttention: '",
                         m_variant, "' does not take ", type, " in heads of ", head_dim);
         ov::parallel_for(pairs * m_heads,
@@ -132,8 +142,8 @@ private:
     std::string m_variant = "bf16_amx";
 };
 
-// What the runtime chooses of the operations on rows: `kernels` names how it is computed, and with a `step` the result
-// is int8.
+// What the runtime chooses of the operations on rows: `kernels` names how it is computed, and with `rounds` the result is
+// int8, and the last output has the scales of its rows [1, tokens, 1].
 class RowOperation : public ov::op::Op {
 public:
     RowOperation() = default;
@@ -141,7 +151,7 @@ public:
 
     bool visit_attributes(ov::AttributeVisitor& visitor) override {
         visitor.on_attribute("eps", m_eps);
-        visitor.on_attribute("step", m_step);
+        visitor.on_attribute("rounds", m_rounds);
         visitor.on_attribute("kernels", m_kernels);
         return true;
     }
@@ -149,11 +159,23 @@ public:
     bool has_evaluate() const override { return true; }
 
 protected:
-    ov::element::Type result_type() const { return m_step == 0 ? get_input_element_type(0) : ov::element::i8; }
+    // `scales_at`: the output that scales are.
+    void set_result(ov::PartialShape shape, size_t scales_at) {
+        set_output_type(0, m_rounds ? ov::element::i8 : get_input_element_type(0), shape);
+        shape[shape.size() - 1] = 1;
+        if (m_rounds) set_output_type(scales_at, get_input_element_type(0), shape);
+    }
+
+    void* scales_of(ov::TensorVector& outputs, ov::Shape shape) const {
+        if (!m_rounds) return nullptr;
+        shape.back() = 1;
+        outputs.back().set_shape(shape);
+        return outputs.back().data();
+    }
 
     std::shared_ptr<ov::Node> as_this(std::shared_ptr<RowOperation> clone) const {
         clone->m_eps = m_eps;
-        clone->m_step = m_step;
+        clone->m_rounds = m_rounds;
         clone->m_kernels = m_kernels;
         clone->constructor_validate_and_infer_types();
         return clone;
@@ -175,12 +197,13 @@ protected:
     }
 
     static constexpr size_t kRows = 64;  // that a thread takes at a time
-    float m_eps = 0, m_step = 0;
+    float m_eps = 0;
+    bool m_rounds = false;
     std::string m_kernels;
 };
 
-// Inputs: x and what is added to it, float32 or bf16 [1, tokens, size]. Outputs: the layer norm of their sum, and the
-// sum.
+// Inputs: x and what is added to it, float32 or bf16 [1, tokens, size], and perhaps the scales of the latter [1, tokens, 1].
+// Outputs: the layer norm of their sum, the sum, and perhaps the scales of the norm.
 class AddedNorm : public RowOperation {
 public:
     OPENVINO_OP("AddedNorm", "ettin", RowOperation);
@@ -189,12 +212,12 @@ public:
     void validate_and_infer_types() override {
         const auto type = get_input_element_type(0);
         const auto shape = get_input_partial_shape(0);
-        OPENVINO_ASSERT(get_input_size() == 2 && type == get_input_element_type(1) &&
+        OPENVINO_ASSERT((get_input_size() == 2 || get_input_size() == 3) && type == get_input_element_type(1) &&
                             shape.compatible(get_input_partial_shape(1)),
-                        "AddedNorm takes x and as much to add to it");
+                        "AddedNorm takes x, as much to add to it, and perhaps scales");
         kernels(type, shape[shape.size() - 1].get_length());
-        set_output_type(0, result_type(), shape);
         set_output_type(1, type, shape);
+        set_result(shape, 2);
     }
 
     std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
@@ -204,17 +227,21 @@ public:
     bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
         const auto shape = inputs[0].get_shape();
         OPENVINO_ASSERT(shape == inputs[1].get_shape(), "AddedNorm adds ", inputs[1].get_shape(), " to ", shape);
-        for (auto& output : outputs) output.set_shape(shape);
-        const size_t size = shape.back();
-        const ettin::AddedNorm norm{inputs[0].data(), inputs[1].data(), outputs[1].data(), outputs[0].data(),
-                                    int(size), m_eps, m_step};
-        run(kernels(inputs[0].get_element_type(), size).normalise, norm, inputs[0].get_size() / size);
+        const auto type = inputs[0].get_element_type();
+        const size_t size = shape.back(), rows = inputs[0].get_size() / size;
+        const bool has_scales = inputs.size() == 3;
+        if (has_scales) check_scales(inputs[2], type, rows, "AddedNorm");
+        for (int at = 0; at < 2; ++at) outputs[at].set_shape(shape);
+        const ettin::AddedNorm norm{inputs[0].data(),  inputs[1].data(), has_scales ? inputs[2].data() : nullptr,
+                                    outputs[1].data(), outputs[0].data(), scales_of(outputs, shape),
+                                    int(size),         m_eps};
+        run(kernels(type, size).normalise, norm, rows);
         return true;
     }
 };
 
-// Inputs: up and gate, float32 or bf16 [1, tokens, size], or one with both side by side [1, tokens, 2 · size]. Output:
-// gelu(up) · gate.
+// Inputs: up and gate, float32 or bf16 [1, tokens, size], and perhaps the scales of both [1, tokens, 1]; or one with up
+// and gate side by side [1, tokens, 2 · size]. Outputs: gelu(up) · gate, and perhaps its scales.
 class GatedGelu : public RowOperation {
 public:
     OPENVINO_OP("GatedGelu", "ettin", RowOperation);
@@ -226,11 +253,12 @@ public:
         if (get_input_size() == 1)
             size = size.get_length() / 2;
         else
-            OPENVINO_ASSERT(get_input_size() == 2 && get_input_element_type(0) == get_input_element_type(1) &&
+            OPENVINO_ASSERT((get_input_size() == 2 || get_input_size() == 3) &&
+                                get_input_element_type(0) == get_input_element_type(1) &&
                                 shape.compatible(get_input_partial_shape(1)),
-                            "GatedGelu takes up and as much of gate");
+                            "GatedGelu takes up, as much of gate, and perhaps scales");
         kernels(get_input_element_type(0), size.get_length());
-        set_output_type(0, result_type(), shape);
+        set_result(shape, 1);
     }
 
     std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
@@ -241,21 +269,24 @@ public:
         auto shape = inputs[0].get_shape();
         const bool is_joint = inputs.size() == 1;
         OPENVINO_ASSERT(is_joint || shape == inputs[1].get_shape(), "GatedGelu takes halves of one shape");
-        const size_t stride = shape.back(), size = is_joint ? stride / 2 : stride;
+        const auto type = inputs[0].get_element_type();
+        const size_t stride = shape.back(), size = is_joint ? stride / 2 : stride, rows = inputs[0].get_size() / stride;
+        const bool has_scales = inputs.size() == 3;
+        if (has_scales) check_scales(inputs[2], type, rows, "GatedGelu");
         shape.back() = size;
         outputs[0].set_shape(shape);
         const auto* up = static_cast<const uint8_t*>(inputs[0].data());
-        const void* gate = is_joint ? up + size * inputs[0].get_element_type().size() : inputs[1].data();
-        const ettin::GatedGelu gelu{up, gate, outputs[0].data(), int(size), stride, m_step};
-        run(kernels(inputs[0].get_element_type(), size).gate, gelu, outputs[0].get_size() / size);
+        const void* gate = is_joint ? up + size * type.size() : inputs[1].data();
+        const ettin::GatedGelu gelu{up,   gate, has_scales ? inputs[2].data() : nullptr, outputs[0].data(),
+                                    scales_of(outputs, shape), int(size), stride};
+        run(kernels(type, size).gate, gelu, rows);
         return true;
     }
 };
 
-}  // namespace
-
 // Inputs: queries [1, pairs, heads · head_dim], keys [1, tokens, heads · head_dim], float32 or bf16, x [1, tokens, size],
-// as they are or int8, and cu_seqlens. Output: [1, pairs, heads · size], see `ettin::FirstAttention`.
+// as they are or int8, cu_seqlens, and perhaps the scales of keys and of x [1, tokens, 1]. Output:
+// [1, pairs, heads · size], see `ettin::FirstAttention`.
 class FirstAttention : public RowOperation {
 public:
     OPENVINO_OP("FirstAttention", "ettin", RowOperation);
@@ -263,9 +294,9 @@ public:
 
     void validate_and_infer_types() override {
         const auto type = get_input_element_type(0), of_x = get_input_element_type(2);
-        OPENVINO_ASSERT(get_input_size() == 4 && type == get_input_element_type(1) &&
+        OPENVINO_ASSERT((get_input_size() == 4 || get_input_size() == 5) && type == get_input_element_type(1) &&
                             (of_x == type || of_x == ov::element::i8),
-                        "FirstAttention takes queries, keys, x and cu_seqlens");
+                        "FirstAttention takes queries, keys, x, cu_seqlens and perhaps scales");
         auto shape = get_input_partial_shape(0);
         const auto size = get_input_partial_shape(2)[2].get_length(), width = shape[2].get_length();
         OPENVINO_ASSERT(m_heads > 0 && (width == 32 * m_heads || width == 64 * m_heads),
@@ -297,10 +328,13 @@ public:
         const auto bounds = bounds_of(inputs[3], of_k[1], "FirstAttention");
         const size_t pairs = bounds.size() - 1, size = of_x[2];
         OPENVINO_ASSERT((of_q == ov::Shape{1, pairs, of_k[2]}), "FirstAttention: queries are ", of_q, ", keys ", of_k);
+        const bool has_scales = inputs.size() == 5;
+        if (has_scales) check_scales(inputs[4], inputs[0].get_element_type(), of_x[1], "FirstAttention");
         const int heads = int(m_heads), head_dim = int(of_q[2] / heads);
         outputs[0].set_shape({1, pairs, heads * size});
         const auto rope = rope_table(m_theta, head_dim, int(ettin::longest_sequence(bounds.data(), pairs)));
-        const ettin::FirstAttention task{inputs[0].data(), inputs[1].data(), inputs[2].data(), outputs[0].data(),
+        const ettin::FirstAttention task{inputs[0].data(), inputs[1].data(), inputs[2].data(),
+                                         has_scales ? inputs[4].data() : nullptr, outputs[0].data(),
                                          inputs[2].get_element_type() == ov::element::i8, rope.get(), heads, head_dim,
                                          int(m_window), int(size)};
         const auto& chosen = kernels(inputs[0].get_element_type(), size);
@@ -314,8 +348,10 @@ private:
     float m_theta = 0;
 };
 
+}  // namespace
+
 // Changes with the operations and with the functions that Python calls: a checkout may be newer than its library.
-extern "C" __attribute__((visibility("default"))) int ettin_interface() { return 2; }
+extern "C" __attribute__((visibility("default"))) int ettin_interface() { return 3; }
 
 // The release that this was compiled for: year · 100 + number.
 extern "C" __attribute__((visibility("default"))) int ettin_openvino_release() {

@@ -21,6 +21,7 @@ inline bool is_known_head_dim(int64_t head_dim) { return head_dim == 32 || head_
 struct RaggedAttention {
     const void *q, *k, *v;  // rows of heads · head_dim, one for each token; q carries the softmax scale
     const int64_t* rows;    // the row of each token in q, k and v; nullptr: its own. Not with first_only
+    const void* scales;     // as q: what the rows of each token are multiplied by, in q not with first_only; nullptr: 1
     void* out;              // a row for each of q's tokens
     bool is_bf16;           // whether q, k and v are bf16; else float32
     float step;             // out is int8: whole multiples of this, −128 … 127; 0: out is as q

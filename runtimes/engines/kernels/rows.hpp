@@ -1,6 +1,9 @@
 // What lies between the linear layers and attention, row by row: the residual and the norm after it, the gate of the
 // MLP, and the last layer's attention, which has one row for each sequence. The first two are one pass over memory,
 // rounded to int8 where an int8 product reads it. Nothing here depends on an inference engine.
+//
+// Each row of int8 has a scale, the largest magnitude in it, for which 127 stands. What an int8 product makes of such a
+// row is to be multiplied by its scale, which the next kernel does as it reads the product.
 #pragma once
 
 #include <cstddef>
@@ -13,20 +16,23 @@ namespace ettin {
 // sum = x + added, and the layer norm of the sum without weights, (sum − mean) / √(variance + eps). `sum` and `normed`
 // are neither of the inputs.
 struct AddedNorm {
-    const void *x, *added;  // [rows, size]
-    void* sum;              // as x
-    void* normed;           // as x; with a step int8: whole multiples of it, −128 … 127
-    int size;               // a multiple of 32
-    float eps, step;
+    const void *x, *added;     // [rows, size]
+    const void* added_scales;  // [rows], as x: what a row of `added` is multiplied by; nullptr: 1
+    void* sum;                 // as x
+    void* normed;              // as x, or int8 where it has scales
+    void* normed_scales;       // [rows], as x; nullptr: `normed` is not rounded
+    int size;                  // a multiple of 32
+    float eps;
 };
 
 // gelu(up) · gate, with gelu(x) = x · Φ(x) to within 4.1e-5 up to |x| = 36, and to within 1.2e-6 · |x| beyond.
 struct GatedGelu {
     const void *up, *gate;  // `size` elements of each row; rows are `stride` elements apart
-    void* out;              // [rows, size], as up; with a step int8: whole multiples of it, −128 … 127
+    const void* scales;     // [rows], as up: what a row of both is multiplied by; nullptr: 1
+    void* out;              // [rows, size], as up, or int8 where it has scales
+    void* out_scales;       // [rows], as up; nullptr: `out` is not rounded
     int size;               // a multiple of 32
     size_t stride;
-    float step;
 };
 
 // What each sequence's first token attends to, before the projection of values: the sum of the rows of x, weighted by
@@ -35,6 +41,7 @@ struct GatedGelu {
 struct FirstAttention {
     const void *q, *k;  // [pairs, heads · head_dim], carrying the softmax scale, and [tokens, heads · head_dim]
     const void* x;      // [tokens, size], as q or int8
+    const void* scales; // [tokens], as q: what a row of k and of x is multiplied by; nullptr: 1
     void* out;          // [pairs, heads, size], as q
     bool is_int8;       // whether x is
     const RopeTable* rope;  // reaches the longest sequence

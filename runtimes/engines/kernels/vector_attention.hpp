@@ -17,6 +17,7 @@
 #include <utility>
 #include <vector>
 
+#include "elements.hpp"
 #include "ragged_attention.hpp"
 #include "vector_exp2.hpp"
 
@@ -114,6 +115,8 @@ template <class Vector, class Products, class Element, int kDim> class Attention
         return static_cast<const Element*>(tensor) + task_.row_of(token) * stride_ + column_;
     }
 
+    float scale_of(int64_t token) const { return scale_at<Element>(task_.scales, size_t(token)); }
+
     // A row of one head, rotated for its position and multiplied.
     void rotate(const Element* row, int position, float factor, Floats turned[kRowVectors]) const {
         constexpr int kHalf = kDim / 2;
@@ -155,7 +158,9 @@ template <class Vector, class Products, class Element, int kDim> class Attention
     }
 
     void pack_keys(int64_t begin) {
-        const auto row = [&](int key, Floats* turned) { rotate(row_of(task_.k, begin + key), key, 1.0f, turned); };
+        const auto row = [&](int key, Floats* turned) {
+            rotate(row_of(task_.k, begin + key), key, scale_of(begin + key), turned);
+        };
         // The same vector taken from all keys adds the same to all scores of a query, which the softmax ignores.
         // So the middle need not be exact: every fourth key is enough.
         if constexpr (!Products::kIsFloating) range_of(visible_, 4, row, block_->key_centres, nullptr);
@@ -195,7 +200,8 @@ template <class Vector, class Products, class Element, int kDim> class Attention
     void pack_values(int64_t begin) {
         const auto row = [&](int key, Floats* x) {
             const Element* values = row_of(task_.v, begin + key);
-            for (int at = 0; at < kRowVectors; ++at) x[at] = Vector::load(values + at * kLanes);
+            const Floats scale = Vector::all(scale_of(begin + key));
+            for (int at = 0; at < kRowVectors; ++at) x[at] = Vector::multiply(scale, Vector::load(values + at * kLanes));
         };
         Floats centres[kRowVectors], shares[kRowVectors];
         if constexpr (!Products::kIsFloating) {
@@ -235,10 +241,12 @@ template <class Vector, class Products, class Element, int kDim> class Attention
     void pack_queries(int64_t row, int position, int rows) {
         for (int at = 0; at < kQueries; ++at) {
             Floats turned[kRowVectors];
-            if (at < rows)
-                rotate(row_of(task_.q, row + at), position + at, Products::kIsFloating ? kLog2E : 1.0f, turned);
-            else
+            if (at < rows) {
+                const float scale = task_.first_only ? 1.0f : scale_of(row + at);
+                rotate(row_of(task_.q, row + at), position + at, Products::kIsFloating ? kLog2E * scale : scale, turned);
+            } else {
                 for (auto& part : turned) part = Vector::all(0.0f);
+            }
             block_->query_scales[at] = kLog2E * Products::template encode<kDim, false>(turned, block_->queries[at]);
         }
     }

@@ -7,51 +7,57 @@
 #include <cstdint>
 #include <vector>
 
+#include "elements.hpp"
 #include "rows.hpp"
 #include "vector_exp2.hpp"
 
 namespace ettin {
 namespace {
 
-// The bytes of element `at` of an output that is int8 where there is a step.
-template <class Vector, class Element>
-void store_rounded(void* out, size_t at, typename Vector::Floats x, bool is_int8) {
-    if (is_int8)
-        Vector::store_int8(static_cast<uint8_t*>(out) + at, x);
-    else
-        Vector::store(static_cast<Element*>(out) + at, x);
+// Writes the scale of a row, and returns what rounds the row: 127 divided by the scale as it is read. A row of 0 has a
+// scale that is greater.
+template <class Element> float rounding_share(float largest, void* scales, size_t row) {
+    auto* scale = static_cast<Element*>(scales) + row;
+    put(largest < 1e-30f ? 1e-30f : largest, scale);
+    return 127.0f / as_float(*scale);
 }
 
 // Of one row.
 struct Moments {
     float mean, deviation;
+    float largest;  // distance from the mean
 };
 
-// Adds a row and returns the moments of the sum.
+// Adds a row, multiplied, and returns the moments of the sum.
 //
 // Squares are taken of what lies between an element and the first one, so that one pass is enough: the first one is
 // no farther from the mean than √size deviations, so rounding costs the variance some size · 2⁻²³ of itself at most.
 template <class Vector, class Element>
-Moments add_row(const Element* x, const Element* added, Element* sum, int size, float eps) {
+Moments add_row(const Element* x, const Element* added, float scale, Element* sum, int size, float eps) {
     using Floats = typename Vector::Floats;
     constexpr int kLanes = Vector::kLanes;
-    const auto first = Vector::load(x), other = Vector::load(added);
-    Vector::store(sum, Vector::add(first, other));
+    const auto by = Vector::all(scale);
+    const auto add = [&](int at) {
+        Vector::store(sum + at, Vector::multiply_add(by, Vector::load(added + at), Vector::load(x + at)));
+        return Vector::load(sum + at);  // as it was rounded
+    };
     float lanes[kLanes];
-    Vector::store(lanes, Vector::load(sum));
+    Vector::store(lanes, add(0));
     const Floats origin = Vector::all(lanes[0]);
+    Floats high = Vector::all(0.0f), low = high;
     Floats sums[2] = {Vector::all(0.0f), Vector::all(0.0f)}, squares[2] = {Vector::all(0.0f), Vector::all(0.0f)};
     for (int at = 0; at < size; at += 2 * kLanes)
         for (int part = 0; part < 2; ++part) {
-            const int place = at + part * kLanes;
-            Vector::store(sum + place, Vector::add(Vector::load(x + place), Vector::load(added + place)));
-            const Floats apart = Vector::subtract(Vector::load(sum + place), origin);
+            const Floats apart = Vector::subtract(add(at + part * kLanes), origin);
+            high = Vector::larger(high, apart);
+            low = Vector::smaller(low, apart);
             sums[part] = Vector::add(sums[part], apart);
             squares[part] = Vector::multiply_add(apart, apart, squares[part]);
         }
     const float apart = Vector::sum(Vector::add(sums[0], sums[1])) / float(size);
     const float square = Vector::sum(Vector::add(squares[0], squares[1])) / float(size);
-    return {lanes[0] + apart, std::sqrt(std::max(square - apart * apart, 0.0f) + eps)};
+    const float above = Vector::largest(high) - apart, below = apart + Vector::largest(Vector::subtract(Vector::all(0.0f), low));
+    return {lanes[0] + apart, std::sqrt(std::max(square - apart * apart, 0.0f) + eps), std::max(above, below)};
 }
 
 // Rows are handled several at a time: the sums of one are ready while another is read.
@@ -59,23 +65,27 @@ template <class Vector, class Element> void normalise(const AddedNorm& norm, siz
     using Floats = typename Vector::Floats;
     constexpr size_t kMostRows = 8;
     const size_t size = size_t(norm.size), block = std::clamp<size_t>(4096 / size, 1, kMostRows);  // of the L1 cache
-    const bool is_int8 = norm.step != 0.0f;
     Moments moments[kMostRows];
     for (size_t first = from; first < to; first += block) {
         const size_t rows = std::min(block, to - first);
         for (size_t row = 0; row < rows; ++row) {
             const size_t at = (first + row) * size;
-            moments[row] = add_row<Vector>(static_cast<const Element*>(norm.x) + at,
-                                           static_cast<const Element*>(norm.added) + at,
-                                           static_cast<Element*>(norm.sum) + at, norm.size, norm.eps);
+            moments[row] = add_row<Vector>(
+                static_cast<const Element*>(norm.x) + at, static_cast<const Element*>(norm.added) + at,
+                scale_at<Element>(norm.added_scales, first + row), static_cast<Element*>(norm.sum) + at, norm.size, norm.eps);
         }
         for (size_t row = 0; row < rows; ++row) {
-            const Floats mean = Vector::all(moments[row].mean);
-            const Floats by = Vector::all(1.0f / (moments[row].deviation * (is_int8 ? norm.step : 1.0f)));
+            const auto [centre, deviation, largest] = moments[row];
+            float share = 1.0f / deviation;
+            if (norm.normed_scales) share *= rounding_share<Element>(largest / deviation, norm.normed_scales, first + row);
+            const Floats mean = Vector::all(centre), by = Vector::all(share);
             const size_t begin = (first + row) * size;
             for (size_t at = begin; at < begin + size; at += Vector::kLanes) {
                 const Floats apart = Vector::subtract(Vector::load(static_cast<const Element*>(norm.sum) + at), mean);
-                store_rounded<Vector, Element>(norm.normed, at, Vector::multiply(apart, by), is_int8);
+                if (norm.normed_scales)
+                    Vector::store_int8(static_cast<uint8_t*>(norm.normed) + at, Vector::multiply(apart, by));
+                else
+                    Vector::store(static_cast<Element*>(norm.normed) + at, Vector::multiply(apart, by));
             }
         }
     }
@@ -96,17 +106,62 @@ template <class Vector> typename Vector::Floats gelu(typename Vector::Floats x) 
     return Vector::multiply(x, Vector::multiply_add(near, sum, Vector::all(0.5f)));
 }
 
-template <class Vector, class Element> void gate(const GatedGelu& task, size_t from, size_t to) {
-    const bool is_int8 = task.step != 0.0f;
-    const auto by = Vector::all(is_int8 ? 1.0f / task.step : 1.0f);
+// gelu(scale · up) · gate. The scale of gate is left to the caller.
+template <class Vector, class Element>
+typename Vector::Floats gated(const Element* up, const Element* gate, typename Vector::Floats scale) {
+    return Vector::multiply(gelu<Vector>(Vector::multiply(scale, Vector::load(up))), Vector::load(gate));
+}
+
+template <class Vector, class Element> void gate_to_floats(const GatedGelu& task, size_t from, size_t to) {
     for (size_t row = from; row < to; ++row) {
-        const auto* up = static_cast<const Element*>(task.up) + row * task.stride;
-        const auto* gate = static_cast<const Element*>(task.gate) + row * task.stride;
+        const auto scale = Vector::all(scale_at<Element>(task.scales, row));
+        const size_t first = row * task.stride;
         for (int at = 0; at < task.size; at += Vector::kLanes) {
-            const auto gated = Vector::multiply(gelu<Vector>(Vector::load(up + at)), Vector::load(gate + at));
-            store_rounded<Vector, Element>(task.out, row * task.size + at, Vector::multiply(gated, by), is_int8);
+            const auto x = gated<Vector>(static_cast<const Element*>(task.up) + first + at,
+                                         static_cast<const Element*>(task.gate) + first + at, scale);
+            Vector::store(static_cast<Element*>(task.out) + row * task.size + at, Vector::multiply(scale, x));
         }
     }
+}
+
+// Several rows at a time, as in `normalise`.
+template <class Vector, class Element> void gate_to_int8(const GatedGelu& task, size_t from, size_t to) {
+    constexpr size_t kMostRows = 8;
+    const size_t size = size_t(task.size), block = std::clamp<size_t>(4096 / size, 1, kMostRows);
+    thread_local std::vector<float> memory;
+    memory.resize(block * size + 16);
+    auto* floats = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
+    float shares[kMostRows];
+    for (size_t first = from; first < to; first += block) {
+        const size_t rows = std::min(block, to - first);
+        for (size_t row = 0; row < rows; ++row) {
+            const float scale = scale_at<Element>(task.scales, first + row);
+            const auto by = Vector::all(scale);
+            const auto* up = static_cast<const Element*>(task.up) + (first + row) * task.stride;
+            const auto* gate = static_cast<const Element*>(task.gate) + (first + row) * task.stride;
+            auto largest = Vector::all_words(0);  // bits without a sign, of which those of NaN are the greatest
+            for (size_t at = 0; at < size; at += Vector::kLanes) {
+                const auto x = gated<Vector>(up + at, gate + at, by);
+                largest = Vector::larger_words(largest, Vector::as_words(Vector::magnitude(x)));
+                Vector::store(&floats[row * size + at], x);
+            }
+            const float reach = scale * Vector::largest_magnitude(largest);
+            shares[row] = scale * rounding_share<Element>(reach, task.out_scales, first + row);
+        }
+        auto* out = static_cast<uint8_t*>(task.out) + first * size;
+        for (size_t row = 0; row < rows; ++row) {
+            const auto share = Vector::all(shares[row]);
+            for (size_t at = row * size; at < (row + 1) * size; at += Vector::kLanes)
+                Vector::store_int8(out + at, Vector::multiply(share, Vector::load(&floats[at])));
+        }
+    }
+}
+
+template <class Vector, class Element> void gate(const GatedGelu& task, size_t from, size_t to) {
+    if (task.out_scales)
+        gate_to_int8<Vector, Element>(task, from, to);
+    else
+        gate_to_floats<Vector, Element>(task, from, to);
 }
 
 // The query of a first token · a key, rotated: position 0 is rotated by the angle 0, so only the key is.
@@ -163,7 +218,8 @@ void attend_first(const FirstAttention& task, int64_t begin, int64_t end, size_t
     for (int key = 0; key < seen; ++key) {
         const auto* k = static_cast<const Element*>(task.k) + size_t(begin + key) * width + column;
         const size_t turn = size_t(key) * half;
-        weights[key] = first_score<Vector>(query, k, &task.rope->cos[turn], &task.rope->sin[turn], half);
+        weights[key] = scale_at<Element>(task.scales, begin + key) *
+                       first_score<Vector>(query, k, &task.rope->cos[turn], &task.rope->sin[turn], half);
         largest = std::max(largest, weights[key]);
     }
     std::fill_n(&weights[seen], kLanes, -INFINITY);  // weighs nothing
@@ -174,6 +230,8 @@ void attend_first(const FirstAttention& task, int64_t begin, int64_t end, size_t
         sums = Vector::add(sums, x);
     }
     const float share = 1.0f / Vector::sum(sums);
+    if (task.scales)
+        for (int key = 0; key < seen; ++key) weights[key] *= scale_at<Element>(task.scales, begin + key);
     auto* out = static_cast<Element*>(task.out) + (pair * task.heads + head) * task.size;
     const size_t first = size_t(begin) * task.size;
     if (task.is_int8)
