@@ -14,7 +14,7 @@ class Arithmetic(StrEnum):
     F32_OWN_ATTENTION = "f32-own-attention"
     BF16_OWN_ATTENTION = "bf16-own-attention"
     F32_INT8_ATTENTION = "f32-int8-attention"
-    BF16_INT8_ATTENTION = "bf16-int8-attention"
+    BF16_INT8_ATTENTION = "bf16-int8-attention"  # in manifests of earlier versions
 
     @property
     def description(self) -> str:

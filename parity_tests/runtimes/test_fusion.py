@@ -17,7 +17,7 @@ from ettin.graph import ModelShape
 from ettin.runtimes import load
 from ettin.runtimes.engines.on_openvino import OpenVinoRuntime
 from ettin.runtimes.engines.openvino_fusion import use_kernels
-from ettin.runtimes.engines.openvino_kernels import compiled, problem, row_kernels, runnable
+from ettin.runtimes.engines.openvino_kernels import SWITCH, compiled, problem, row_kernels, runnable
 from ettin.runtimes.machine import has_bf16
 
 Artifacts = dict[tuple[str, str], Path]
@@ -48,6 +48,8 @@ def test_rows_where_they_are_as_exact(
         monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_VNNI")
     elif not has_bf16() or precision == "fp32":
         pytest.skip("there is no arithmetic in bf16")
+    else:
+        monkeypatch.setenv(SWITCH, "bf16")
     with load(demo_artifacts["openvino", precision], allow_unverified=True) as runtime:
         assert isinstance(runtime, OpenVinoRuntime) and runtime.precision_hint == floats
         counts = Counter(node.get_type_name() for node in runtime.model_for(64).get_ops())
@@ -168,7 +170,7 @@ READERS = {
     "several": lambda rows, weights: op.add(
         op.matmul(product := op.matmul(rows, weights, False, False), weights, False, False), op.add(product, rows)
     ),
-    "no product": lambda rows, weights: op.multiply(op.add(rows, weights), rows),
+    "no product": lambda rows, weights: op.abs(rows),
 }
 
 
@@ -242,25 +244,27 @@ PROJECTIONS = {
         op.matmul(rows, op.constant(weights), False, True), op.constant(np.zeros(len(weights), np.float32))
     ),
     "computed": lambda rows, x, weights: op.matmul(rows, op.add(op.constant(weights), nothing_of(x)), False, True),
+    "keys of something else": lambda rows, x, weights: op.matmul(rows, op.constant(weights), False, True),
 }
 
 
 @pytest.mark.parametrize("is_int8", [True, False])
 @pytest.mark.parametrize("kind", PROJECTIONS)
 def test_values_are_projected_last(usable: None, kind: str, is_int8: bool) -> None:
-    """Only where the projection is a product with constants alone; the result is the formula's."""
+    """Only where the projection is a product with constants alone, and keys have its scales; as the formula has it."""
     case = Case(32, 5, True, (9, 1, 4))
     width, tokens, random = HEADS * case.head_dim, sum(case.lengths), np.random.default_rng(0)
-    q, k, x, added = (op.parameter([1, -1, width], ov.Type.f32) for _ in range(4))
+    q, other, x, added = (op.parameter([1, -1, width], ov.Type.f32) for _ in range(4))
     bounds = op.parameter([-1], ov.Type.i64)
     rows = rounded(normed(op.add(x, added))) if is_int8 else op.add(x, added)
-    weights = random.standard_normal((width, width), np.float32) / 8
-    values = PROJECTIONS[kind](rows, x, weights)
-    mixed = OpenVinoOps({}, op.constant).ragged_attention(q, k, values, bounds, HEADS, case.window, THETA, True, "")
-    core, model = written_and_read(ov.Model([mixed], [q, k, x, added, bounds]))
+    weights, of_keys = (random.standard_normal((width, width), np.float32) / 8 for _ in range(2))
+    values, has_own_keys = PROJECTIONS[kind](rows, x, weights), kind == "keys of something else"
+    keys = op.add(other, nothing_of(x)) if has_own_keys else op.matmul(rows, op.constant(of_keys), False, True)
+    mixed = OpenVinoOps({}, op.constant).ragged_attention(q, keys, values, bounds, HEADS, case.window, THETA, True, "")
+    core, model = written_and_read(ov.Model([mixed], [q, other, x, added, bounds]))
     use_kernels(model, next(each for each in runnable() if each.products == "f32"), "f32")
     names = [node.get_type_name() for node in model.get_ops()]
-    assert names.count("FirstAttention") == (kind == "constants")
+    assert names.count("FirstAttention") == (kind == "constants" or (has_own_keys and not is_int8))
 
     arrays = [random.standard_normal((tokens, width), np.float32) for _ in range(4)]
     data = [arrays[0][case.bounds[:-1]], *arrays[1:]]
@@ -272,8 +276,9 @@ def test_values_are_projected_last(usable: None, kind: str, is_int8: bool) -> No
         total = (total - total.mean(-1, keepdims=True)) / np.sqrt(total.var(-1, keepdims=True) + 1e-5)
         step = abs(total).max(-1, keepdims=True) / 127
         total = np.round(total / step) * step
+    of_keys = arrays[1] if has_own_keys else total @ of_keys.T
     of_values = (total @ weights.T).astype(np.float64)
-    wanted = first_rows(case, arrays[0], arrays[1], of_values).reshape(-1, HEADS, HEADS, case.head_dim)
+    wanted = first_rows(case, arrays[0], of_keys, of_values).reshape(-1, HEADS, HEADS, case.head_dim)
     wanted = np.stack([wanted[:, head, head] for head in range(HEADS)], 1).reshape(-1, width)
     np.testing.assert_allclose(found[0][0], wanted, atol=2e-3 if is_int8 else 1e-5)
 

@@ -39,7 +39,7 @@ class Variant(NamedTuple):
 _VARIANTS = (
     Variant("bf16_amx", "bf16", ("bf16",), "AVX512_CORE_AMX", rounds=False),
     Variant("bf16_avx512", "bf16", ("bf16",), "AVX512_CORE_BF16"),
-    Variant("int8_avx512", "int8", ("f32", "bf16"), "AVX512_CORE_VNNI"),
+    Variant("int8_avx512", "int8", ("f32",), "AVX512_CORE_VNNI"),
     Variant("int8_avx2", "int8", ("f32",), "AVX2_VNNI"),
     Variant("int8_neon", "int8", ("f32",), "NEON_DOTPROD"),
     Variant("f32_avx512", "f32", ("f32",), "AVX512_CORE"),

@@ -13,7 +13,6 @@ struct Dot512 : Vector512 {
 };
 }  // namespace
 void attend_int8_avx512(const RaggedAttention& task, int64_t begin, int64_t end, int64_t out_row, int head) {
-    if (task.is_bf16) attend<MixedSigns<Dot512>, Int8Products<MixedSigns<Dot512>>, uint16_t>(task, begin, end, out_row, head);
-    else attend<MixedSigns<Dot512>, Int8Products<MixedSigns<Dot512>>, float>(task, begin, end, out_row, head);
+    attend<MixedSigns<Dot512>, Int8Products<MixedSigns<Dot512>>, float>(task, begin, end, out_row, head);
 }
 }  // namespace ettin

@@ -43,7 +43,7 @@ constexpr Variant kVariants[] = {
     {"f32_avx2", has_avx2, takes_f32, attend_f32_avx2},
     {"f32_avx512", has_avx512, takes_f32, attend_f32_avx512},
     {"int8_avx2", has_avx2_vnni, takes_f32, attend_int8_avx2},
-    {"int8_avx512", has_avx512_vnni, has_known_heads, attend_int8_avx512},
+    {"int8_avx512", has_avx512_vnni, takes_f32, attend_int8_avx512},
     {"bf16_avx512", has_avx512_bf16, takes_bf16, attend_bf16_avx512},
     {"bf16_amx", has_amx_bf16, takes_bf16_of_64, attend_bf16_amx},
 };
