@@ -190,9 +190,10 @@ def test_whatever_reads_rounded_rows_has_their_scales(usable: None, kind: str) -
     ours, names = with_ours(result, *inputs)
     result, inputs = graph(False)
     assert names == ["GatedGelu"]
+    data = [x, (gate * sizes).astype(np.float32)]
+    options = {"INFERENCE_PRECISION_HINT": "f32"}
     found, exact = (
-        ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})([x, (gate * sizes).astype(np.float32)])[0]
-        for model in (ours, ov.Model([result], inputs))
+        ov.Core().compile_model(model, "CPU", options)(data)[0] for model in (ours, ov.Model([result], inputs))
     )
     axis = -2 if kind == "a product of the other factor" else -1
     room = 0.02 * abs(exact).max(axis, keepdims=True) if kind != "a product of columns" else 0.02 * abs(exact).max()

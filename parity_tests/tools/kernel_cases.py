@@ -154,7 +154,8 @@ class Kernel:
 
     def _gate(self, kernels: str, joint: NDArray[Any], scales: NDArray[Any] | None, out: Rows) -> bool:
         pointers = [_pointer(array) for array in (joint, scales, *out)]
-        return bool(self._library.ettin_gate(kernels.encode(), *pointers, ctypes.c_int64(len(joint)), out.stored.shape[1]))
+        rows, size = out.stored.shape
+        return bool(self._library.ettin_gate(kernels.encode(), *pointers, ctypes.c_int64(rows), size))
 
     def attend_first(
         self,
@@ -407,8 +408,8 @@ def _assert_near(found: Rows, exact: Floats, is_bf16: bool, error: Floats | floa
         room = error + abs(exact) * (0.502 / 128 if is_bf16 else 2e-6) + 2e-6
     else:
         largest, scales = abs(exact).max(-1), as_floats(found.scales)
-        near = 0.502 / 128 if is_bf16 else 1e-4
-        assert (abs(scales - largest) <= near * largest + np.broadcast_to(error, exact.shape).max(-1) + 1e-6).all(), "a scale"
+        near = (0.502 / 128 if is_bf16 else 1e-4) * largest + np.broadcast_to(error, exact.shape).max(-1) + 1e-6
+        assert (abs(scales - largest) <= near).all(), "a scale"
         room = error + 0.51 * scales[:, None] / 127 + 1e-6
     assert (abs(found.floats - exact) <= room).all(), f"{abs(found.floats - exact).max()}"
 

@@ -90,9 +90,7 @@ class EmulatedKernel(Kernel):
         scales: NDArray[Any] | None, out: NDArray[Any],
     ) -> bool:  # fmt: skip
         sizes, floats = (len(q), HEADS, case.head_dim, case.window, x.dtype == np.int8), (THETA, x.shape[1])
-        return self._answer(
-            kernels, "first", [out], q, k, x, case.bounds, None, scales, sizes=sizes, floats=floats
-        )
+        return self._answer(kernels, "first", [out], q, k, x, case.bounds, None, scales, sizes=sizes, floats=floats)
 
     def _answer(
         self,

@@ -39,9 +39,9 @@ class OpenVinoRuntime(Runtime):
 
     `precision_hint` is OpenVINO's INFERENCE_PRECISION_HINT: "bf16" or "f32".
 
-    OpenVINO never chooses the arithmetic: an fp32 artifact runs in f32. A bf16 artifact runs in bf16 where the processor
-    has it and the manifest says that bf16 was verified, else in f32. So does what is not int8 in an int8 artifact, but in
-    bf16 only with AMX or on OpenVINO's own attention.
+    OpenVINO never chooses the arithmetic: an fp32 artifact runs in f32. A bf16 artifact runs in bf16 where the
+    processor has it and the manifest says that bf16 was verified, else in f32. What is not int8 in an int8 artifact
+    does so, too, but in bf16 only with AMX or on OpenVINO's own attention.
 
     Attention runs through our own kernel, if it was verified and can be used (`openvino_kernels`): batches then have no
     padding, and one compiled graph serves every length. Measured with the 17m shape in int8 on two cores with AMX
@@ -197,9 +197,9 @@ class OpenVinoRuntime(Runtime):
 
 # The precision of the attention kernel's products, the best arithmetic first; None: OpenVINO's own attention.
 #
-# Between int8 products lies f32, also where the processor has bf16: so all processors without AMX score alike. bf16 is 3
-# to 4 % faster with AVX-512 (17m and 150m shapes, Zen 4). But with trained weights in the 17m shape, on 1,600 pairs of
-# SciFact training queries, the standard deviation of the error is 0.042 with it and 0.036 without.
+# Between int8 products lies f32, also where the processor has bf16: so all processors without AMX compute the same.
+# bf16 is 3 to 4 % faster with AVX-512 (17m and 150m shapes, Zen 4). But with trained weights in the 17m shape, on 1,600
+# pairs of SciFact training queries, the standard deviation of the error is 0.042 with it and 0.036 without.
 _PRODUCTS = {
     Arithmetic.F32_INT8_ATTENTION: "int8",
     Arithmetic.BF16_OWN_ATTENTION: "bf16",

@@ -99,7 +99,7 @@ def use_kernels(model: ov.Model, attention: Variant, floats: str) -> None:
 
 
 def _scale_attention(node: ov.Node) -> None:
-    """Lets the kernel multiply queries, keys and values by the scales of their rows; of first tokens, the latter two."""
+    """Lets the kernel multiply queries, keys and values by the scales of their rows; for first tokens, no queries."""
     first = 1 if node.get_attributes()["first_only"] else 0
     inputs = node.input_values()
     scaled = [_scaled(x) for x in inputs[first:3]]
@@ -263,7 +263,7 @@ def _replace(node: ov.Node, rounding: ov.Node | None, fused: ov.Node) -> None:
 
 
 def _scale_products(readers: Iterable[ov.Input], rounded: ov.Output, scales: ov.Output) -> None:
-    """Multiplies what is computed of rows of int8 by their scales: after products, and before whatever else reads them."""
+    """Multiplies what is computed of rows of int8 by their scales: products after, and for other readers the rows."""
     for port in readers:
         reader = port.get_node()
         if reader.get_type_name() == "MatMul" and port.get_index() == 0 and not _transposed(reader)["transpose_a"]:

@@ -112,7 +112,8 @@ void pack_values(Row row, Scale scale, bool has_scales, int length, int padded, 
             const auto* values = row(at) + kHalf * half;
             if (!has_scales) return _mm512_loadu_si512(values);
             const __m512 by = _mm512_set1_ps(scale(at));
-            return narrowed(_mm512_mul_ps(by, Vector512::load(values)), _mm512_mul_ps(by, Vector512::load(values + 16)));
+            const __m512 first = Vector512::load(values), second = Vector512::load(values + 16);
+            return narrowed(_mm512_mul_ps(by, first), _mm512_mul_ps(by, second));
         };
         uint8_t* packed = tiles + size_t(key / 32) * 4 * kTileBytes + key % 32 / 2 * 64;
         for (int half = 0; half < 2; ++half) {

@@ -51,9 +51,9 @@ void check_scales(const ov::Tensor& scales, const ov::element::Type& type, size_
 // Inputs: queries, keys, values, float32 or bf16 [1, tokens, heads · head_dim]; cu_seqlens [pairs + 1], where each
 // sequence begins and the last ends. Tokens after that belong to none: their result is 0. Queries are [1, pairs, …]
 // with `first_only`. What the runtime chooses for its processor: `variant` names how it is computed, and with a `step`
-// the result is int8. With a fifth input of integers [tokens], queries, keys and values are tables
-// [rows, heads · head_dim], and it has the row of each token. A fifth input of floats [1, tokens, 1] has the scales that
-// keys, values and, but with `first_only`, queries are multiplied by.
+// the result is int8. A fifth input of integers [tokens] has the row of each token: queries, keys and values are tables
+// then, [rows, heads · head_dim]. A fifth input of floats [1, tokens, 1] has the scales that keys, values and, but with
+// `first_only`, queries are multiplied by.
 class RaggedAttention : public ov::op::Op {
 public:
     OPENVINO_OP("RaggedAttention", "ettin");
@@ -120,10 +120,12 @@ public:
         outputs[0].set_shape(has_tables ? ov::Shape{1, rows.size(), size} : of_q);
         const int head_dim = int(size / m_heads);
         const auto rope = rope_table(m_theta, head_dim, int(ettin::longest_sequence(bounds.data(), pairs)));
-        const ettin::RaggedAttention task{
-            inputs[0].data(), inputs[1].data(), inputs[2].data(), has_tables ? rows.data() : nullptr,
-            has_scales ? inputs[4].data() : nullptr, outputs[0].data(), type == ov::element::bf16, m_step, rope.get(), int(m_heads), head_dim, int(m_window), m_first_only};
-        OPENVINO_ASSERT((task.is_bf16 || type == ov::element::f32) && variant->takes(task), "RaggedAttention: '",
+        const bool is_bf16 = type == ov::element::bf16;
+        const ettin::RaggedAttention task{inputs[0].data(), inputs[1].data(), inputs[2].data(),
+                                          has_tables ? rows.data() : nullptr, has_scales ? inputs[4].data() : nullptr,
+                                          outputs[0].data(), is_bf16, m_step, rope.get(), int(m_heads), head_dim,
+                                          int(m_window), m_first_only};
+        OPENVINO_ASSERT((is_bf16 || type == ov::element::f32) && variant->takes(task), "RaggedAttention: '",
                         m_variant, "' does not take ", type, " in heads of ", head_dim);
         ov::parallel_for(pairs * m_heads,
                          [&](size_t part) { ettin::attend_part(*variant, task, bounds.data(), part); });
@@ -142,8 +144,8 @@ private:
     std::string m_variant = "bf16_amx";
 };
 
-// What the runtime chooses of the operations on rows: `kernels` names how it is computed, and with `rounds` the result is
-// int8, and the last output has the scales of its rows [1, tokens, 1].
+// What the runtime chooses of the operations on rows: `kernels` names how it is computed, and with `rounds` the result
+// is int8, and the last output has the scales of its rows [1, tokens, 1].
 class RowOperation : public ov::op::Op {
 public:
     RowOperation() = default;
@@ -202,8 +204,8 @@ protected:
     std::string m_kernels;
 };
 
-// Inputs: x and what is added to it, float32 or bf16 [1, tokens, size], and perhaps the scales of the latter [1, tokens, 1].
-// Outputs: the layer norm of their sum, the sum, and perhaps the scales of the norm.
+// Inputs: x and what is added to it, float32 or bf16 [1, tokens, size], and perhaps the scales of the latter
+// [1, tokens, 1]. Outputs: the layer norm of their sum, the sum, and perhaps the scales of the norm.
 class AddedNorm : public RowOperation {
 public:
     OPENVINO_OP("AddedNorm", "ettin", RowOperation);
@@ -284,8 +286,8 @@ public:
     }
 };
 
-// Inputs: queries [1, pairs, heads · head_dim], keys [1, tokens, heads · head_dim], float32 or bf16, x [1, tokens, size],
-// as they are or int8, cu_seqlens, and perhaps the scales of keys and of x [1, tokens, 1]. Output:
+// Inputs: queries [1, pairs, heads · head_dim], keys [1, tokens, heads · head_dim], float32 or bf16,
+// x [1, tokens, size], as they are or int8, cu_seqlens, and perhaps the scales of keys and of x [1, tokens, 1]. Output:
 // [1, pairs, heads · size], see `ettin::FirstAttention`.
 class FirstAttention : public RowOperation {
 public:

@@ -80,9 +80,9 @@ extern "C" __attribute__((visibility("default"))) bool ettin_can_run(const char*
 // For tests and measurements. `bounds` [pairs + 1]: where each sequence begins and the last ends. False: the variant
 // can't run here, or does not take this.
 extern "C" __attribute__((visibility("default"))) bool ettin_attend(
-    const char* name, bool is_bf16, const void* q, const void* k, const void* v, const int64_t* rows,
-    const void* scales, void* out, const int64_t* bounds, int64_t pairs, int heads, int head_dim, int window, float theta,
-    bool first_only, float step) {
+    const char* name, bool is_bf16, const void* q, const void* k, const void* v, const int64_t* rows, const void* scales,
+    void* out, const int64_t* bounds, int64_t pairs, int heads, int head_dim, int window, float theta, bool first_only,
+    float step) {
     const ettin::Variant* variant = ettin::variant_named(name);
     const ettin::RopeTable rope(theta, head_dim, int(ettin::longest_sequence(bounds, pairs)));
     const ettin::RaggedAttention task{q,       k,    v,     rows,  scales,   out,    is_bf16,

@@ -200,8 +200,8 @@ template <class Vector, class Products, class Element, int kDim> class Attention
     void pack_values(int64_t begin) {
         const auto row = [&](int key, Floats* x) {
             const Element* values = row_of(task_.v, begin + key);
-            const Floats scale = Vector::all(scale_of(begin + key));
-            for (int at = 0; at < kRowVectors; ++at) x[at] = Vector::multiply(scale, Vector::load(values + at * kLanes));
+            const Floats by = Vector::all(scale_of(begin + key));
+            for (int at = 0; at < kRowVectors; ++at) x[at] = Vector::multiply(by, Vector::load(values + at * kLanes));
         };
         Floats centres[kRowVectors], shares[kRowVectors];
         if constexpr (!Products::kIsFloating) {
@@ -243,7 +243,8 @@ template <class Vector, class Products, class Element, int kDim> class Attention
             Floats turned[kRowVectors];
             if (at < rows) {
                 const float scale = task_.first_only ? 1.0f : scale_of(row + at);
-                rotate(row_of(task_.q, row + at), position + at, Products::kIsFloating ? kLog2E * scale : scale, turned);
+                const float factor = Products::kIsFloating ? kLog2E * scale : scale;
+                rotate(row_of(task_.q, row + at), position + at, factor, turned);
             } else {
                 for (auto& part : turned) part = Vector::all(0.0f);
             }

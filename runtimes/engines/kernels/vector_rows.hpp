@@ -56,7 +56,8 @@ Moments add_row(const Element* x, const Element* added, float scale, Element* su
         }
     const float apart = Vector::sum(Vector::add(sums[0], sums[1])) / float(size);
     const float square = Vector::sum(Vector::add(squares[0], squares[1])) / float(size);
-    const float above = Vector::largest(high) - apart, below = apart + Vector::largest(Vector::subtract(Vector::all(0.0f), low));
+    const float lowest = -Vector::largest(Vector::subtract(Vector::all(0.0f), low));
+    const float above = Vector::largest(high) - apart, below = apart - lowest;
     return {lanes[0] + apart, std::sqrt(std::max(square - apart * apart, 0.0f) + eps), std::max(above, below)};
 }
 
@@ -70,14 +71,16 @@ template <class Vector, class Element> void normalise(const AddedNorm& norm, siz
         const size_t rows = std::min(block, to - first);
         for (size_t row = 0; row < rows; ++row) {
             const size_t at = (first + row) * size;
-            moments[row] = add_row<Vector>(
-                static_cast<const Element*>(norm.x) + at, static_cast<const Element*>(norm.added) + at,
-                scale_at<Element>(norm.added_scales, first + row), static_cast<Element*>(norm.sum) + at, norm.size, norm.eps);
+            moments[row] = add_row<Vector>(static_cast<const Element*>(norm.x) + at,
+                                           static_cast<const Element*>(norm.added) + at,
+                                           scale_at<Element>(norm.added_scales, first + row),
+                                           static_cast<Element*>(norm.sum) + at, norm.size, norm.eps);
         }
         for (size_t row = 0; row < rows; ++row) {
             const auto [centre, deviation, largest] = moments[row];
             float share = 1.0f / deviation;
-            if (norm.normed_scales) share *= rounding_share<Element>(largest / deviation, norm.normed_scales, first + row);
+            if (norm.normed_scales)
+                share *= rounding_share<Element>(largest / deviation, norm.normed_scales, first + row);
             const Floats mean = Vector::all(centre), by = Vector::all(share);
             const size_t begin = (first + row) * size;
             for (size_t at = begin; at < begin + size; at += Vector::kLanes) {
