@@ -225,7 +225,7 @@ def manifest_of(
     """Manifests of what runs on a processor with AVX-512, but no AMX, by precision and proven arithmetic."""
     names = {("bf16", "bf16"): "bf16_avx512", ("int8", "f32"): "int8_avx512", ("f32", "f32"): "f32_avx2"}
 
-    def variant(products: str, floats: str) -> Variant | None:
+    def variant(products: str, floats: str, head_dim: int) -> Variant | None:
         name = names.get((products, floats))
         return Variant(name, products, (floats,), "") if name else None
 

@@ -64,7 +64,7 @@ def usable() -> Path:
 @pytest.fixture(params=["bf16 in bf16", "int8 in f32", "f32 in f32"])
 def way(request: pytest.FixtureRequest, usable: Path) -> tuple[Variant, str]:
     products, _, floats = request.param.split(" ")
-    found = variant(products, floats)
+    found = variant(products, floats, 64)
     if found is None:
         pytest.skip(f"this processor has no attention kernel with products of {request.param}")
     return found, floats
@@ -203,6 +203,13 @@ def test_only_where_it_was_proven(usable: Path, demo_artifacts: Artifacts, tmp_p
         assert runtime.description.endswith("CPU, bf16 (own attention kernel) arithmetic")
 
 
+def test_heads_of_32_beside_amx(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The variant for AMX, which refuses them, was chosen: such an artifact did not load."""
+    monkeypatch.setattr(openvino_kernels, "runnable", lambda: list(openvino_kernels._VARIANTS))
+    chosen = [variant("bf16", "bf16", head_dim) for head_dim in (64, 32)]
+    assert [each and each.name for each in chosen] == ["bf16_amx", "bf16_avx512"]
+
+
 @needs_bf16
 def test_exported_elsewhere_proven_here(
     usable: Path,
@@ -265,7 +272,7 @@ def test_limits_are_obeyed(usable: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert [each.name for each in runnable()] == ["f32_avx2"] and problem() is None
     assert row_kernels("f32") == "f32_avx2" and row_kernels("bf16") is None
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "SSE41")
-    assert problem() == Problem("switched off by ONEDNN_MAX_CPU_ISA=SSE41") and variant("f32", "f32") is None
+    assert problem() == Problem("switched off by ONEDNN_MAX_CPU_ISA=SSE41") and variant("f32", "f32", 64) is None
 
 
 def test_switch(usable: Path, monkeypatch: pytest.MonkeyPatch) -> None:

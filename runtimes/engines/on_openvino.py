@@ -41,7 +41,7 @@ class OpenVinoRuntime(Runtime):
 
     OpenVINO never chooses the arithmetic: an fp32 artifact runs in f32. A bf16 artifact runs in bf16 where the
     processor has it and the manifest says that bf16 was verified, else in f32. What is not int8 in an int8 artifact
-    does so, too, but in bf16 only with AMX or on OpenVINO's own attention.
+    does so, too, but with our attention kernel in bf16 only on AMX, or where f32 was not verified.
 
     Attention runs through our own kernel, if it was verified and can be used (`openvino_kernels`): batches then have no
     padding, and one compiled graph serves every length. Measured with the 17m shape in int8 on two cores with AMX
@@ -197,7 +197,7 @@ class OpenVinoRuntime(Runtime):
 
 # The precision of the attention kernel's products, the best arithmetic first; None: OpenVINO's own attention.
 #
-# Between int8 products lies f32, also where the processor has bf16: so all processors without AMX compute the same.
+# Between int8 products lies f32, also where the processor has bf16: so our kernel does the same without AMX everywhere.
 # bf16 is 3 to 4 % faster with AVX-512 (17m and 150m shapes, Zen 4). But with trained weights in the 17m shape, on 1,600
 # pairs of SciFact training queries, the standard deviation of the error is 0.042 with it and 0.036 without.
 _PRODUCTS = {
@@ -216,6 +216,7 @@ def _floats(arithmetic: Arithmetic) -> str:
 def _chosen(manifest: Manifest, allow_unverified: bool) -> tuple[Variant | None, Arithmetic, Arithmetic | None]:
     """Our attention kernel if it is used, the arithmetic, and what would be faster here but was not proven."""
     possible: dict[Arithmetic, Variant | None] = {}
+    head_dim = ModelShape.from_json(manifest.source.shape).head_dim
     for arithmetic, products in _PRODUCTS.items():
         floats = _floats(arithmetic)
         if floats == "bf16" and (manifest.precision == "fp32" or not has_bf16()):
@@ -223,7 +224,7 @@ def _chosen(manifest: Manifest, allow_unverified: bool) -> tuple[Variant | None,
         if products is None:
             possible[arithmetic] = None
         elif manifest.graph.ragged and (products != "int8" or manifest.precision == "int8"):
-            kernel = variant(products, floats)
+            kernel = variant(products, floats, head_dim)
             if kernel is not None:
                 possible[arithmetic] = kernel
     best_first = list(possible)

@@ -33,11 +33,12 @@ class Variant(NamedTuple):
     floats: tuple[str, ...]  # precisions of queries, keys, values and results
     isa: str  # the instruction set; on x86-64 by oneDNN's name
     rounds: bool = True  # whether it can round its results to int8
+    head_dims: tuple[int, ...] = HEAD_DIMS
 
 
 # The best of each kind of products first.
 _VARIANTS = (
-    Variant("bf16_amx", "bf16", ("bf16",), "AVX512_CORE_AMX", rounds=False),
+    Variant("bf16_amx", "bf16", ("bf16",), "AVX512_CORE_AMX", rounds=False, head_dims=(64,)),
     Variant("bf16_avx512", "bf16", ("bf16",), "AVX512_CORE_BF16"),
     Variant("int8_avx512", "int8", ("f32",), "AVX512_CORE_VNNI"),
     Variant("int8_avx2", "int8", ("f32",), "AVX2_VNNI"),
@@ -60,9 +61,10 @@ class Problem(NamedTuple):
     install_again: bool = False
 
 
-def variant(products: str, floats: str) -> Variant | None:
-    """The best variant for these products and floats that can run here; None: there is none."""
-    return next((each for each in runnable() if each.products == products and floats in each.floats), None)
+def variant(products: str, floats: str, head_dim: int) -> Variant | None:
+    """The best variant for these products, floats and heads that can run here; None: there is none."""
+    of_products = (each for each in runnable() if each.products == products)
+    return next((each for each in of_products if floats in each.floats and head_dim in each.head_dims), None)
 
 
 def row_kernels(floats: str) -> str | None:
