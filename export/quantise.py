@@ -2,7 +2,8 @@
 
 The calibration texts are never those that an artifact is judged on. One calibration serves every engine: it runs the
 scorer's own description in torch and watches the input of each linear layer. Activations get one symmetric scale per
-layer, weights one per output channel. Where our kernels for OpenVINO round activations, they use a scale per token.
+layer, weights one per output channel. Where our kernels for OpenVINO round norms and gated products, each token has a
+scale.
 
 Outlier channels are smoothed (SmoothQuant, Xiao et al. 2023) only where the factors fold into existing weights, so that
 the graph gets no extra node. Attention mixes values channel by channel: the factors of `o` go into the rows of `v`. The

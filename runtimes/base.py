@@ -118,7 +118,7 @@ class Runtime(ABC):
 
     @property
     def unproven_arithmetic(self) -> Arithmetic | None:
-        """What would be faster on this machine, but was not proven for this artifact; None: nothing."""
+        """What this machine would rather compute in, but was not proven for this artifact; None: nothing."""
         return None
 
     def predict(

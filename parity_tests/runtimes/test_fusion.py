@@ -170,6 +170,9 @@ READERS = {
     "several": lambda rows, weights: op.add(
         op.matmul(product := op.matmul(rows, weights, False, False), weights, False, False), op.add(product, rows)
     ),
+    "a product with a vector": lambda rows, weights: op.matmul(
+        rows, op.reduce_sum(weights, op.constant(np.array([0]))), False, False
+    ),
     "no product": lambda rows, weights: op.abs(rows),
 }
 
@@ -195,9 +198,41 @@ def test_whatever_reads_rounded_rows_has_their_scales(usable: None, kind: str) -
     found, exact = (
         ov.Core().compile_model(model, "CPU", options)(data)[0] for model in (ours, ov.Model([result], inputs))
     )
-    axis = -2 if kind == "a product of the other factor" else -1
-    room = 0.02 * abs(exact).max(axis, keepdims=True) if kind != "a product of columns" else 0.02 * abs(exact).max()
+    axes = {"a product of the other factor": -2, "a product of columns": None}  # in which magnitudes differ
+    largest = sizes[..., 0] if kind == "a product with a vector" else abs(exact).max(axes.get(kind, -1), keepdims=True)
+    room = 0.02 * largest * (8 if kind == "a product with a vector" else 1)
     assert (abs(found - exact) <= room).all()
+
+
+def test_what_is_multiplied_by_another_result_of_ours(usable: None) -> None:
+    """A gated product that is not rounded is no scale."""
+    if row_kernels("bf16") is None:
+        pytest.skip("this processor has no kernels for rows of bf16")
+    up, gate, other = tensors(64, -1, -1, -1)
+    gated = op.multiply(op.gelu(up, "erf"), gate)
+    residual = op.add(other, op.multiply(other, gated))
+    model = ov.Model([rounded(normed(residual))], [up, gate, other])
+    use_kernels(model, next(each for each in runnable() if "bf16" in each.floats), "bf16")
+    assert own_rows(model) == ["AddedNorm", "GatedGelu"]
+    (norm,) = [node for node in model.get_ops() if node.get_type_name() == "AddedNorm"]
+    assert norm.get_input_size() == 2
+
+
+@pytest.mark.parametrize("first_only", [False, True])
+def test_batches_of_none_that_a_damaged_graph_may_give(usable: None, first_only: bool) -> None:
+    """Rows were read from tensors that have none."""
+    q, k, x = (op.parameter([-1, -1, 64], ov.Type.f32) for _ in range(3))
+    bounds = op.parameter([-1], ov.Type.i64)
+    values = op.matmul(x, op.constant(np.ones((64, 64), np.float32)), False, True)
+    mixed = OpenVinoOps({}, op.constant).ragged_attention(q, k, values, bounds, 2, -1, THETA, first_only, "")
+    core, model = written_and_read(ov.Model([mixed], [q, k, x, bounds]))
+    use_kernels(model, next(each for each in runnable() if each.products == "f32"), "f32")
+    request = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}).create_infer_request()
+    nothing = np.ones((0, 4, 64), np.float32)
+    queries = np.ones((1, 1, 64), np.float32) if first_only else nothing
+    request.start_async([queries, nothing, nothing, np.array([0, 4])])
+    with pytest.raises(RuntimeError, match=r"Attention: keys are \[0,4,64\]"):
+        request.wait()
 
 
 def test_scales_that_a_damaged_graph_may_have(usable: None) -> None:

@@ -313,6 +313,13 @@ def check_scales(kernel: Kernel, variant: str, lengths: tuple[int, ...] = LENGTH
         wanted = kernel.attend(variant, case, *(_stored(x, is_bf16) for x in multiplied))
         found = kernel.attend(variant, case, *(_stored(x, is_bf16) for x in values), scales=_stored(scales, is_bf16))
         assert np.array_equal(found, wanted), f"{variant}, {case}"
+    # Values that any scale multiplies are rounded to nearest; where queries and keys are 0, nothing else is.
+    case = Case(64, -1, lengths=lengths)
+    nothing, values = _stored(np.zeros_like(inputs(case, 0.5)[0]), is_bf16), inputs(case, 0.5)[2]
+    scales = as_floats(_stored(np.random.default_rng(1).random(len(values), np.float32), is_bf16)).astype(np.float32)
+    wanted = kernel.attend(variant, case, nothing, nothing, _stored(values * scales[:, None], is_bf16))
+    stored = (_stored(x, is_bf16) for x in (values, scales))
+    assert np.array_equal(kernel.attend(variant, case, nothing, nothing, next(stored), scales=next(stored)), wanted)
 
 
 def check_rows(kernel: Kernel, kernels: str) -> int:

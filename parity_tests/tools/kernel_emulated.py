@@ -110,9 +110,9 @@ class EmulatedKernel(Kernel):
         self._process.stdin.write(b"".join([request, *given]))
         self._process.stdin.flush()
         done = self._process.stdout.read(1)
+        assert len(done) == 1, f"the program ended: {self._process.wait()}"
         for out in outs:
             out[...] = np.frombuffer(self._process.stdout.read(out.nbytes), out.dtype).reshape(out.shape)
-        assert len(done) == 1, f"the program ended: {self._process.wait()}"
         return done == b"\1"
 
 

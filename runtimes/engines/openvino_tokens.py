@@ -42,7 +42,7 @@ class TokenTables:
     def of(cls, model: ov.Model, core: ov.Core, options: Mapping[str, Any]) -> Self | None:
         """Tables for a ragged graph as it is compiled; None: this is not all that it does with token ids at first."""
         attentions, ids = _of_kind(model.get_ordered_ops(), OPERATION), _ids(model)
-        if not attentions or attentions[0].get_attributes()["first_only"]:
+        if not attentions or attentions[0].get_attributes()["first_only"] or attentions[0].get_input_size() != 4:
             return None
         sources = _sources(attentions[0])
         parameters, embeddings = _of_kind(sources, "Parameter"), _of_kind(sources, "Gather")

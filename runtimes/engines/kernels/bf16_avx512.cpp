@@ -24,10 +24,11 @@ struct Bf16Products : FloatingProducts<Vector512> {
         }
         return 1.0f;
     }
-    // Values come as bf16, so nothing is rounded.
     static Words joined(const Floats group[2]) {
-        const Words low = Vector512::right<16>(Vector512::as_words(group[0]));
-        return Vector512::either(low, Vector512::both(Vector512::as_words(group[1]), Vector512::all_words(0xffff0000)));
+        alignas(64) static constexpr uint16_t kOrder[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                            8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+        const auto halves = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(group[1], group[0]));
+        return _mm512_permutexvar_epi16(Vector512::load_words(kOrder), halves);
     }
     static Floats store_weights(Floats x, uint8_t* to) {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));

@@ -105,8 +105,9 @@ public:
         const bool has_scales = inputs.size() == 5 && !has_tables;
         const auto rows = has_tables ? values_of(inputs[4]) : std::vector<int64_t>();
         const auto of_q = inputs[0].get_shape(), of_k = inputs[1].get_shape();
-        OPENVINO_ASSERT(of_k.size() == (has_tables ? 2 : 3) && of_k == inputs[2].get_shape() && of_q.size() == of_k.size(),
+        OPENVINO_ASSERT(of_k.size() == (has_tables ? 2 : 3) && of_k == inputs[2].get_shape(),
                         "RaggedAttention takes as many values as keys");
+        OPENVINO_ASSERT(of_q.size() == of_k.size() && (has_tables || of_k[0] == 1), "RaggedAttention: keys are ", of_k);
         const size_t size = of_q.back();
         const auto bounds = bounds_of(inputs[3], has_tables ? rows.size() : of_k[1], "RaggedAttention");
         const size_t pairs = bounds.size() - 1;
@@ -325,8 +326,8 @@ public:
 
     bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
         const auto of_q = inputs[0].get_shape(), of_k = inputs[1].get_shape(), of_x = inputs[2].get_shape();
-        OPENVINO_ASSERT(of_k.size() == 3 && of_x.size() == 3 && of_k[1] == of_x[1],
-                        "FirstAttention takes as many keys as x");
+        OPENVINO_ASSERT(of_k.size() == 3 && of_x.size() == 3 && of_k[0] == 1 && of_x[0] == 1 && of_k[1] == of_x[1],
+                        "FirstAttention: keys are ", of_k, ", x is ", of_x);
         const auto bounds = bounds_of(inputs[3], of_k[1], "FirstAttention");
         const size_t pairs = bounds.size() - 1, size = of_x[2];
         OPENVINO_ASSERT((of_q == ov::Shape{1, pairs, of_k[2]}), "FirstAttention: queries are ", of_q, ", keys ", of_k);

@@ -14,8 +14,8 @@
 namespace ettin {
 namespace {
 
-// Writes the scale of a row, and returns what rounds the row: 127 divided by the scale as it is read. A row of 0 has a
-// scale that is greater.
+// Writes the scale of a row, and returns what rounds the row: 127 divided by the scale as it is read. The scale
+// of a row of zeros is 1e-30, so that nothing is divided by 0.
 template <class Element> float rounding_share(float largest, void* scales, size_t row) {
     auto* scale = static_cast<Element*>(scales) + row;
     put(largest < 1e-30f ? 1e-30f : largest, scale);
@@ -25,14 +25,14 @@ template <class Element> float rounding_share(float largest, void* scales, size_
 // Of one row.
 struct Moments {
     float mean, deviation;
-    float largest;  // distance from the mean
+    float largest;  // distance from the mean, if rows are rounded
 };
 
 // Adds a row, multiplied, and returns the moments of the sum.
 //
 // Squares are taken of what lies between an element and the first one, so that one pass is enough: the first one is
 // no farther from the mean than √size deviations, so rounding costs the variance some size · 2⁻²³ of itself at most.
-template <class Vector, class Element>
+template <class Vector, bool kRounds, class Element>
 Moments add_row(const Element* x, const Element* added, float scale, Element* sum, int size, float eps) {
     using Floats = typename Vector::Floats;
     constexpr int kLanes = Vector::kLanes;
@@ -49,8 +49,10 @@ Moments add_row(const Element* x, const Element* added, float scale, Element* su
     for (int at = 0; at < size; at += 2 * kLanes)
         for (int part = 0; part < 2; ++part) {
             const Floats apart = Vector::subtract(add(at + part * kLanes), origin);
-            high = Vector::larger(high, apart);
-            low = Vector::smaller(low, apart);
+            if constexpr (kRounds) {
+                high = Vector::larger(high, apart);
+                low = Vector::smaller(low, apart);
+            }
             sums[part] = Vector::add(sums[part], apart);
             squares[part] = Vector::multiply_add(apart, apart, squares[part]);
         }
@@ -62,7 +64,8 @@ Moments add_row(const Element* x, const Element* added, float scale, Element* su
 }
 
 // Rows are handled several at a time: the sums of one are ready while another is read.
-template <class Vector, class Element> void normalise(const AddedNorm& norm, size_t from, size_t to) {
+template <class Vector, class Element, bool kRounds>
+void normalise_rows(const AddedNorm& norm, size_t from, size_t to) {
     using Floats = typename Vector::Floats;
     constexpr size_t kMostRows = 8;
     const size_t size = size_t(norm.size), block = std::clamp<size_t>(4096 / size, 1, kMostRows);  // of the L1 cache
@@ -71,27 +74,34 @@ template <class Vector, class Element> void normalise(const AddedNorm& norm, siz
         const size_t rows = std::min(block, to - first);
         for (size_t row = 0; row < rows; ++row) {
             const size_t at = (first + row) * size;
-            moments[row] = add_row<Vector>(static_cast<const Element*>(norm.x) + at,
-                                           static_cast<const Element*>(norm.added) + at,
-                                           scale_at<Element>(norm.added_scales, first + row),
-                                           static_cast<Element*>(norm.sum) + at, norm.size, norm.eps);
+            moments[row] = add_row<Vector, kRounds>(static_cast<const Element*>(norm.x) + at,
+                                                    static_cast<const Element*>(norm.added) + at,
+                                                    scale_at<Element>(norm.added_scales, first + row),
+                                                    static_cast<Element*>(norm.sum) + at, norm.size, norm.eps);
         }
         for (size_t row = 0; row < rows; ++row) {
             const auto [centre, deviation, largest] = moments[row];
             float share = 1.0f / deviation;
-            if (norm.normed_scales)
+            if constexpr (kRounds)
                 share *= rounding_share<Element>(largest / deviation, norm.normed_scales, first + row);
             const Floats mean = Vector::all(centre), by = Vector::all(share);
             const size_t begin = (first + row) * size;
             for (size_t at = begin; at < begin + size; at += Vector::kLanes) {
                 const Floats apart = Vector::subtract(Vector::load(static_cast<const Element*>(norm.sum) + at), mean);
-                if (norm.normed_scales)
+                if constexpr (kRounds)
                     Vector::store_int8(static_cast<uint8_t*>(norm.normed) + at, Vector::multiply(apart, by));
                 else
                     Vector::store(static_cast<Element*>(norm.normed) + at, Vector::multiply(apart, by));
             }
         }
     }
+}
+
+template <class Vector, class Element> void normalise(const AddedNorm& norm, size_t from, size_t to) {
+    if (norm.normed_scales)
+        normalise_rows<Vector, Element, true>(norm, from, to);
+    else
+        normalise_rows<Vector, Element, false>(norm, from, to);
 }
 
 // x · Φ(x). Φ(x) − ½ is x times a polynomial in x² up to |x| = 4.4, and ½ beyond; the largest error of the result is
