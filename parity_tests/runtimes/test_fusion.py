@@ -218,16 +218,21 @@ def test_what_is_multiplied_by_another_result_of_ours(usable: None) -> None:
     assert norm.get_input_size() == 2
 
 
-@pytest.mark.parametrize("first_only", [False, True])
-def test_batches_of_none_that_a_damaged_graph_may_give(usable: None, first_only: bool) -> None:
-    """Rows were read from tensors that have none."""
+def attention_request(heads: int, first_only: bool) -> ov.InferRequest:
+    """Attention of any batch. It takes queries, keys and what values are made of, [batch, tokens, 64], and bounds."""
     q, k, x = (op.parameter([-1, -1, 64], ov.Type.f32) for _ in range(3))
     bounds = op.parameter([-1], ov.Type.i64)
     values = op.matmul(x, op.constant(np.ones((64, 64), np.float32)), False, True)
-    mixed = OpenVinoOps({}, op.constant).ragged_attention(q, k, values, bounds, 2, -1, THETA, first_only, "")
+    mixed = OpenVinoOps({}, op.constant).ragged_attention(q, k, values, bounds, heads, -1, THETA, first_only, "")
     core, model = written_and_read(ov.Model([mixed], [q, k, x, bounds]))
     use_kernels(model, next(each for each in runnable() if each.products == "f32"), "f32")
-    request = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}).create_infer_request()
+    return core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}).create_infer_request()
+
+
+@pytest.mark.parametrize("first_only", [False, True])
+def test_batches_of_none_that_a_damaged_graph_may_give(usable: None, first_only: bool) -> None:
+    """Rows were read from tensors that have none."""
+    request = attention_request(2, first_only)
     nothing = np.ones((0, 4, 64), np.float32)
     queries = np.ones((1, 1, 64), np.float32) if first_only else nothing
     request.start_async([queries, nothing, nothing, np.array([0, 4])])
@@ -326,13 +331,7 @@ BAD_BOUNDS = {"beyond the tokens": [0, 9], "falling": [0, 3, 2], "negative": [-1
 @pytest.mark.parametrize("kind", BAD_BOUNDS)
 def test_bounds_that_a_damaged_graph_may_give(usable: None, kind: str, first_only: bool) -> None:
     """They read what is behind the tokens, or ended the process."""
-    q, k, x = (op.parameter([1, -1, 64], ov.Type.f32) for _ in range(3))
-    bounds = op.parameter([-1], ov.Type.i64)
-    values = op.matmul(x, op.constant(np.ones((64, 64), np.float32)), False, True)
-    mixed = OpenVinoOps({}, op.constant).ragged_attention(q, k, values, bounds, 2, -1, THETA, first_only, "")
-    core, model = written_and_read(ov.Model([mixed], [q, k, x, bounds]))
-    use_kernels(model, next(each for each in runnable() if each.products == "f32"), "f32")
-    request = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}).create_infer_request()
+    request = attention_request(2, first_only)
     rows = np.ones((1, 4, 64), np.float32)
     count = max(len(BAD_BOUNDS[kind]) - 1, 0) if first_only else 4
     request.start_async([rows[:, :count], rows, rows, np.array(BAD_BOUNDS[kind], np.int64)])
@@ -344,13 +343,8 @@ def test_bounds_that_a_damaged_graph_may_give(usable: None, kind: str, first_onl
 @pytest.mark.parametrize("first_only", [False, True])
 def test_heads_that_a_damaged_graph_may_have(usable: None, heads: int, first_only: bool) -> None:
     """Without heads, a division by 0 ended the process."""
-    q, k, v = (op.parameter([1, -1, 64], ov.Type.f32) for _ in range(3))
-    bounds = op.parameter([-1], ov.Type.i64)
-    mixed = OpenVinoOps({}, op.constant).ragged_attention(q, k, v, bounds, heads, -1, THETA, first_only, "")
     with pytest.raises(RuntimeError, match=f"RaggedAttention: rows of 64 are not those of {heads} heads"):
-        core, model = written_and_read(ov.Model([mixed], [q, k, v, bounds]))
-        use_kernels(model, next(each for each in runnable() if each.products == "f32"), "f32")
-        request = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}).create_infer_request()
+        request = attention_request(heads, first_only)
         rows = np.ones((1, 4, 64), np.float32)
         request.start_async([rows[:, :1] if first_only else rows, rows, rows, np.array([0, 4], np.int64)])
         request.wait()

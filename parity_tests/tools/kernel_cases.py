@@ -256,20 +256,19 @@ def _to_int8(x: Floats, largest: Floats | None = None) -> Floats:
     return np.round(x / step) * step
 
 
-def errors(kernel: Kernel, variant: str, case: Case, size: float, as_bf16: bool) -> tuple[float, float]:
+def errors(kernel: Kernel, variant: str, case: Case, size: float) -> tuple[float, float]:
     """Mean and largest error of a variant."""
     q, k, v = inputs(case, size)
     wanted = expected(case, variant.partition("_")[0], q, k, v)
     if case.first_only:
         q = q[case.bounds[:-1]]
-    arrays = [to_bf16(x) for x in (q, k, v)] if as_bf16 else [q, k, v]
+    arrays = [_stored(x, variant.startswith("bf16")) for x in (q, k, v)]
     error = abs(kernel.attend(variant, case, *arrays) - wanted)
     return float(error.mean()), float(error.max())
 
 
-def grid(variant: str, lengths: tuple[int, ...]) -> list[tuple[Case, float, bool]]:
-    """All cases, sizes and elements that a variant is checked with."""
-    as_bf16 = variant.startswith("bf16")
+def grid(variant: str, lengths: tuple[int, ...]) -> list[tuple[Case, float]]:
+    """All cases and sizes that a variant is checked with."""
     head_dims = (64,) if variant == "bf16_amx" else (64, 32)
     cases = [
         Case(head_dim, window, first_only, lengths)
@@ -277,15 +276,15 @@ def grid(variant: str, lengths: tuple[int, ...]) -> list[tuple[Case, float, bool
         for window in (-1, 0, 5, 64)
         for first_only in (False, True)
     ]
-    return list(itertools.product(cases, (0.125, 5.0), [as_bf16]))
+    return list(itertools.product(cases, (0.125, 5.0)))
 
 
 def check(kernel: Kernel, variant: str, lengths: tuple[int, ...] = LENGTHS) -> int:
     """Checks a variant; returns the number of cases."""
     of_mean, of_largest = TOLERANCES[variant.partition("_")[0]]
     cases = grid(variant, lengths)
-    for case, size, as_bf16 in cases:
-        mean, largest = errors(kernel, variant, case, size, as_bf16)
+    for case, size in cases:
+        mean, largest = errors(kernel, variant, case, size)
         assert mean <= of_mean and largest <= of_largest, f"{variant}, {case}, size {size}: {mean:.1e}, {largest:.1e}"
     return len(cases)
 
@@ -293,9 +292,7 @@ def check(kernel: Kernel, variant: str, lengths: tuple[int, ...] = LENGTHS) -> i
 def check_tables(kernel: Kernel, variant: str, lengths: tuple[int, ...] = LENGTHS) -> None:
     """Checks that tokens whose rows lie anywhere give what they give in order, bit by bit."""
     case = Case(64, 64, lengths=lengths)
-    tables = [x[:20] for x in inputs(case, 0.5)]
-    if not variant.startswith(("f32", "int8")):
-        tables = [to_bf16(x) for x in tables]
+    tables = [_stored(x[:20], variant.startswith("bf16")) for x in inputs(case, 0.5)]
     rows = np.random.default_rng(0).integers(0, 20, sum(lengths))
     in_order = kernel.attend(variant, case, *(x[rows] for x in tables))
     assert np.array_equal(kernel.attend(variant, case, *tables, rows=rows), in_order), variant
@@ -303,7 +300,7 @@ def check_tables(kernel: Kernel, variant: str, lengths: tuple[int, ...] = LENGTH
 
 def check_scales(kernel: Kernel, variant: str, lengths: tuple[int, ...] = LENGTHS) -> None:
     """Checks that scales of rows give what rows give that are multiplied before, bit by bit: they are powers of 2."""
-    is_bf16 = not variant.startswith(("f32", "int8"))
+    is_bf16 = variant.startswith("bf16")
     for case in (Case(64, 64, False, lengths), Case(64, -1, True, lengths)):
         values = inputs(case, 0.5)
         scales = (2.0 ** np.random.default_rng(0).integers(-3, 3, sum(lengths))).astype(np.float32)

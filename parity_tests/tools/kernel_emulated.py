@@ -64,8 +64,9 @@ class EmulatedKernel(Kernel):
         scales: NDArray[Any] | None, out: NDArray[Any], step: float,
     ) -> bool:  # fmt: skip
         sizes = (len(case.lengths), HEADS, case.head_dim, case.window, case.first_only)
+        floats = (THETA, step)
         return self._answer(
-            variant, "attend", [out], *qkv, case.bounds, rows, scales, sizes=sizes, floats=(THETA, step)
+            variant, "attend", [out], *qkv, case.bounds, rows, scales=scales, sizes=sizes, floats=floats
         )
 
     def can_run_rows(self, kernels: str) -> bool:
@@ -77,20 +78,18 @@ class EmulatedKernel(Kernel):
     ) -> bool:  # fmt: skip
         sizes = (*x.shape, 0, 0, normed.scales is not None)
         outs = [*_there(normed), total.stored]
-        return self._answer(
-            kernels, "normalise", outs, x, added, None, None, None, scales, sizes=sizes, floats=(eps, 0)
-        )
+        return self._answer(kernels, "normalise", outs, x, added, scales=scales, sizes=sizes, floats=(eps, 0))
 
     def _gate(self, kernels: str, joint: NDArray[Any], scales: NDArray[Any] | None, out: Rows) -> bool:
         sizes = (*out.stored.shape, 0, 0, out.scales is not None)
-        return self._answer(kernels, "gate", _there(out), joint, None, None, None, None, scales, sizes=sizes)
+        return self._answer(kernels, "gate", _there(out), joint, scales=scales, sizes=sizes)
 
     def _attend_first(
         self, kernels: str, case: Case, q: NDArray[Any], k: NDArray[Any], x: NDArray[Any],
         scales: NDArray[Any] | None, out: NDArray[Any],
     ) -> bool:  # fmt: skip
         sizes, floats = (len(q), HEADS, case.head_dim, case.window, x.dtype == np.int8), (THETA, x.shape[1])
-        return self._answer(kernels, "first", [out], q, k, x, case.bounds, None, scales, sizes=sizes, floats=floats)
+        return self._answer(kernels, "first", [out], q, k, x, case.bounds, scales=scales, sizes=sizes, floats=floats)
 
     def _answer(
         self,
@@ -98,12 +97,14 @@ class EmulatedKernel(Kernel):
         function: str,
         outs: Sequence[NDArray[Any]],
         *arrays: NDArray[Any] | None,
+        scales: NDArray[Any] | None = None,
         sizes: Sequence[int] = (0,) * 5,
         floats: tuple[float, float] = (0, 0),
     ) -> bool:
         """Whether the function took what it was given; `outs` have what it gives."""
-        given = [b"" if array is None else array.tobytes() for array in arrays]
-        counts = [*map(len, given), *[0] * (6 - len(given)), sum(out.nbytes for out in outs)]
+        places = (*arrays, *[None] * (5 - len(arrays)), scales)
+        given = [b"" if array is None else array.tobytes() for array in places]
+        counts = [*map(len, given), sum(out.nbytes for out in outs)]
         is_bf16 = bool(arrays) and arrays[0] is not None and arrays[0].dtype == np.uint16
         request = _REQUEST.pack(variant.encode(), function.encode(), is_bf16, *sizes, *counts, *floats)
         assert self._process.stdin and self._process.stdout

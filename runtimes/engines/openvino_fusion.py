@@ -104,17 +104,18 @@ def _scale_attention(node: ov.Node) -> None:
     inputs = node.input_values()
     scaled = [_scaled(x) for x in inputs[first:3]]
     scales = scaled[0][1]
-    if scales is None or any(other != scales for _, other in scaled):
+    if not scales or any(other != scales for _, other in scaled):
         return
     inputs[first:3] = [op.convert(x, inputs[0].get_element_type()).output(0) for x, _ in scaled]
-    node.set_arguments([*inputs, scales])
+    node.set_arguments([*inputs, *scales])
 
 
 def _round_attention(node: ov.Node) -> None:
     """Lets the kernel round its result to int8, where that is all that it is read for."""
     (converted,) = _readers(node.output(0))
-    rounding, step = _rounding(converted)
+    rounding = _rounding(converted)
     if rounding is not None:
+        step = _step(rounding)
         node.set_attribute("step", step)
         node.validate_and_infer_types()
         rounding.output(0).replace(_times(node.output(0), step))
@@ -153,9 +154,7 @@ def _project_first(node: ov.Node, floats: str, create: _Create) -> bool:
     is_known = x.get_element_type() in _OF_ROWS and x.get_partial_shape().rank == 3
     if not is_known or scales != scales_of_k or [reader.get_type_name() for reader in readers] != ["Convert"]:
         return False
-    inputs = [_without_conversion(node.input_value(0)), k, x, node.input_value(3)]
-    if scales is not None:
-        inputs.append(scales)
+    inputs = [_without_conversion(node.input_value(0)), k, x, node.input_value(3), *scales]
     settings = {name: attributes[name] for name in ("heads", "window", "theta")}
     mixed = _as_f32(create("FirstAttention", inputs, settings).output(0))
     blocks = np.zeros((heads, outputs // heads, heads, size), np.float32)  # each head's rows, and 0 for the others
@@ -205,7 +204,7 @@ def _fuse_rows(model: ov.Model, floats: str, create: _Create) -> None:
 
 def _fuse_norm(norm: ov.Node, floats: str, create: _Create) -> None:
     residual, attributes = norm.input_value(0).get_node(), norm.get_attributes()
-    rounding, _ = _rounding(norm)
+    rounding = _rounding(norm)
     is_layer_norm = (
         attributes["normalize_variance"] and attributes["eps_mode"].lower() == "inside_sqrt" and _is_last_axis(norm)
     )
@@ -214,9 +213,9 @@ def _fuse_norm(norm: ov.Node, floats: str, create: _Create) -> None:
     inputs = residual.input_values()
     if any(x.get_partial_shape() != norm.get_output_partial_shape(0) for x in inputs):
         return
-    (x, _), (added, scales) = sorted(((x, _scaled(x)[1]) for x in inputs), key=lambda each: each[1] is not None)
-    inputs = [x, added] if scales is None else [x, _scaled(added)[0], scales]
-    fused = create("AddedNorm", inputs, {"eps": attributes["eps"], "rounds": rounding is not None})
+    x, product = sorted(inputs, key=lambda each: bool(_scaled(each)[1]))  # one that has scales comes last
+    added, scales = _scaled(product)
+    fused = create("AddedNorm", [x, added, *scales], {"eps": attributes["eps"], "rounds": rounding is not None})
     residual.output(0).replace(_as_f32(fused.output(1)))
     _replace(norm, rounding, fused)
 
@@ -226,7 +225,7 @@ def _fuse_gate(gelu: ov.Node, floats: str, create: _Create) -> None:
     if [reader.get_type_name() for reader in readers] != ["Multiply"]:
         return
     (gated,) = readers
-    rounding, _ = _rounding(gated)
+    rounding = _rounding(gated)
     up = gelu.input_value(0)
     gate = next(x for x in gated.input_values() if x.get_node() != gelu)
     is_known = gelu.get_attributes()["approximation_mode"].lower() == "erf"
@@ -236,8 +235,8 @@ def _fuse_gate(gelu: ov.Node, floats: str, create: _Create) -> None:
     are_joint = halves.get_type_name() == "Split" and _is_last_axis(halves) and halves.outputs() == [up, gate]
     inputs = [halves.input_value(0)] if are_joint else [up, gate]  # the kernel finds the halves itself
     (of_up, scales), (of_gate, scales_of_gate) = _scaled(up), _scaled(gate)
-    if scales is not None and scales == scales_of_gate:
-        inputs = [of_up, of_gate, scales]
+    if scales and scales == scales_of_gate:
+        inputs = [of_up, of_gate, *scales]
     _replace(gated, rounding, create("GatedGelu", inputs, {"rounds": rounding is not None}))
 
 
@@ -279,35 +278,37 @@ def _scale_products(readers: Iterable[ov.Input], rounded: ov.Output, scales: ov.
             port.replace_source_output(op.multiply(rounded, scales).output(0))
 
 
-def _scaled(x: ov.Output) -> tuple[ov.Output, ov.Output | None]:
-    """A product and the scales of its rows that it is multiplied by (see `_scale_products`), or x and None."""
+def _scaled(x: ov.Output) -> tuple[ov.Output, list[ov.Output]]:
+    """A product and, in a list, the scales of its rows (see `_scale_products`); or x and no scales."""
     node = _without_conversion(x).get_node()
     if node.get_type_name() == "Multiply":
         scales = _without_conversion(node.input_value(1))
         kernel = scales.get_node()
         is_ours = kernel.get_type_name() in _ROUNDING_KERNELS and kernel.get_attributes()["rounds"]
         if is_ours and scales.get_index() == kernel.get_output_size() - 1:
-            return _without_conversion(node.input_value(0)), scales
-    return x, None
+            return _without_conversion(node.input_value(0)), [scales]
+    return x, []
 
 
 def _readers(output: ov.Output) -> list[ov.Node]:
     return [port.get_node() for port in output.get_target_inputs()]
 
 
-def _rounding(node: ov.Node) -> tuple[ov.Node | None, float]:
-    """The only reader of a node and the step, if it rounds to int8: signed, symmetric, 256 levels."""
+def _rounding(node: ov.Node) -> ov.Node | None:
+    """The only reader of a node, if it rounds to int8: signed, symmetric, 256 levels."""
     readers = [reader for output in node.outputs() for reader in _readers(output)]
     if [reader.get_type_name() for reader in readers] != ["FakeQuantize"]:
-        return None, 0.0
+        return None
     (rounding,) = readers
     bounds = [rounding.input_value(at).get_node().data for at in range(1, 5)]
-    step = -float(bounds[0].ravel()[0]) / 128
+    step = _step(rounding)
     expected = np.array([-128 * step, 127 * step] * 2)
     is_int8 = rounding.get_attributes()["levels"] == 256 and all(bound.size == 1 for bound in bounds) and step > 0
-    if not is_int8 or not np.allclose(np.ravel(bounds), expected, rtol=1e-6, atol=0):
-        return None, 0.0
-    return rounding, step
+    return rounding if is_int8 and np.allclose(np.ravel(bounds), expected, rtol=1e-6, atol=0) else None
+
+
+def _step(rounding: ov.Node) -> float:
+    return -float(rounding.input_value(1).get_node().data.ravel()[0]) / 128
 
 
 def _times(whole: ov.Output, step: float) -> ov.Output:

@@ -42,10 +42,13 @@ std::vector<int64_t> bounds_of(const ov::Tensor& tensor, size_t tokens, const ch
     return bounds;
 }
 
-// One for each row, of the elements of what they multiply.
-void check_scales(const ov::Tensor& scales, const ov::element::Type& type, size_t rows, const char* operation) {
-    OPENVINO_ASSERT(scales.get_element_type() == type && scales.get_size() == rows, operation, ": ", rows,
-                    " scales are expected, found ", scales.get_shape());
+// Scales, if there is such an input: one for each row, of the elements of what they multiply. Else nullptr.
+const void* scales_in(const ov::TensorVector& inputs, size_t at, size_t rows, const char* operation) {
+    if (inputs.size() <= at) return nullptr;
+    const auto& scales = inputs[at];
+    OPENVINO_ASSERT(scales.get_element_type() == inputs[0].get_element_type() && scales.get_size() == rows, operation,
+                    ": ", rows, " scales are expected, found ", scales.get_shape());
+    return scales.data();
 }
 
 // Inputs: queries, keys, values, float32 or bf16 [1, tokens, heads · head_dim]; cu_seqlens [pairs + 1], where each
@@ -102,7 +105,6 @@ public:
         for (int at = 0; at < 3; ++at)
             OPENVINO_ASSERT(inputs[at].get_element_type() == type, "RaggedAttention takes one element type");
         const bool has_tables = inputs.size() == 5 && inputs[4].get_element_type().is_integral_number();
-        const bool has_scales = inputs.size() == 5 && !has_tables;
         const auto rows = has_tables ? values_of(inputs[4]) : std::vector<int64_t>();
         const auto of_q = inputs[0].get_shape(), of_k = inputs[1].get_shape();
         OPENVINO_ASSERT(of_k.size() == (has_tables ? 2 : 3) && of_k == inputs[2].get_shape(),
@@ -115,7 +117,7 @@ public:
                         "RaggedAttention: queries are ", of_q, ", keys ", of_k);
         for (const int64_t row : rows)
             OPENVINO_ASSERT(row >= 0 && size_t(row) < of_k[0], "RaggedAttention: there is no row ", row);
-        if (has_scales) check_scales(inputs[4], type, of_k[1], "RaggedAttention");
+        const void* scales = has_tables ? nullptr : scales_in(inputs, 4, of_k[1], "RaggedAttention");
         OPENVINO_ASSERT(m_heads > 0 && size % m_heads == 0, "RaggedAttention: rows of ", size, " are not those of ",
                         m_heads, " heads");
         outputs[0].set_shape(has_tables ? ov::Shape{1, rows.size(), size} : of_q);
@@ -123,9 +125,8 @@ public:
         const auto rope = rope_table(m_theta, head_dim, int(ettin::longest_sequence(bounds.data(), pairs)));
         const bool is_bf16 = type == ov::element::bf16;
         const ettin::RaggedAttention task{inputs[0].data(), inputs[1].data(), inputs[2].data(),
-                                          has_tables ? rows.data() : nullptr, has_scales ? inputs[4].data() : nullptr,
-                                          outputs[0].data(), is_bf16, m_step, rope.get(), int(m_heads), head_dim,
-                                          int(m_window), m_first_only};
+                                          has_tables ? rows.data() : nullptr, scales, outputs[0].data(), is_bf16, m_step,
+                                          rope.get(), int(m_heads), head_dim, int(m_window), m_first_only};
         OPENVINO_ASSERT((is_bf16 || type == ov::element::f32) && variant->takes(task), "RaggedAttention: '",
                         m_variant, "' does not take ", type, " in heads of ", head_dim);
         ov::parallel_for(pairs * m_heads,
@@ -232,12 +233,10 @@ public:
         OPENVINO_ASSERT(shape == inputs[1].get_shape(), "AddedNorm adds ", inputs[1].get_shape(), " to ", shape);
         const auto type = inputs[0].get_element_type();
         const size_t size = shape.back(), rows = inputs[0].get_size() / size;
-        const bool has_scales = inputs.size() == 3;
-        if (has_scales) check_scales(inputs[2], type, rows, "AddedNorm");
+        const void* scales = scales_in(inputs, 2, rows, "AddedNorm");
         for (int at = 0; at < 2; ++at) outputs[at].set_shape(shape);
-        const ettin::AddedNorm norm{inputs[0].data(),  inputs[1].data(), has_scales ? inputs[2].data() : nullptr,
-                                    outputs[1].data(), outputs[0].data(), scales_of(outputs, shape),
-                                    int(size),         m_eps};
+        const ettin::AddedNorm norm{inputs[0].data(), inputs[1].data(), scales, outputs[1].data(), outputs[0].data(),
+                                    scales_of(outputs, shape), int(size), m_eps};
         run(kernels(type, size).normalise, norm, rows);
         return true;
     }
@@ -274,14 +273,12 @@ public:
         OPENVINO_ASSERT(is_joint || shape == inputs[1].get_shape(), "GatedGelu takes halves of one shape");
         const auto type = inputs[0].get_element_type();
         const size_t stride = shape.back(), size = is_joint ? stride / 2 : stride, rows = inputs[0].get_size() / stride;
-        const bool has_scales = inputs.size() == 3;
-        if (has_scales) check_scales(inputs[2], type, rows, "GatedGelu");
+        const void* scales = scales_in(inputs, 2, rows, "GatedGelu");
         shape.back() = size;
         outputs[0].set_shape(shape);
         const auto* up = static_cast<const uint8_t*>(inputs[0].data());
         const void* gate = is_joint ? up + size * type.size() : inputs[1].data();
-        const ettin::GatedGelu gelu{up,   gate, has_scales ? inputs[2].data() : nullptr, outputs[0].data(),
-                                    scales_of(outputs, shape), int(size), stride};
+        const ettin::GatedGelu gelu{up, gate, scales, outputs[0].data(), scales_of(outputs, shape), int(size), stride};
         run(kernels(type, size).gate, gelu, rows);
         return true;
     }
@@ -331,13 +328,11 @@ public:
         const auto bounds = bounds_of(inputs[3], of_k[1], "FirstAttention");
         const size_t pairs = bounds.size() - 1, size = of_x[2];
         OPENVINO_ASSERT((of_q == ov::Shape{1, pairs, of_k[2]}), "FirstAttention: queries are ", of_q, ", keys ", of_k);
-        const bool has_scales = inputs.size() == 5;
-        if (has_scales) check_scales(inputs[4], inputs[0].get_element_type(), of_x[1], "FirstAttention");
+        const void* scales = scales_in(inputs, 4, of_x[1], "FirstAttention");
         const int heads = int(m_heads), head_dim = int(of_q[2] / heads);
         outputs[0].set_shape({1, pairs, heads * size});
         const auto rope = rope_table(m_theta, head_dim, int(ettin::longest_sequence(bounds.data(), pairs)));
-        const ettin::FirstAttention task{inputs[0].data(), inputs[1].data(), inputs[2].data(),
-                                         has_scales ? inputs[4].data() : nullptr, outputs[0].data(),
+        const ettin::FirstAttention task{inputs[0].data(), inputs[1].data(), inputs[2].data(), scales, outputs[0].data(),
                                          inputs[2].get_element_type() == ov::element::i8, rope.get(), heads, head_dim,
                                          int(m_window), int(size)};
         const auto& chosen = kernels(inputs[0].get_element_type(), size);

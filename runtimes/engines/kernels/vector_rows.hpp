@@ -63,12 +63,14 @@ Moments add_row(const Element* x, const Element* added, float scale, Element* su
     return {lanes[0] + apart, std::sqrt(std::max(square - apart * apart, 0.0f) + eps), std::max(above, below)};
 }
 
-// Rows are handled several at a time: the sums of one are ready while another is read.
+// Rows are handled this many at a time, so that the sums of one are ready while another is read: what the L1 cache holds.
+constexpr size_t kMostRows = 8;
+inline size_t rows_at_once(size_t size) { return std::clamp<size_t>(4096 / size, 1, kMostRows); }
+
 template <class Vector, class Element, bool kRounds>
 void normalise_rows(const AddedNorm& norm, size_t from, size_t to) {
     using Floats = typename Vector::Floats;
-    constexpr size_t kMostRows = 8;
-    const size_t size = size_t(norm.size), block = std::clamp<size_t>(4096 / size, 1, kMostRows);  // of the L1 cache
+    const size_t size = size_t(norm.size), block = rows_at_once(size);
     Moments moments[kMostRows];
     for (size_t first = from; first < to; first += block) {
         const size_t rows = std::min(block, to - first);
@@ -137,10 +139,8 @@ template <class Vector, class Element> void gate_to_floats(const GatedGelu& task
     }
 }
 
-// Several rows at a time, as in `normalise`.
 template <class Vector, class Element> void gate_to_int8(const GatedGelu& task, size_t from, size_t to) {
-    constexpr size_t kMostRows = 8;
-    const size_t size = size_t(task.size), block = std::clamp<size_t>(4096 / size, 1, kMostRows);
+    const size_t size = size_t(task.size), block = rows_at_once(size);
     thread_local std::vector<float> memory;
     memory.resize(block * size + 16);
     auto* floats = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
